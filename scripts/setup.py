@@ -18,7 +18,10 @@ def main(extra: str) -> None:
     constraints = ROOT / ("constraints-gpu.txt" if has_gpu else "constraints.txt")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     extras = "serve,dev" if extra == "dev" else "serve"
-    print(f"headrace: setting up {extras} ({'GPU' if has_gpu else 'CPU'}), once; this takes a minute or two", flush=True)
+    print(
+        f"headrace: setting up {extras} ({'GPU' if has_gpu else 'CPU'}), once; this takes a minute or two",
+        flush=True,
+    )
     if not has_gpu:
         # First and alone: with the CPU build in place no later requirement pulls a CUDA build.
         subprocess.run([*pip, "-c", str(constraints), "torch"], check=True)

@@ -1,25 +1,25 @@
 """The one exception tree, and the one table that maps it to HTTP status codes.
 
-    HeadraceError
-      ├── RequestError                  the caller can fix it
-      │     ├── InvalidRequest          400  a field is wrong; `param` names it
-      │     │     └── ContextLengthExceeded
-      │     ├── AuthenticationFailed    401
-      │     ├── PermissionDenied        403
-      │     ├── NotFound                404  model, route or stored object
-      │     ├── PayloadTooLarge         413
-      │     ├── Unprocessable           422  well-formed, yet this model cannot do it
-      │     ├── Overloaded              429  queue full; `retry_after` in seconds
-      │     └── RequestTimeout          408
-      ├── EngineError                   500  a bug or a device fault; this request failed
-      │     ├── EngineDead              503  the engine process is gone
-      │     └── NotReady                503  starting or draining
-      ├── ConfigError                   all problems of a configuration, together
-      └── ModelError                    the checkpoint cannot be served
-            ├── UnknownArchitecture
-            ├── UnsupportedCheckpoint
-            ├── MissingFile
-            └── DoesNotFit
+HeadraceError
+  ├── RequestError                  the caller can fix it
+  │     ├── InvalidRequest          400  a field is wrong; `param` names it
+  │     │     └── ContextLengthExceeded
+  │     ├── AuthenticationFailed    401
+  │     ├── PermissionDenied        403
+  │     ├── NotFound                404  model, route or stored object
+  │     ├── PayloadTooLarge         413
+  │     ├── Unprocessable           422  well-formed, yet this model cannot do it
+  │     ├── Overloaded              429  queue full; `retry_after` in seconds
+  │     └── RequestTimeout          408
+  ├── EngineError                   500  a bug or a device fault; this request failed
+  │     ├── EngineDead              503  the engine process is gone
+  │     └── NotReady                503  starting or draining
+  ├── ConfigError                   all problems of a configuration, together
+  └── ModelError                    the checkpoint cannot be served
+        ├── UnknownArchitecture
+        ├── UnsupportedCheckpoint
+        ├── MissingFile
+        └── DoesNotFit
 """
 
 from __future__ import annotations

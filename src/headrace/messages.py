@@ -1,7 +1,7 @@
 """What crosses the border between a serving process and an engine core: msgpack, typed, versioned here.
 
-    serving ──► core   Submit · Abort · Shutdown
-    core ──► serving   Ready · Outputs · EncodeOutputs · Heartbeat · Failed
+serving ──► core   Submit · Abort · Shutdown
+core ──► serving   Ready · Outputs · EncodeOutputs · Heartbeat · Failed
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for token, bias in self.logit_bias.items():
             _check(f"logit_bias[{token}]", bias, -1e4, 1e4)
         if any(not word for word in self.bad_words):
-            raise InvalidRequest("bad_words holds an empty sequence; give at least one token id", param="bad_words")
+            raise InvalidRequest(
+                "bad_words holds an empty sequence; give at least one token id", param="bad_words"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -133,7 +135,9 @@ def _check(
         raise InvalidRequest(f"{name} must be a number, not null", param=name)
     bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
     if not bad:
-        bad = (low is not None and (value <= low if above else value < low)) or (high is not None and value > high)
+        bad = (low is not None and (value <= low if above else value < low)) or (
+            high is not None and value > high
+        )
     if bad:
         bounds = []
         if low is not None:
