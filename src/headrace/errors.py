@@ -47,8 +47,8 @@ __all__ = [
     "RequestError",
     "RequestTimeout",
     "UnknownArchitecture",
-    "UnsupportedCheckpoint",
     "Unprocessable",
+    "UnsupportedCheckpoint",
     "http_status",
     "nearest",
 ]

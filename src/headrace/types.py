@@ -238,7 +238,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
 class EncodeOutput(msgspec.Struct, frozen=True, array_like=True):
     """Result of one pass: a float32 array as little-endian bytes, row-major, and its shape.
 
-    ``indices`` is set for sparse vectors (uint32 token ids, little-endian), ``error`` when the request failed.
+    ``indices`` is set for sparse vectors (uint32 token ids, little-endian), ``error`` when it failed.
     """
 
     request_id: str

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["Device", "DType", "Engine", "EngineSpec"]
+__all__ = ["DType", "Device", "Engine", "EngineSpec"]
 
 Engine = Literal["auto", "bert", "embed", "dense", "moe"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
