@@ -137,7 +137,7 @@ def read_encode_card(path: Path, *, pooling: str | None = None) -> EncodeCard:
     architectures = config.get("architectures") or []
     if not architectures:
         raise UnsupportedCheckpoint(
-            f"{path / 'config.json'} names no architecture: add \"architectures\", e.g. [\"BertModel\"]"
+            f'{path / "config.json"} names no architecture: add "architectures", e.g. ["BertModel"]'
         )
     architecture = str(architectures[0])
     common = _common(path, config, architecture)
@@ -150,9 +150,7 @@ def read_encode_card(path: Path, *, pooling: str | None = None) -> EncodeCard:
         return _classifier(path, config, common)
     if "ForTokenClassification" in architecture:
         labels = _labels(path, config)
-        return EncodeCard(
-            **common, kind="token_classify", tasks=(EncodeTask.TOKEN_CLASSIFY,), labels=labels
-        )
+        return EncodeCard(**common, kind="token_classify", tasks=(EncodeTask.TOKEN_CLASSIFY,), labels=labels)
     if pooling is not None:
         return _explicit(pooling, config, common)
     return _from_modules(path, config, common)
@@ -203,10 +201,12 @@ def _labels(path: Path, config: dict[str, Any]) -> tuple[str, ...]:
     try:
         named = {int(index): str(name) for index, name in table.items()}
     except ValueError:
-        raise UnsupportedCheckpoint(f'"id2label" in {file} has a key that is no integer', param="id2label") from None
+        raise UnsupportedCheckpoint(
+            f'"id2label" in {file} has a key that is no integer', param="id2label"
+        ) from None
     if sorted(named) != list(range(len(named))):
         raise UnsupportedCheckpoint(
-            f'"id2label" in {file} names outputs {sorted(named)}; expected 0 to {len(named) - 1} without gaps',
+            f'"id2label" in {file} names outputs {sorted(named)}; expected 0 to {len(named) - 1}, no gaps',
             param="id2label",
         )
     return tuple(named[index] for index in range(len(named)))
@@ -223,8 +223,10 @@ def _explicit(pooling: str, config: dict[str, Any], common: dict[str, Any]) -> E
     if pooling == "colbert":
         size = int(config["hidden_size"])
         dim = int(config.get("dim") or 128)
-        modules = (ModuleSpec("dense", "", size, dim, bias=False, per_token=True),)
-        modules += (ModuleSpec("normalize", per_token=True),)
+        modules = (
+            ModuleSpec("dense", "", size, dim, bias=False, per_token=True),
+            ModuleSpec("normalize", per_token=True),
+        )
         return EncodeCard(**common, kind="multi_vector", tasks=(EncodeTask.EMBED_ALL,), modules=modules)
     return EncodeCard(
         **common,
@@ -264,8 +266,8 @@ def _from_modules(path: Path, config: dict[str, Any], common: dict[str, Any]) ->
         return EncodeCard(**common, kind="multi_vector", tasks=per_token, modules=modules)
     if found["pooling"] is None:
         raise MissingFile(
-            f"{file} lists no Pooling module: add 1_Pooling/config.json and its entry, or say how to pool with "
-            f"--pooling (one of {', '.join(POOLINGS)})",
+            f"{file} lists no Pooling module: add 1_Pooling/config.json and its entry, or say how to pool "
+            f"with --pooling (one of {', '.join(POOLINGS)})",
             param="pooling",
         )
     m3 = common["architecture"] == "XLMRobertaModel" and all(
@@ -286,9 +288,9 @@ def _from_modules(path: Path, config: dict[str, Any], common: dict[str, Any]) ->
 def _no_modules(path: Path, architecture: str) -> str:
     if architecture.endswith("ForCausalLM"):
         return (
-            f"{path} has no modules.json and {architecture} is a generator. To embed with it, add modules.json and "
-            "1_Pooling/config.json or pass --pooling last (or mean); to rerank with its yes/no logits pass "
-            "--pooling yes_no and a chat template"
+            f"{path} has no modules.json and {architecture} is a generator. To embed with it, add "
+            "modules.json and 1_Pooling/config.json or pass --pooling last (or mean); to rerank with its "
+            "yes/no logits pass --pooling yes_no and a chat template"
         )
     return (
         f"{path} has no modules.json and 1_Pooling/config.json, so nothing says how {architecture} pools its "
@@ -330,7 +332,7 @@ def _read_module(path: Path, type_: str, folder: str, found: dict[str, Any]) -> 
         found["mask"] = True
     else:
         raise UnsupportedCheckpoint(
-            f"{path / 'modules.json'} has a module of type {type_!r}, which is not implemented; supported are "
+            f"{path / 'modules.json'} has a module of type {type_!r}, which is not implemented; known are "
             "Transformer, Pooling, Dense, LayerNorm, Normalize, SpladePooling, LogitScore and MultiVectorMask"
         )
 
@@ -372,7 +374,9 @@ def _dense(file: Path, folder: str) -> ModuleSpec:
     source = config.get("module_input_name", "sentence_embedding")
     target = config.get("module_output_name") or source
     if source != target or source not in ("sentence_embedding", "token_embeddings"):
-        raise UnsupportedCheckpoint(f"{file} reads {source!r} and writes {target!r}, which is not implemented")
+        raise UnsupportedCheckpoint(
+            f"{file} reads {source!r} and writes {target!r}, which is not implemented"
+        )
     return ModuleSpec(
         "dense",
         folder,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -90,4 +91,5 @@ def test_everyone_runs_exactly_once_in_order(
 
 def test_imports_no_torch() -> None:
     code = "import sys, headrace.scheduling.token_budget; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **path})
