@@ -216,6 +216,7 @@ class Scheduler:
             count=count,
             samples=end == sequence.length,
             from_device=end > len(sequence.token_ids),
+            row=sequence.row,
             epoch=sequence.epoch,
         )
         sequence.num_computed = end
