@@ -85,6 +85,7 @@ class Runner:
         block_size: tokens of one block.
         max_num_seqs: rows of per-sequence state.
         max_model_len: tokens of the longest sequence.
+        rope_by_length: the model's rotary embedding depends on a sequence's (prompt) length.
     """
 
     def __init__(
@@ -96,8 +97,10 @@ class Runner:
         block_size: int,
         max_num_seqs: int,
         max_model_len: int,
+        rope_by_length: bool = False,
     ) -> None:
         self.model = model
+        self.rope_by_length = rope_by_length
         self.caches = caches
         self.device = device
         self.block_size = block_size
@@ -179,7 +182,11 @@ class Runner:
             host_seq_lens=ends.tolist() if host else None,
             host_blocks=[list(c.sequence.table.blocks) for c in chunks] if host else None,
         )
-        return PackedBatch(self._token_ids(plan), self._upload(positions), attention)
+        batch = PackedBatch(self._token_ids(plan), self._upload(positions), attention)
+        if self.rope_by_length:
+            prompts = np.fromiter((c.sequence.num_prompt for c in chunks), np.int64, num)
+            batch.rope_lens = self._upload(np.repeat(prompts, counts))
+        return batch
 
     def _token_ids(self, plan: StepPlan) -> Tensor:
         """int64 [T]; 0 where only the device knows the token."""
