@@ -7,6 +7,7 @@ B blocks of the longest sequence, P positions whose logits are wanted.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class AttentionBatch:
         max_query_len, max_seq_len: host integers, so that no kernel launch waits for the device.
         host_query_lens, host_seq_lens, host_blocks: the same facts as Python lists, for the CPU path.
             None while a CUDA graph is captured or replayed.
+        plan: what a kernel worked out from the fields above in the first layer, for the other layers of
+            this step. A batch whose contents change needs a fresh one (or None).
     """
 
     query_starts: Tensor
@@ -49,6 +52,7 @@ class AttentionBatch:
     host_query_lens: list[int] | None = None
     host_seq_lens: list[int] | None = None
     host_blocks: list[list[int]] | None = None
+    plan: dict[object, Any] | None = None
 
     @property
     def decode_only(self) -> bool:
@@ -65,12 +69,16 @@ class PackedBatch:
         positions: int64 [T], counted from 0 in each sequence.
         attention: see AttentionBatch.
         token_types: int64 [T] for encoders with segments, else None.
+        rope_lens: int64 [T], the sequence length that length-dependent rotary embeddings (dynamic NTK,
+            LongRoPE) scale for. One value for the whole life of a sequence's cache, so that chunking does
+            not change results: its prompt length. None: each sequence's length in this batch.
     """
 
     token_ids: Tensor
     positions: Tensor
     attention: AttentionBatch
     token_types: Tensor | None = None
+    rope_lens: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
