@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.kernels.launch import INTERPRETED, launch_options
+from headrace.kernels.launch import launch_options
 from headrace.kernels.linear.tuning import GemvShape, SkinnyShape, gemv_shape, skinny_shape
+from headrace.kernels.step.triton import reduce_best
 
 __all__ = ["argmax_linear", "small_linear"]
 
@@ -205,28 +206,6 @@ def _skinny(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr,
             tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
-def _best(top_ptr, best_ptr, tokens_ptr, tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """The best of each row's tiles, the lowest index among equals; -1 if it is infinite."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    best = tl.full([BLOCK], 2147483647, tl.int32)
-    for start in range(0, tiles, BLOCK):
-        ok = start + i < tiles
-        value = tl.load(top_ptr + row * tiles + start + i, mask=ok, other=float("-inf"))
-        index = tl.load(best_ptr + row * tiles + start + i, mask=ok, other=2147483647)
-        best = tl.where(value > top, index, best)
-        top = tl.maximum(top, value)
-    peak = tl.max(top, 0)
-    token = tl.min(tl.where(top == peak, best, 2147483647), 0)
-    finite = (peak < float("inf")) & (peak > float("-inf"))
-    tl.store(tokens_ptr + row, tl.where(finite, token, -1).to(tl.int64))
-
-
 class _Scratch:
     """Split sums and arrival counters by device: one step runs at a time on a device, and its kernels in order.
 
@@ -310,8 +289,14 @@ def small_linear(
 
 
 def argmax_linear(
-    x: Tensor, weight: Tensor, *, norm: tuple[Tensor, float] | None = None, out: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    last_tokens: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
+    """See the package; ``last_tokens`` and ``rows`` as in kernels/step."""
     assert x.stride(1) == 1 and weight.is_contiguous()
     num_rows = x.shape[0]
     shape = _shape(x, weight, None)
@@ -319,8 +304,4 @@ def argmax_linear(
     top = torch.empty(num_rows, tiles, dtype=torch.float32, device=x.device)
     best = torch.empty(num_rows, tiles, dtype=torch.int32, device=x.device)
     _launch(x, weight, top, best, shape, norm=norm, bias=None, gate=None, residual=None)
-    if out is None:
-        out = torch.empty(num_rows, dtype=torch.int64, device=x.device)
-    block = min(1024, triton.next_power_of_2(tiles)) if not INTERPRETED else 32
-    _best[(num_rows,)](top, best, out, tiles, BLOCK=block, **launch_options(x.device, 4, 1))
-    return out
+    return reduce_best(top, best, last_tokens=last_tokens, rows=rows)
