@@ -1,13 +1,19 @@
-"""Fixtures that every kind of test may use."""
+"""Fixtures that every kind of test may use, and settings that must stand before anything imports Triton."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.errors import HeadraceError
+
+
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels of tests/parity/test_triton_* run on the CPU
 
 
 def packaged(name: str) -> Path:
