@@ -11,7 +11,6 @@ import pytest
 from headrace.checkpoints.base import Checkpoint
 from headrace.errors import HeadraceError
 
-
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels of tests/parity/test_triton_* run on the CPU
 

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
 
 from headrace.kernels.attention import reference
 from headrace.kernels.attention.triton import attention
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
 from headrace.kernels.rotary.reference import qk_norm_rope, rope
 from headrace.layers.packed import AttentionBatch, LayerCache
+from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
 
 BLOCK = 4 if not ON_GPU else 16
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_device import DEVICE, DTYPES, error, randn, tolerance
 
 from headrace.kernels.activation import reference as gate_reference
 from headrace.kernels.activation import triton as gates
@@ -12,6 +11,7 @@ from headrace.kernels.norm import reference as norm_reference
 from headrace.kernels.norm import triton as norms
 from headrace.kernels.rotary import reference as rotary_reference
 from headrace.kernels.rotary import triton as rotary
+from triton_device import DEVICE, DTYPES, error, randn, tolerance
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -34,7 +34,9 @@ def test_float32_gain_and_strided_rows() -> None:
     wide = randn(5, 96, dtype=DTYPES[-1], seed=0)
     weight = randn(40, dtype=torch.float32, seed=1)
     x = wide[:, 10:50]
-    assert error(norms.rms_norm(x, weight, 1e-6), norm_reference.rms_norm(x, weight, 1e-6)) < tolerance(x.dtype)
+    assert error(norms.rms_norm(x, weight, 1e-6), norm_reference.rms_norm(x, weight, 1e-6)) < tolerance(
+        x.dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,7 +50,9 @@ def test_qk_norm_rope(heads: int, dim: int, width: int, dtype: torch.dtype) -> N
     cos = torch.cat([angles.cos()] * 2, -1) if width else None
     sin = torch.cat([-angles.sin(), angles.sin()], -1) if width else None
     expected = rotary_reference.qk_norm_rope(fused[:, :heads], weight, 1e-6, cos, sin)
-    assert error(rotary.qk_norm_rope(fused[:, :heads], weight, 1e-6, cos, sin), expected) < 2 * tolerance(dtype)
+    assert error(rotary.qk_norm_rope(fused[:, :heads], weight, 1e-6, cos, sin), expected) < 2 * tolerance(
+        dtype
+    )
     assert torch.equal(fused[:, heads:], before[:, heads:])
     if cos is not None and sin is not None:
         plain = before.clone()

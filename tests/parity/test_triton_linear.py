@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_device import DEVICE, DTYPES, error, randn, tolerance
 
 from headrace.kernels.linear import reference
 from headrace.kernels.linear import triton as fast
 from headrace.kernels.linear.tuning import GemvShape, SkinnyShape
+from triton_device import DEVICE, DTYPES, error, randn, tolerance
 
 SHAPES = [(1, 48, 64), (1, 70, 200), (2, 96, 128), (5, 72, 264), (17, 40, 64), (50, 130, 96)]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from triton_device import DEVICE, DTYPES, randn
 
 from headrace.kernels.step import reference
 from headrace.kernels.step import triton as fast
+from triton_device import DEVICE, DTYPES, randn
 
 
 def test_begin_step() -> None:

@@ -27,7 +27,12 @@ _GATES = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 def _prefetch(pointers):
     """Ask for the 128-byte lines at ``pointers`` to come to L2."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -219,7 +224,9 @@ class _Scratch:
     def get(self, device: torch.device, num_parts: int, num_arrivals: int) -> tuple[Tensor, Tensor]:
         parts, arrivals = self.parts.get(device), self.arrivals.get(device)
         if parts is None or parts.numel() < num_parts:
-            parts = self.parts[device] = torch.empty(max(num_parts, 1 << 20), dtype=torch.float32, device=device)
+            parts = self.parts[device] = torch.empty(
+                max(num_parts, 1 << 20), dtype=torch.float32, device=device
+            )
         if arrivals is None or arrivals.numel() < num_arrivals:
             arrivals = torch.zeros(max(num_arrivals, 4096), dtype=torch.int32, device=device)
             self.arrivals[device] = arrivals

@@ -27,7 +27,9 @@ def _rms_norm(x_ptr, x_row, res_ptr, out_ptr, gain_ptr, D, eps, BLOCK: tl.conste
         gdc_wait()
     x = tl.load(x_ptr + row * x_row + d, mask=ok, other=0.0).to(tl.float32)
     if ADD:
-        x = (x + tl.load(res_ptr + row * D + d, mask=ok, other=0.0).to(tl.float32)).to(res_ptr.dtype.element_ty)
+        x = (x + tl.load(res_ptr + row * D + d, mask=ok, other=0.0).to(tl.float32)).to(
+            res_ptr.dtype.element_ty
+        )
         tl.store(res_ptr + row * D + d, x, mask=ok)
         x = x.to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps) * gain

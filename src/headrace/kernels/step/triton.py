@@ -72,7 +72,9 @@ def _best(values_ptr, row_stride, indices_ptr, tokens_ptr, last_ptr, rows_ptr, N
     best = tl.full([BLOCK], 2147483647, tl.int32)
     for start in range(0, N, BLOCK):
         ok = start + i < N
-        value = tl.load(values_ptr + row * row_stride + start + i, mask=ok, other=float("-inf")).to(tl.float32)
+        value = tl.load(values_ptr + row * row_stride + start + i, mask=ok, other=float("-inf")).to(
+            tl.float32
+        )
         value = tl.where((value != value), float("inf"), value)
         index = start + i
         if INDEXED:
