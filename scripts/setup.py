@@ -1,6 +1,6 @@
 """Install headrace into this virtual environment: ``python scripts/setup.py serve|dev``.
 
-Without an NVIDIA GPU, torch is held to the CPU build by constraints.txt; with one, the newest build for it is taken.
+Without an NVIDIA GPU constraints.txt holds torch to the CPU build; with one, constraints-gpu.txt applies.
 """
 
 from __future__ import annotations

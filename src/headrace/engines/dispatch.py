@@ -21,20 +21,19 @@ from headrace.messages import (
     Submit,
     ToCore,
 )
-from headrace.types import EncodeOutput, Output, Request
+from headrace.types import EncodeOutput, FinishReason, Output, Request
 
 __all__ = ["DispatchClient", "error_of"]
 
 
 def error_of(failed: Failed) -> errors.HeadraceError:
     """The exception that a core's Failed message stands for."""
+    known = (getattr(errors, name) for name in errors.__all__)
     classes = {
-        getattr(errors, name).code: getattr(errors, name)
-        for name in errors.__all__
-        if name[0].isupper() and name != "HTTP_STATUS"
+        cls.code: cls for cls in known if isinstance(cls, type) and issubclass(cls, errors.HeadraceError)
     }
     cls = classes.get(failed.code, errors.EngineDead)
-    return cls(failed.message)  # type: ignore[no-any-return]
+    return cls(failed.message)
 
 
 class DispatchClient:
@@ -147,8 +146,6 @@ class DispatchClient:
         if self._failure is not None:
             return
         self._failure = reason
-        from headrace.types import FinishReason
-
         for request_id, queue in self._generating.items():
             queue.put_nowait(Output(request_id, finish_reason=FinishReason.ERROR, error=reason))
         for request_id, future in self._encoding.items():

@@ -1,7 +1,7 @@
 """One device, one forward: a StepPlan becomes a packed batch, hidden states, logits and tokens.
 
-`prepare` is host work; `run` and `sample` only launch; `Step.result` waits. What stays on the device between steps is the KV cache
-and, by row, the last sampled token, so that the next step can start before the host has seen it.
+`prepare` is host work; `run` and `sample` only launch; `Step.result` waits. What stays on the device between
+steps is the KV cache and, by row, the last sampled token: the next step can start before the host has seen it.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Runner:
         block_size: tokens of one block.
         max_num_seqs: rows of per-sequence state.
         max_model_len: tokens of the longest sequence.
+        rope_by_length: the model's rotary embedding depends on a sequence's (prompt) length.
     """
 
     def __init__(
@@ -96,8 +97,10 @@ class Runner:
         block_size: int,
         max_num_seqs: int,
         max_model_len: int,
+        rope_by_length: bool = False,
     ) -> None:
         self.model = model
+        self.rope_by_length = rope_by_length
         self.caches = caches
         self.device = device
         self.block_size = block_size
@@ -138,7 +141,7 @@ class Runner:
         step.sampled = self.sampler.sample(step.logits, step.chunks, masks)
         step.logits = None
         tokens = step.sampled.tokens
-        rows = torch.tensor([chunk.sequence.row for chunk in step.chunks])
+        rows = torch.tensor([chunk.row for chunk in step.chunks])
         self._last_tokens[rows.to(self.device, non_blocking=True)] = tokens
         step.host_tokens = tokens.to("cpu", non_blocking=True)
         if self.device.type == "cuda":
@@ -151,7 +154,7 @@ class Runner:
     def _pack(self, plan: StepPlan) -> PackedBatch:
         chunks = plan.chunks
         num = len(chunks)
-        rows = np.fromiter((c.sequence.row for c in chunks), np.int64, num)
+        rows = np.fromiter((c.row for c in chunks), np.int64, num)
         starts = np.fromiter((c.start for c in chunks), np.int64, num)
         counts = np.fromiter((c.count for c in chunks), np.int64, num)
         self._update_tables(chunks)
@@ -179,7 +182,11 @@ class Runner:
             host_seq_lens=ends.tolist() if host else None,
             host_blocks=[list(c.sequence.table.blocks) for c in chunks] if host else None,
         )
-        return PackedBatch(self._token_ids(plan), self._upload(positions), attention)
+        batch = PackedBatch(self._token_ids(plan), self._upload(positions), attention)
+        if self.rope_by_length:
+            prompts = np.fromiter((c.sequence.num_prompt for c in chunks), np.int64, num)
+            batch.rope_lens = self._upload(np.repeat(prompts, counts))
+        return batch
 
     def _token_ids(self, plan: StepPlan) -> Tensor:
         """int64 [T]; 0 where only the device knows the token."""
@@ -195,13 +202,13 @@ class Runner:
         which = [i for i, chunk in enumerate(plan.chunks) if chunk.from_device]
         if not which:
             return None
-        rows = np.asarray([plan.chunks[i].sequence.row for i in which], np.int64)
+        rows = np.asarray([plan.chunks[i].row for i in which], np.int64)
         return self._upload(ends[which]), self._upload(rows)
 
     def _update_tables(self, chunks: list[Chunk]) -> None:
         """Write the blocks that a sequence got since its last step."""
         for chunk in chunks:
-            row, blocks = chunk.sequence.row, chunk.sequence.table.blocks
+            row, blocks = chunk.row, chunk.sequence.table.blocks
             have = self._num_blocks[row]
             if have != len(blocks):
                 self._tables[row, have : len(blocks)] = blocks[have:]
@@ -249,4 +256,6 @@ class Runner:
 
 def _ranges(starts: np.ndarray, counts: np.ndarray, query_starts: np.ndarray) -> np.ndarray:
     """start, start + 1, ... for each chunk, one after another."""
-    return np.arange(query_starts[-1], dtype=np.int64) + np.repeat(starts - query_starts[:-1], counts)
+    steps = np.arange(query_starts[-1], dtype=np.int64)
+    positions: np.ndarray = steps + np.repeat(starts - query_starts[:-1], counts)
+    return positions

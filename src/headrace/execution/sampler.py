@@ -57,7 +57,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 class Sampler:
@@ -98,7 +99,7 @@ class Sampler:
             _adjust(logits[i], chunk)
         for i, allowed in (masks or {}).items():
             logits[i].masked_fill_(~allowed, -torch.inf)
-        rows = np.fromiter((c.sequence.row for c in chunks), np.int64, len(chunks))
+        rows = np.fromiter((c.row for c in chunks), np.int64, len(chunks))
         temperature = self.temperature[rows]
         greedy = np.flatnonzero(temperature == 0.0)
         if len(greedy) == len(chunks):

@@ -19,7 +19,6 @@ ACTIVATION_NAMES = {
     "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
-    "relu": "relu",
 }
 
 # Fields that do not touch a forward pass at inference (training, tokens, bookkeeping).

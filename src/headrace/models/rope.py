@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from headrace.errors import UnsupportedCheckpoint, nearest
+from headrace.errors import nearest
 from headrace.layers.rotary import RopeConfig, RopeKind
 from headrace.models.reading import ConfigReader
 
@@ -80,11 +80,8 @@ class _RopeReader:
         kind = rope.get("rope_type") or rope.get("type") or "default"
         kind = self.aliases.get(kind, kind)
         if kind not in _KNOWN:
-            raise UnsupportedCheckpoint(
-                f"config.json of {self.config.architecture}: rope type is {kind!r}; "
-                f"expected one of {sorted(_KNOWN)}{nearest(str(kind), _KNOWN)}",
-                param="rope_scaling",
-            )
+            hint = nearest(str(kind), _KNOWN)
+            raise self.config.refuse("rope_scaling.rope_type", kind, f"one of {sorted(_KNOWN)}{hint}")
         for name, value in rope.items():
             if value is not None and name not in _COMMON | _KNOWN[kind]:
                 raise self.config.refuse(
@@ -93,9 +90,10 @@ class _RopeReader:
         theta = self._number(rope, "rope_theta", theta)
         dim = int(self.head_dim * self._number(rope, "partial_rotary_factor", self.partial))
         if dim % 2 or not 0 < dim <= self.head_dim:
-            raise self.config.refuse(
-                "partial_rotary_factor", dim / self.head_dim, "an even number of dimensions"
+            expected = (
+                f"one that gives an even number of rotated dimensions, not {dim} (partial_rotary_factor)"
             )
+            raise self.config.refuse("head_dim", self.head_dim, expected)
         plain = RopeConfig(dim=dim, theta=theta)
         return plain if kind == "default" else _SCALINGS[kind](self, rope, plain)
 

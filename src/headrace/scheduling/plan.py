@@ -16,15 +16,16 @@ class Chunk:
     Attributes:
         samples: the chunk reaches the sequence's end, so its last position yields a token.
         from_device: the last token is one that only the device knows yet.
-        epoch: the sequence's own at planning; a later one means that it was preempted since.
+        row, epoch: the sequence's own at planning; it may be preempted before the device gets here.
     """
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
-    from_device: bool = False
-    epoch: int = 0
+    from_device: bool
+    row: int
+    epoch: int
 
 
 @dataclass(slots=True)

@@ -36,6 +36,7 @@ class Scheduler:
         eos_ids: tokens that end a sequence unless it ignores them.
         fingerprint: what cached keys depend on besides tokens (model, dtype, ...).
         prefix_caching: look new prompts up in the prefix index.
+        prefix_regime: from a prompt's length to whatever else its keys depend on (length-dependent rope).
         is_ready: asked before a sequence is first run (a grammar may still be compiling).
     """
 
@@ -50,6 +51,7 @@ class Scheduler:
         eos_ids: Iterable[int] = (),
         fingerprint: str = "",
         prefix_caching: bool = True,
+        prefix_regime: Callable[[int], str] = lambda _: "",
         is_ready: Callable[[Sequence], bool] = lambda _: True,
     ) -> None:
         self.pool = pool
@@ -59,6 +61,7 @@ class Scheduler:
         self.eos_ids = frozenset(eos_ids)
         self.fingerprint = fingerprint
         self.prefix_caching = prefix_caching
+        self.prefix_regime = prefix_regime
         self.is_ready = is_ready
         self.sequences: dict[str, Sequence] = {}
         self.running: list[Sequence] = []
@@ -89,7 +92,9 @@ class Scheduler:
         limit = self.max_model_len
         if request.sampling.max_tokens is not None:
             limit = min(limit, num_prompt + request.sampling.max_tokens)
-        root = root_hash(self.fingerprint, request.adapter, request.cache_salt)
+        root = root_hash(
+            self.fingerprint, request.adapter, request.cache_salt, self.prefix_regime(num_prompt)
+        )
         sequence = Sequence(
             request,
             BlockTable(self.pool, self.block_size, root),
@@ -216,6 +221,7 @@ class Scheduler:
             count=count,
             samples=end == sequence.length,
             from_device=end > len(sequence.token_ids),
+            row=sequence.row,
             epoch=sequence.epoch,
         )
         sequence.num_computed = end

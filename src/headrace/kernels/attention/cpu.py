@@ -274,6 +274,7 @@ def _append_span(plan: list[_Span | _Gather], span: _Span) -> None:
         and last.fresh
         and span.fresh
         and last.query_len == span.query_len
+        and last.query + last.query_len * last.count == span.query  # gathered ones may lie between
         and last.mask is span.mask
     ):
         plan[-1] = _Span(
