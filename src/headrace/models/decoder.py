@@ -178,7 +178,10 @@ class DecoderModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [P, D] -> logits, float32 [P, V]."""
         assert self.head is not None, "an embedder has no language-model head"
-        logits: Tensor = self.head(hidden).float()
+        return self.adjust_logits(self.head(hidden).float())
+
+    def adjust_logits(self, logits: Tensor) -> Tensor:
+        """Divisor and soft cap of raw logits, float32 [P, V]."""
         if self.config.logits_divisor != 1.0:
             logits = logits / self.config.logits_divisor
         if self.config.logit_soft_cap is not None:
