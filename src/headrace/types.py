@@ -165,12 +165,14 @@ class EncodeParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         normalize: L2-normalize vectors; None follows the checkpoint.
         dimensions: Matryoshka: keep this many leading dimensions, then normalize again.
         raw_scores: logits instead of probabilities.
+        also: further results of the same pass (BGE-M3: dense, sparse and token vectors).
     """
 
     task: EncodeTask = EncodeTask.EMBED
     normalize: bool | None = None
     dimensions: int | None = None
     raw_scores: bool = False
+    also: tuple[EncodeTask, ...] = ()
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -238,7 +240,8 @@ class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
 class EncodeOutput(msgspec.Struct, frozen=True, array_like=True):
     """Result of one pass: a float32 array as little-endian bytes, row-major, and its shape.
 
-    ``indices`` is set for sparse vectors (uint32 token ids, little-endian), ``error`` when it failed.
+    ``indices`` is set for sparse vectors (uint32 token ids, little-endian), ``error`` when it failed,
+    ``also`` when EncodeParams.also asked for more, in its order.
     """
 
     request_id: str
@@ -246,6 +249,7 @@ class EncodeOutput(msgspec.Struct, frozen=True, array_like=True):
     shape: tuple[int, ...] = ()
     indices: bytes = b""
     error: str = ""
+    also: tuple[EncodeOutput, ...] = ()
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,415 @@
+"""What a checkpoint says about its single pass: task, pooling, modules after it, labels, prompts. No torch.
+
+Read from `config.json` and the sentence-transformers files (`modules.json`, `1_Pooling/config.json`,
+`config_sentence_transformers.json`, `sentence_bert_config.json`). What the files do not say is refused with
+the file's name and the way out; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from headrace.errors import MissingFile, UnsupportedCheckpoint, nearest
+from headrace.types import EncodeTask
+
+__all__ = ["ACTIVATIONS", "POOLINGS", "EncodeCard", "ModuleSpec", "read_encode_card"]
+
+PoolingMode = Literal["cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last"]
+Kind = Literal["embed", "classify", "token_classify", "splade", "multi_vector", "m3", "yes_no"]
+
+# The flag in 1_Pooling/config.json (sentence-transformers up to 5) and the word (from 6 on), in the order in
+# which several modes are concatenated.
+_POOLING_FLAGS: dict[str, PoolingMode] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+    "pooling_mode_weightedmean_tokens": "weighted_mean",
+    "pooling_mode_lasttoken": "last",
+}
+_POOLING_WORDS: dict[str, PoolingMode] = {
+    "cls": "cls",
+    "first": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len": "mean_sqrt_len",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weighted_mean",
+    "weighted_mean": "weighted_mean",
+    "last": "last",
+    "lasttoken": "last",
+    "last_token": "last",
+}
+POOLINGS = (*sorted(_POOLING_WORDS), "splade", "colbert", "m3", "yes_no")
+
+ACTIVATIONS = ("identity", "tanh", "gelu", "relu", "sigmoid", "silu")
+_TORCH_ACTIVATIONS = {
+    "Identity": "identity",
+    "Tanh": "tanh",
+    "GELU": "gelu",
+    "ReLU": "relu",
+    "Sigmoid": "sigmoid",
+    "SiLU": "silu",
+}
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """A step after pooling, or on every token vector before it.
+
+    Attributes:
+        kind: ``dense``, ``layer_norm`` or ``normalize``.
+        folder: subfolder with its weights; "" for normalize.
+        size_in, size_out: features.
+        activation: one of ACTIVATIONS.
+        per_token: applies to token vectors instead of the pooled one.
+        residual: adds its input to its output (through a projection when the sizes differ).
+    """
+
+    kind: Literal["dense", "layer_norm", "normalize"]
+    folder: str = ""
+    size_in: int = 0
+    size_out: int = 0
+    bias: bool = True
+    activation: str = "identity"
+    per_token: bool = False
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class EncodeCard:
+    """How to use one checkpoint in one pass.
+
+    Attributes:
+        kind: which head.
+        tasks: what may be asked of it; the first is the default.
+        pooling: modes whose results are concatenated; empty where the head needs none.
+        modules: what follows, in order.
+        labels: names of the outputs of a classifier, by index.
+        multi_label: labels do not exclude each other (sigmoid instead of softmax).
+        prompts: texts that may be put before an input, by name.
+        default_prompt: name of the one that is put there when the request names none.
+        similarity: ``cosine``, ``dot``, ``euclidean`` or ``manhattan``.
+        dimensions: Matryoshka sizes that the checkpoint declares; empty: it does not say.
+        max_tokens: longest input that the sentence-transformers files allow; None: the model's positions.
+        lowercase: texts are lowercased before the tokenizer.
+        splade: (reduction over tokens, ``relu`` or ``log1p_relu``).
+        yes_no: token ids of a generative reranker's answers; the second is None for a bare logit.
+    """
+
+    architecture: str
+    kind: Kind
+    tasks: tuple[EncodeTask, ...]
+    pooling: tuple[PoolingMode, ...] = ()
+    modules: tuple[ModuleSpec, ...] = ()
+    labels: tuple[str, ...] = ()
+    multi_label: bool = False
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    similarity: str = "cosine"
+    dimensions: tuple[int, ...] = ()
+    max_tokens: int | None = None
+    lowercase: bool = False
+    splade: tuple[str, str] = ("max", "relu")
+    yes_no: tuple[int, int | None] | None = None
+
+    @property
+    def normalized(self) -> bool:
+        """Whether the checkpoint itself ends with L2 normalization."""
+        return any(module.kind == "normalize" for module in self.modules)
+
+
+def read_encode_card(path: Path, *, pooling: str | None = None) -> EncodeCard:
+    """Read a checkpoint folder.
+
+    Args:
+        path: the folder.
+        pooling: the user's explicit choice (`--pooling`), which replaces `modules.json` and its files.
+    Raises:
+        MissingFile: a file that would have to say how to pool, or name labels, is absent.
+        UnsupportedCheckpoint: a module or pooling mode that is not implemented, or contradictory files.
+    """
+    config = _json(path / "config.json")
+    architectures = config.get("architectures") or []
+    if not architectures:
+        raise UnsupportedCheckpoint(
+            f'{path / "config.json"} names no architecture: add "architectures", e.g. ["BertModel"]'
+        )
+    architecture = str(architectures[0])
+    common = _common(path, config, architecture)
+    if pooling is not None and pooling not in POOLINGS:
+        raise UnsupportedCheckpoint(
+            f"pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}{nearest(pooling, POOLINGS)}",
+            param="pooling",
+        )
+    if "ForSequenceClassification" in architecture:
+        return _classifier(path, config, common)
+    if "ForTokenClassification" in architecture:
+        labels = _labels(path, config)
+        return EncodeCard(**common, kind="token_classify", tasks=(EncodeTask.TOKEN_CLASSIFY,), labels=labels)
+    if pooling is not None:
+        return _explicit(pooling, config, common)
+    return _from_modules(path, config, common)
+
+
+def _common(path: Path, config: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """Facts that every kind shares."""
+    st = _json(path / "config_sentence_transformers.json", optional=True)
+    bert = _json(path / "sentence_bert_config.json", optional=True)
+    sizes = config.get("matryoshka_dimensions") or st.get("matryoshka_dimensions") or ()
+    prompts = {str(k): str(v) for k, v in (st.get("prompts") or {}).items() if v is not None}
+    default = st.get("default_prompt_name")
+    if default is not None and default not in prompts:
+        raise UnsupportedCheckpoint(
+            f"default_prompt_name {default!r} in {path / 'config_sentence_transformers.json'} is none of its "
+            f"prompts {sorted(prompts)}"
+        )
+    max_tokens = bert.get("max_seq_length")
+    return {
+        "architecture": architecture,
+        "prompts": prompts,
+        "default_prompt": default,
+        "similarity": str(st.get("similarity_fn_name") or "cosine"),
+        "dimensions": tuple(sorted(int(size) for size in sizes)),
+        "max_tokens": int(max_tokens) if max_tokens else None,
+        "lowercase": bool(bert.get("do_lower_case", False)),
+    }
+
+
+def _classifier(path: Path, config: dict[str, Any], common: dict[str, Any]) -> EncodeCard:
+    labels = _labels(path, config)
+    tasks: tuple[EncodeTask, ...] = (EncodeTask.CLASSIFY,)
+    if len(labels) == 1:
+        tasks = (EncodeTask.SCORE, EncodeTask.CLASSIFY)
+    multi = config.get("problem_type") == "multi_label_classification"
+    return EncodeCard(**common, kind="classify", tasks=tasks, labels=labels, multi_label=multi)
+
+
+def _labels(path: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    table = config.get("id2label")
+    file = path / "config.json"
+    if not isinstance(table, dict) or not table:
+        raise UnsupportedCheckpoint(
+            f'{file} has no "id2label": give one name for each output of the last layer, '
+            'e.g. {"0": "negative", "1": "positive"}',
+            param="id2label",
+        )
+    try:
+        named = {int(index): str(name) for index, name in table.items()}
+    except ValueError:
+        raise UnsupportedCheckpoint(
+            f'"id2label" in {file} has a key that is no integer', param="id2label"
+        ) from None
+    if sorted(named) != list(range(len(named))):
+        raise UnsupportedCheckpoint(
+            f'"id2label" in {file} names outputs {sorted(named)}; expected 0 to {len(named) - 1}, no gaps',
+            param="id2label",
+        )
+    return tuple(named[index] for index in range(len(named)))
+
+
+def _explicit(pooling: str, config: dict[str, Any], common: dict[str, Any]) -> EncodeCard:
+    """The user says how to pool: trust that, and end with unit length."""
+    if pooling == "splade":
+        return EncodeCard(**common, kind="splade", tasks=(EncodeTask.SPARSE,))
+    if pooling == "m3":
+        return _m3(common)
+    if pooling == "yes_no":
+        return EncodeCard(**common, kind="yes_no", tasks=(EncodeTask.SCORE,))
+    if pooling == "colbert":
+        size = int(config["hidden_size"])
+        dim = int(config.get("dim") or 128)
+        modules = (
+            ModuleSpec("dense", "", size, dim, bias=False, per_token=True),
+            ModuleSpec("normalize", per_token=True),
+        )
+        return EncodeCard(**common, kind="multi_vector", tasks=(EncodeTask.EMBED_ALL,), modules=modules)
+    return EncodeCard(
+        **common,
+        kind="embed",
+        tasks=(EncodeTask.EMBED, EncodeTask.EMBED_ALL),
+        pooling=(_POOLING_WORDS[pooling],),
+        modules=(ModuleSpec("normalize"),),
+    )
+
+
+def _m3(common: dict[str, Any]) -> EncodeCard:
+    """BGE-M3 (Chen et al. 2024): CLS vector, token weights and token vectors of one pass."""
+    return EncodeCard(
+        **common,
+        kind="m3",
+        tasks=(EncodeTask.EMBED, EncodeTask.SPARSE, EncodeTask.EMBED_ALL),
+        pooling=("cls",),
+        modules=(ModuleSpec("normalize"),),
+    )
+
+
+def _from_modules(path: Path, config: dict[str, Any], common: dict[str, Any]) -> EncodeCard:
+    file = path / "modules.json"
+    if not file.exists():
+        raise MissingFile(_no_modules(path, common["architecture"]), param="pooling")
+    entries = _json_list(file)
+    found: dict[str, Any] = {"pooling": None, "modules": [], "splade": None, "yes_no": None, "mask": False}
+    for entry in entries:
+        _read_module(path, str(entry.get("type", "")), str(entry.get("path", "")), found)
+    modules = tuple(found["modules"])
+    if found["splade"] is not None:
+        return EncodeCard(**common, kind="splade", tasks=(EncodeTask.SPARSE,), splade=found["splade"])
+    if found["yes_no"] is not None:
+        return EncodeCard(**common, kind="yes_no", tasks=(EncodeTask.SCORE,), yes_no=found["yes_no"])
+    if found["mask"] or (modules and modules[0].per_token and found["pooling"] is None):
+        per_token = (EncodeTask.EMBED_ALL,)
+        return EncodeCard(**common, kind="multi_vector", tasks=per_token, modules=modules)
+    if found["pooling"] is None:
+        raise MissingFile(
+            f"{file} lists no Pooling module: add 1_Pooling/config.json and its entry, or say how to pool "
+            f"with --pooling (one of {', '.join(POOLINGS)})",
+            param="pooling",
+        )
+    m3 = common["architecture"] == "XLMRobertaModel" and all(
+        any((path / f"{stem}_linear{suffix}").exists() for suffix in (".safetensors", ".pt"))
+        for stem in ("sparse", "colbert")
+    )
+    if m3 and all((path / f"{stem}_linear.safetensors").exists() for stem in ("sparse", "colbert")):
+        return _m3(common)
+    return EncodeCard(
+        **common,
+        kind="embed",
+        tasks=(EncodeTask.EMBED, EncodeTask.EMBED_ALL),
+        pooling=found["pooling"],
+        modules=modules,
+    )
+
+
+def _no_modules(path: Path, architecture: str) -> str:
+    if architecture.endswith("ForCausalLM"):
+        return (
+            f"{path} has no modules.json and {architecture} is a generator. To embed with it, add "
+            "modules.json and 1_Pooling/config.json or pass --pooling last (or mean); to rerank with its "
+            "yes/no logits pass --pooling yes_no and a chat template"
+        )
+    return (
+        f"{path} has no modules.json and 1_Pooling/config.json, so nothing says how {architecture} pools its "
+        "token vectors: add those files or pass --pooling (cls, mean, last, ...)"
+    )
+
+
+def _read_module(path: Path, type_: str, folder: str, found: dict[str, Any]) -> None:
+    """One entry of modules.json, by the last word of its type."""
+    name = type_.rsplit(".", 1)[-1]
+    where = path / folder
+    if name in ("Transformer", "MLMTransformer"):
+        return
+    if name == "Pooling":
+        found["pooling"] = _pooling(where / "config.json")
+    elif name == "Normalize":
+        config = _json(where / "config.json", optional=True)
+        per_token = config.get("module_input_name") == "token_embeddings"
+        found["modules"].append(ModuleSpec("normalize", per_token=per_token))
+    elif name == "Dense":
+        found["modules"].append(_dense(where / "config.json", folder))
+    elif name == "LayerNorm":
+        config = _json(where / "config.json")
+        size = int(config["dimension"])
+        found["modules"].append(ModuleSpec("layer_norm", folder, size, size))
+    elif name == "Dropout":
+        return
+    elif name == "SpladePooling":
+        config = _json(where / "config.json", optional=True)
+        found["splade"] = (
+            str(config.get("pooling_strategy", "max")),
+            str(config.get("activation_function", "relu")),
+        )
+    elif name == "LogitScore":
+        config = _json(where / "config.json")
+        no = config.get("false_token_id")
+        found["yes_no"] = (int(config["true_token_id"]), None if no is None else int(no))
+    elif name == "MultiVectorMask":
+        found["mask"] = True
+    else:
+        raise UnsupportedCheckpoint(
+            f"{path / 'modules.json'} has a module of type {type_!r}, which is not implemented; known are "
+            "Transformer, Pooling, Dense, LayerNorm, Normalize, SpladePooling, LogitScore and MultiVectorMask"
+        )
+
+
+def _pooling(file: Path) -> tuple[PoolingMode, ...]:
+    if not file.exists():
+        raise MissingFile(
+            f"{file} is missing, so nothing says how to pool: restore it or pass --pooling", param="pooling"
+        )
+    config = _json(file)
+    if "pooling_mode" in config:
+        words = config["pooling_mode"]
+        words = [words] if isinstance(words, str) else list(words)
+        unknown = [word for word in words if word not in _POOLING_WORDS]
+        if unknown or not words:
+            raise UnsupportedCheckpoint(
+                f"{file} has pooling_mode {config['pooling_mode']!r}; expected {sorted(_POOLING_WORDS)}"
+            )
+        modes = tuple(_POOLING_WORDS[word] for word in words)
+    else:
+        modes = tuple(mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag))
+    if not modes:
+        raise UnsupportedCheckpoint(f"{file} sets no pooling mode: set one of {', '.join(_POOLING_FLAGS)}")
+    if config.get("include_prompt") is False:
+        raise UnsupportedCheckpoint(
+            f"{file} excludes prompt tokens from pooling (include_prompt: false), which is not implemented"
+        )
+    return modes
+
+
+def _dense(file: Path, folder: str) -> ModuleSpec:
+    config = _json(file)
+    name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    activation = _TORCH_ACTIVATIONS.get(name.rsplit(".", 1)[-1]) if name.startswith("torch.") else None
+    if activation is None:
+        raise UnsupportedCheckpoint(
+            f"{file} has activation_function {name!r}; supported are {sorted(_TORCH_ACTIVATIONS)} of torch.nn"
+        )
+    source = config.get("module_input_name", "sentence_embedding")
+    target = config.get("module_output_name") or source
+    if source != target or source not in ("sentence_embedding", "token_embeddings"):
+        raise UnsupportedCheckpoint(
+            f"{file} reads {source!r} and writes {target!r}, which is not implemented"
+        )
+    return ModuleSpec(
+        "dense",
+        folder,
+        int(config["in_features"]),
+        int(config["out_features"]),
+        bool(config.get("bias", True)),
+        activation,
+        per_token=source == "token_embeddings",
+        residual=bool(config.get("use_residual", False)),
+    )
+
+
+def _json(file: Path, *, optional: bool = False) -> dict[str, Any]:
+    """A JSON object; {} for an absent optional file."""
+    if optional and not file.exists():
+        return {}
+    value = _read(file)
+    if not isinstance(value, dict):
+        raise UnsupportedCheckpoint(f"{file} holds {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _json_list(file: Path) -> list[dict[str, Any]]:
+    value = _read(file)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise UnsupportedCheckpoint(f"{file} holds no list of JSON objects")
+    return value
+
+
+def _read(file: Path) -> Any:
+    try:
+        return msgspec.json.decode(file.read_bytes())
+    except FileNotFoundError:
+        raise MissingFile(f"{file} is missing") from None
+    except msgspec.DecodeError as error:
+        raise UnsupportedCheckpoint(f"{file} is no valid JSON: {error}") from None

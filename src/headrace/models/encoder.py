@@ -1,0 +1,239 @@
+"""The encoder: one bidirectional transformer for all families, built from a declaration, never padded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Literal
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from headrace.layers.attention import Attention, CosSin
+from headrace.layers.biased_attention import BiasedAttention, DistanceBias
+from headrace.layers.dense import Dense
+from headrace.layers.expert_mlp import ExpertMLP
+from headrace.layers.linear import Embedding
+from headrace.layers.mlp import GatedMLP
+from headrace.layers.norm import LayerNorm, NoNorm, RMSNorm
+from headrace.layers.packed import AttentionBatch, PackedBatch
+from headrace.layers.rotary import RopeConfig, Rotary
+
+__all__ = ["EncoderConfig", "EncoderLayer", "EncoderModel"]
+
+Norm = RMSNorm | LayerNorm | NoNorm
+
+
+class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One encoder-only transformer: every choice in which the families differ, and nothing else.
+
+    Attributes:
+        max_tokens: longest sequence.
+        positions: rows of the table of absolute positions; 0: none.
+        position_offset: row of the first position (RoBERTa starts after its padding row).
+        token_types: rows of the table of segments; 0: none.
+        distance_bias: ``alibi`` slopes, or learned relative ``buckets``, added to attention scores.
+        num_buckets: of the learned bias.
+        rope, local_rope: rotary embedding of full-attention layers, and of windowed ones where it differs.
+        windows: for each layer how far a token sees (distance below it), None for everything.
+        norm: ``layer`` or ``rms``; ``norm_bias``: layer norms have a bias.
+        pre_norm: norms stand before each block and at the end, else after each residual sum.
+        first_norm: the first layer's attention norm exists.
+        embedding_norm: the embeddings are normed.
+        gated: ``down(act(gate) * up)`` instead of ``down(act(up))``.
+        experts, experts_per_token: of the layers in ``expert_layers`` (Nomic's mixture).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_tokens: int
+    positions: int = 0
+    position_offset: int = 0
+    token_types: int = 0
+    distance_bias: Literal["", "alibi", "buckets"] = ""
+    num_buckets: int = 0
+    rope: RopeConfig | None = None
+    local_rope: RopeConfig | None = None
+    windows: tuple[int | None, ...] = ()
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-12
+    norm_bias: bool = True
+    pre_norm: bool = False
+    first_norm: bool = True
+    embedding_norm: bool = True
+    qkv_bias: bool = True
+    output_bias: bool = True
+    gated: bool = False
+    activation: str = "gelu"
+    up_bias: bool = True
+    down_bias: bool = True
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_layers: frozenset[int] = frozenset()
+
+    def window(self, layer: int) -> int | None:
+        """How far tokens of this layer see."""
+        return self.windows[layer] if self.windows else None
+
+
+class _Builder:
+    """Makes an encoder's modules with one dtype, on one device."""
+
+    def __init__(self, config: EncoderConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+
+    def dense(self, inputs: int, *parts: int, bias: bool, activation: str | None = None) -> Dense:
+        return Dense(
+            inputs,
+            sum(parts),
+            bias=bias,
+            parts=parts,
+            activation=activation,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def norm(self, exists: bool = True) -> Norm:
+        config = self.config
+        if not exists:
+            return NoNorm()
+        if config.norm == "rms":
+            return RMSNorm(config.hidden_size, config.norm_eps, dtype=self.dtype, device=self.device)
+        return LayerNorm(
+            config.hidden_size, config.norm_eps, bias=config.norm_bias, dtype=self.dtype, device=self.device
+        )
+
+    def attention(self, layer: int) -> nn.Module:
+        config = self.config
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        qkv = self.dense(config.hidden_size, q, kv, kv, bias=config.qkv_bias)
+        o = self.dense(q, config.hidden_size, bias=config.output_bias)
+        scale = config.head_dim**-0.5
+        if config.distance_bias:
+            return BiasedAttention(qkv, o, num_heads=config.num_heads, scale=scale)
+        return Attention(
+            qkv,
+            o,
+            norm=None,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            layer=layer,
+            scale=scale,
+            window=config.window(layer),
+            soft_cap=None,
+        )
+
+    def mlp(self, layer: int) -> nn.Module:
+        config = self.config
+        hidden, inner = config.hidden_size, config.intermediate_size
+        if layer in config.expert_layers:
+            return ExpertMLP(
+                hidden,
+                inner,
+                num_experts=config.experts,
+                experts_per_token=config.experts_per_token,
+                activation=config.activation,
+                dtype=self.dtype,
+                device=self.device,
+            )
+        down = self.dense(inner, hidden, bias=config.down_bias)
+        if config.gated:
+            gate_up = self.dense(hidden, inner, inner, bias=config.up_bias)
+            return GatedMLP(gate_up, down, config.activation)
+        up = self.dense(hidden, inner, bias=config.up_bias, activation=config.activation)
+        return nn.Sequential(OrderedDict(up=up, down=down))
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward, each added to its input; norms before (pre) or after the sums (post)."""
+
+    def __init__(self, build: _Builder, layer: int) -> None:
+        super().__init__()
+        config = build.config
+        self.pre_norm = config.pre_norm
+        self.attention = build.attention(layer)
+        self.attention_norm = build.norm(layer > 0 or config.first_norm)
+        self.mlp = build.mlp(layer)
+        self.mlp_norm = build.norm()
+
+    def forward(self, x: Tensor, position: CosSin | Tensor | None, batch: AttentionBatch) -> Tensor:
+        """x [T, D] -> [T, D], in place. ``position``: cos and sin, or a bias by distance."""
+        if self.pre_norm:
+            x += self.attention(self.attention_norm(x), position, batch)
+            x += self.mlp(self.mlp_norm(x))
+            return x
+        x = self.attention_norm(self.attention(x, position, batch).add_(x))
+        return self.mlp_norm(self.mlp(x).add_(x))  # type: ignore[no-any-return]
+
+
+class EncoderModel(nn.Module):
+    """An encoder-only transformer over cache-less packed batches.
+
+    Args:
+        config: the family's declaration.
+        dtype: of weights and activations.
+        device: ``meta`` builds the shapes without memory.
+    """
+
+    def __init__(self, config: EncoderConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.config = config
+        build = _Builder(config, dtype, device)
+        self.word = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.position = self._table(config.positions, dtype, device)
+        self.token_type = self._table(config.token_types, dtype, device)
+        self.embedding_norm = build.norm(config.embedding_norm)
+        self.bias: DistanceBias | None = None
+        if config.distance_bias:
+            reach = config.max_tokens - 1 if config.distance_bias == "alibi" else 128
+            self.bias = DistanceBias(
+                config.distance_bias, config.num_heads, reach, config.num_buckets, dtype=dtype, device=device
+            )
+        self.layers = nn.ModuleList(EncoderLayer(build, i) for i in range(config.num_layers))
+        self.norm = build.norm(config.pre_norm)
+        self.rope: Rotary | None = None
+        self.local_rope: Rotary | None = None
+
+    def _table(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> Embedding | None:
+        return Embedding(rows, self.config.hidden_size, dtype=dtype, device=device) if rows else None
+
+    def finish(self) -> None:
+        """Called once, when the weights are there: what follows from them and from their device."""
+        device = self.word.weight.device
+        self.rope = Rotary(self.config.rope, device) if self.config.rope else None
+        self.local_rope = Rotary(self.config.local_rope, device) if self.config.local_rope else self.rope
+        for module in self.modules():
+            if isinstance(module, Dense | DistanceBias):
+                module.finish()
+
+    @torch.inference_mode()
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [T, D] of the last layer."""
+        x = self.embed(batch)
+        position: CosSin | Tensor | None = None
+        local: CosSin | Tensor | None = None
+        if self.rope is not None and self.local_rope is not None:
+            position = self.rope(batch)
+            local = position if self.local_rope is self.rope else self.local_rope(batch)
+        elif self.bias is not None:
+            position = self.bias.table
+        for i, layer in enumerate(self.layers):
+            x = layer(x, position if self.config.window(i) is None else local, batch.attention)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """Sum of the word, position and segment tables, normed: [T, D], a fresh tensor."""
+        x: Tensor = self.word(batch.token_ids)
+        if self.position is not None:
+            x += self.position(batch.positions + self.config.position_offset)
+        if self.token_type is not None:
+            x += (
+                self.token_type.weight[0] if batch.token_types is None else self.token_type(batch.token_types)
+            )
+        return self.embedding_norm(x)  # type: ignore[no-any-return]

@@ -1,0 +1,128 @@
+"""Tiny random encoders of every family, saved as checkpoint folders, and ours beside them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from headrace.checkpoints.resolve import open_checkpoint
+from headrace.execution.encode_runner import EncodeRunner
+from headrace.models.encode_model import load_encode_model
+from headrace.types import EncodeOutput, EncodeParams, EncodeTask, Request
+
+VOCAB = 97
+
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 90,
+    "pad_token_id": 0,
+}
+# Family -> (transformers class stem, changes of BASE).
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", {"hidden_act": "gelu_new", "type_vocab_size": 2}),
+    "roberta": ("Roberta", {"pad_token_id": 1}),
+    "xlm-roberta": ("XLMRoberta", {"pad_token_id": 1, "layer_norm_eps": 1e-5}),
+    "distilbert": ("DistilBert", {}),
+    "mpnet": ("MPNet", {"pad_token_id": 1}),
+    "modernbert": (
+        "ModernBert",
+        {
+            "local_attention": 12,
+            "global_attn_every_n_layers": 2,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "cls_token_id": 2,
+            "sep_token_id": 3,
+        },
+    ),
+    "nomic": ("NomicBert", {"type_vocab_size": 2}),
+    "gte": ("Gte", {"type_vocab_size": 2}),
+    "eurobert": ("EuroBert", {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3}),
+}
+
+
+def make(
+    folder: Path, family: str, head: str = "Model", *, seed: int = 0, **changes: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Save a random transformers model; returns it and the saved `config.json`."""
+    import transformers
+
+    stem, own = FAMILIES[family]
+    fields = {**BASE, **own, **changes}
+    if family == "distilbert":
+        words = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
+        words["intermediate_size"] = "hidden_dim"
+        fields = {words.get(name, name): value for name, value in fields.items()}
+    config = getattr(transformers, f"{stem}Config")(**fields)
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{stem}{head}")(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(1.0 if "orm" in name and name.endswith("weight") else 0.0, 0.3)
+    model.save_pretrained(folder)
+    return model, json.loads((folder / "config.json").read_text())
+
+
+def add_pooling(folder: Path, mode: str = "mean", hidden: int = 32, *, normalize: bool = False) -> None:
+    """The sentence-transformers files of a checkpoint that pools like this."""
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    if normalize:
+        modules.append(
+            {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}
+        )
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    config = {"word_embedding_dimension": hidden, "pooling_mode": mode}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+
+
+def runner(folder: Path, pooling: str | None = None) -> EncodeRunner:
+    """Ours, in float32 on the CPU."""
+    model = load_encode_model(
+        folder, open_checkpoint(folder), dtype=torch.float32, device="cpu", pooling=pooling
+    )
+    return EncodeRunner(model, torch.device("cpu"))
+
+
+def sequences(seed: int, count: int = 7, longest: int = 60, vocab: int = VOCAB) -> list[list[int]]:
+    """Random token lists of mixed lengths, some equal, one a single token; ids avoid paddings."""
+    draw = random.Random(seed)
+    lengths = [1, 2, longest, 17, 17, 17] + [draw.randint(1, longest) for _ in range(count)]
+    return [[draw.randint(4, vocab - 1) for _ in range(n)] for n in lengths[:count]]
+
+
+def encode(
+    run: EncodeRunner,
+    ids: Sequence[Sequence[int]],
+    params: EncodeParams,
+    types: Sequence[Sequence[int]] | None = None,
+) -> list[EncodeOutput]:
+    """All in one batch."""
+    requests = [
+        Request(id=str(i), token_ids=tuple(x), encode=params, token_types=tuple(types[i]) if types else ())
+        for i, x in enumerate(ids)
+    ]
+    return run.run(requests)
+
+
+def array(output: EncodeOutput) -> np.ndarray:
+    assert not output.error, output.error
+    return np.frombuffer(output.data, dtype="<f4").reshape(output.shape)
+
+
+def hidden_states(run: EncodeRunner, ids: list[list[int]]) -> list[np.ndarray]:
+    """Ours, sequence by sequence of one batch."""
+    return [array(o) for o in encode(run, ids, EncodeParams(task=EncodeTask.EMBED_ALL, normalize=False))]

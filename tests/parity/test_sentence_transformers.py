@@ -1,0 +1,107 @@
+"""Vectors against sentence-transformers: pooling modes, dense modules, and the packaged real model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from headrace.checkpoints.fetch import installed
+from headrace.types import EncodeParams
+from parity.encoders import add_pooling, array, encode, make, runner, sequences
+
+MODES = ["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", ["mean", "cls", "max"]]
+
+
+def st_pool(states: torch.Tensor, mode: str | list[str]) -> np.ndarray:
+    """sentence-transformers' own Pooling module on one sequence [1, n, D]."""
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    mask = torch.ones(states.shape[:2], dtype=torch.int64)
+    pooling = Pooling(states.shape[-1], pooling_mode=mode)
+    return pooling({"token_embeddings": states, "attention_mask": mask})["sentence_embedding"][0].numpy()
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_pooling_modes(mode: str | list[str], tmp_path: Path) -> None:
+    model, _ = make(tmp_path, "bert")
+    add_pooling(tmp_path, mode)  # type: ignore[arg-type]
+    ids = sequences(seed=5)
+    for sequence, output in zip(ids, encode(runner(tmp_path), ids, EncodeParams(normalize=False))):
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor([sequence])).last_hidden_state
+        np.testing.assert_allclose(array(output), st_pool(states, mode), atol=1e-4, rtol=1e-4)
+
+
+def test_dense_modules_and_matryoshka(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
+
+    model, _ = make(tmp_path / "base", "bert")
+    torch.manual_seed(3)
+    parts = [
+        Dense(32, 24),
+        LayerNorm(24),
+        Dense(24, 16, activation_function=torch.nn.GELU(), use_residual=True),
+    ]
+    with torch.no_grad():
+        for part in parts:
+            for weight in part.parameters():
+                weight.normal_(0.5, 0.5)
+    modules = SentenceTransformer(modules=[Pooling(32, "mean"), *parts, Normalize()], device="cpu")
+    modules.save_pretrained(str(tmp_path / "base"), create_model_card=False)
+    listed = json.loads((tmp_path / "base" / "modules.json").read_text())
+    # The first module is ours: the tiny transformer has no tokenizer that sentence-transformers could save.
+    listed.insert(0, {"idx": 0, "name": "t", "path": "", "type": "sentence_transformers.models.Transformer"})
+    (tmp_path / "base" / "modules.json").write_text(json.dumps(listed))
+    make(tmp_path / "base", "bert")
+    ids = sequences(seed=6)
+    run = runner(tmp_path / "base")
+    assert run.dimensions == 16
+    for sequence, output, cut in zip(
+        ids, encode(run, ids, EncodeParams()), encode(run, ids, EncodeParams(dimensions=5))
+    ):
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor([sequence])).last_hidden_state
+            mask = torch.ones(states.shape[:2], dtype=torch.int64)
+            theirs = modules({"token_embeddings": states, "attention_mask": mask})["sentence_embedding"][0]
+        np.testing.assert_allclose(array(output), theirs.numpy(), atol=1e-5)
+        short = theirs.numpy()[:5] / np.linalg.norm(theirs.numpy()[:5])
+        np.testing.assert_allclose(array(cut), short, atol=1e-5)
+
+
+@pytest.mark.models
+def test_the_packaged_model_equals_sentence_transformers() -> None:
+    folder = installed("minilm")
+    if folder is None:
+        pytest.skip("the packaged model minilm is not here; headrace fetch minilm")
+    from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer
+
+    words = [
+        "a",
+        "river",
+        "runs",
+        "through",
+        "7",
+        "towns,",
+        "Größe",
+        "und",
+        "東京",
+        "🙂",
+        "don't",
+        "e.g.",
+        "x",
+    ]
+    texts = ["", "?", *(" ".join(words[: 1 + i % 13] * (1 + i // 7)) for i in range(60))]
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(256)
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    ours = np.stack([array(output) for output in encode(runner(folder), ids, EncodeParams())])
+    assert (ours * theirs).sum(1).min() >= 0.9999
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
