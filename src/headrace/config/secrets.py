@@ -17,7 +17,7 @@ _NAME = re.compile(r"[-._a-zA-Z0-9]{1,253}")
 
 
 class Secret:
-    """A value that is handed on by ``reveal()`` and otherwise shows as stars: in str, repr, format, logs, JSON.
+    """A value that ``reveal()`` hands on and that shows as stars elsewhere: in str, repr, format, logs, JSON.
 
     Pickling is refused, so that it crosses no process border unnoticed.
     """
@@ -59,8 +59,8 @@ def find_secret(name: str) -> Secret | None:
     """Look a secret up by name; the first of these that is there and not empty:
 
     the variable ``TRUSS_SECRET_<name>``; for ``hf_access_token`` also ``HF_TOKEN`` and
-    ``HUGGING_FACE_HUB_TOKEN``; the file ``<name>`` in HEADRACE_SECRETS_DIR (default ``/secrets``). One final line
-    break of a file is not part of it.
+    ``HUGGING_FACE_HUB_TOKEN``; the file ``<name>`` in HEADRACE_SECRETS_DIR (default ``/secrets``). One final
+    line break of a file is not part of it.
 
     Raises:
         ConfigError: the name is no name, or the file cannot be read.
@@ -91,8 +91,8 @@ def require_secret(name: str, purpose: str) -> Secret:
     if found is None:
         more = "".join(f", {variable}" for variable in _ALSO.get(name, ()))
         raise ConfigError(
-            f"{purpose} needs the secret {name!r}: set the variable TRUSS_SECRET_{name}{more}, or write it into "
-            f"the file {env.secrets_folder() / name}",
+            f"{purpose} needs the secret {name!r}: set the variable TRUSS_SECRET_{name}{more}, or write "
+            f"it into the file {env.secrets_folder() / name}",
             param=name,
         )
     return found

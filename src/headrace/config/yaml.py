@@ -7,6 +7,7 @@ ones, recursive anchors, and files over the limits below.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ MAX_BYTES = 48 * 1024 if _PURE else 512 * 1024  # the pure parser reads some 100
 MAX_DEPTH = 40
 MAX_NODES = 20_000  # counted after aliases are followed
 _MAX_NUMBER_CHARS = 300
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _PREFIX = "tag:yaml.org,2002:"
 _SCALAR_TAGS = frozenset(
     _PREFIX + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value")
@@ -126,10 +128,11 @@ def _decode(data: bytes | str, file: str, report: Report) -> str:
             f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8", place=Place(file, line)
         )
         raise _Stop from None
-    if "\0" in text:
-        report.problem(
-            "the file holds a NUL character", place=Place(file, text.count("\n", 0, text.index("\0")) + 1)
-        )
+    control = _CONTROL.search(text)
+    if control:
+        line = text.count("\n", 0, control.start()) + 1
+        name = "a NUL character" if control[0] == "\0" else f"the control character U+{ord(control[0]):04X}"
+        report.problem(f"not valid YAML: the file holds {name}; remove it", place=Place(file, line))
         raise _Stop
     return text
 
