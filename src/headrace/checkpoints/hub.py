@@ -20,7 +20,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def snapshot(model: str, revision: str | None = None) -> Path:
-    """Folder with the repository's safetensors, settings and tokenizer, from the local hub cache or downloaded.
+    """Folder with a repository's safetensors, settings and tokenizer, cached or downloaded.
 
     Raises MissingFile when there is no such repository or revision, or no network and no cached copy,
     UnsupportedCheckpoint when huggingface_hub is not installed.

@@ -5,7 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["home"]
+from headrace.errors import ConfigError
+
+__all__ = ["VARIABLES", "home", "log_level", "secrets_folder", "variable"]
+
+VARIABLES = {
+    "HEADRACE_HOME": "Where models and caches are kept; default: `headrace` in the user's cache folder.",
+    "HEADRACE_SECRETS_DIR": "Folder of mounted secrets; default: `/secrets`.",
+    "HEADRACE_LOG": "Log level: `debug`, `info`, `warning` or `error`; default: `info`.",
+    "TRUSS_SECRET_<name>": "A secret; wins over the file of that name.",
+    "HF_TOKEN, HUGGING_FACE_HUB_TOKEN": "The secret `hf_access_token`.",
+}
+_LEVELS = ("debug", "info", "warning", "error")
 
 
 def home() -> Path:
@@ -14,3 +25,21 @@ def home() -> Path:
         return Path(chosen).expanduser().absolute()
     caches = os.environ.get("XDG_CACHE_HOME")
     return (Path(caches).expanduser() if caches else Path.home() / ".cache") / "headrace"
+
+
+def secrets_folder() -> Path:
+    """Where mounted secrets lie: ``HEADRACE_SECRETS_DIR``, else ``/secrets``."""
+    return Path(os.environ.get("HEADRACE_SECRETS_DIR") or "/secrets")
+
+
+def log_level() -> str:
+    """``HEADRACE_LOG``. Raises ConfigError for a word that is no level."""
+    level = os.environ.get("HEADRACE_LOG", "info").lower()
+    if level not in _LEVELS:
+        raise ConfigError(f"HEADRACE_LOG is {level[:40]!r}; expected one of {', '.join(_LEVELS)}")
+    return level
+
+
+def variable(name: str) -> str | None:
+    """One variable by name, for secrets whose names users choose; None when absent."""
+    return os.environ.get(name)

@@ -57,7 +57,7 @@ class Step:
 
     plan: StepPlan
     chunks: list[Chunk]
-    batch: PackedBatch
+    batch: PackedBatch | None  # None: a captured step (graphs.py)
     last: Tensor | None = None  # int64 [P] positions to sample; None: all of them, or none
     unseen: tuple[Tensor, Tensor] | None = None  # positions whose token only the device knows, and their rows
     logits: Tensor | None = None
@@ -124,9 +124,11 @@ class Runner:
     def run(self, step: Step) -> Step:
         """Launch the model."""
         batch = step.batch
+        assert batch is not None
         if step.unseen is not None:
             at, rows = step.unseen
-            batch.token_ids[at] = self._last_tokens[rows]
+            # A row whose logits were not finite has -1; it ends when the host sees that.
+            batch.token_ids[at] = self._last_tokens[rows].clamp(min=0)
         hidden = self.model(batch)
         step.prompt_logprobs = self._prompt_logprobs(step.plan, hidden)
         if step.chunks:

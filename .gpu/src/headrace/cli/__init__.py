@@ -1,0 +1,1 @@
+"""Commands; each starts in milliseconds and imports what it needs when it runs."""

@@ -1,0 +1,1 @@
+"""The bulk performance client. Knows only types and errors."""

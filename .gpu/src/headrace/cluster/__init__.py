@@ -1,0 +1,1 @@
+"""Replicas and ranks placed on hosts; KV transfer."""

@@ -1,0 +1,157 @@
+"""From an EngineSpec to a loaded core, in the process that will run it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from headrace.checkpoints.base import Checkpoint
+from headrace.checkpoints.resolve import open_checkpoint, resolve
+from headrace.config.spec import EngineSpec
+from headrace.engines.generate import GenerateCore
+from headrace.engines.loop import Core
+from headrace.engines.memory import kv_block_bytes, num_kv_blocks
+from headrace.errors import ConfigError, UnsupportedCheckpoint
+from headrace.execution.runner import Runner
+from headrace.kvcache.blocks import BlockPool
+from headrace.kvcache.pool import allocate_caches
+from headrace.messages import Ready
+from headrace.models.decoder import DecoderModel
+from headrace.models.loading import load_decoder
+from headrace.scheduling.scheduler import Scheduler
+
+__all__ = ["build", "eos_token_ids"]
+
+_CPU_STEP_TOKENS = 512
+_CUDA_STEP_TOKENS = 8192
+_ACTIVATION_BYTES = 1 << 30
+
+
+def build(spec: EngineSpec) -> tuple[Core, Ready]:
+    """Load the model of ``spec`` and make the core that serves it.
+
+    Raises ModelError, ConfigError or DoesNotFit with the way out.
+    """
+    began = time.perf_counter()
+    if spec.num_threads is not None:
+        torch.set_num_threads(spec.num_threads)
+    checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
+    device = _device(spec)
+    core, ready = _build_generate(spec, checkpoint, device)
+    ready.summary["seconds"] = round(time.perf_counter() - began, 2)
+    return core, ready
+
+
+def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
+    dtype = _dtype(spec, checkpoint, device)
+    model = load_decoder(checkpoint.config, checkpoint, dtype=dtype, device=device)
+    if model.config.headless:
+        raise UnsupportedCheckpoint(
+            f"{spec.model}: {checkpoint.config.get('architectures')} has no language-model head; "
+            "serve it as an embedder, or give a *ForCausalLM checkpoint",
+            param="engine",
+        )
+    max_model_len = _max_model_len(spec, model)
+    step_tokens = spec.max_num_batched_tokens or (
+        _CUDA_STEP_TOKENS if device.type == "cuda" else _CPU_STEP_TOKENS
+    )
+    layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
+    block_bytes = kv_block_bytes(layout, spec.block_size, dtype)
+    blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, _ACTIVATION_BYTES)
+    caches = allocate_caches(layout, blocks, spec.block_size, dtype, device)
+    runner = Runner(
+        model,
+        caches,
+        device=device,
+        block_size=spec.block_size,
+        max_num_seqs=spec.max_num_seqs,
+        max_model_len=max_model_len,
+        rope_by_length=model.config.rope.length_dependent,
+    )
+    scheduler = Scheduler(
+        BlockPool(blocks),
+        block_size=spec.block_size,
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=step_tokens,
+        max_model_len=max_model_len,
+        eos_ids=eos_token_ids(checkpoint),
+        fingerprint=f"{checkpoint.fingerprint}/{dtype}",
+        prefix_caching=spec.prefix_caching,
+        prefix_regime=_prefix_regime(model),
+    )
+    overlap = device.type == "cuda" if spec.overlap is None else spec.overlap
+    parameters = sum(p.numel() for p in model.parameters())
+    summary: dict[str, Any] = {
+        "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": parameters,
+        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "kv_bytes": blocks * block_bytes,
+        "kv_tokens": (blocks - 1) * spec.block_size,
+        "max_num_batched_tokens": step_tokens,
+    }
+    ready = Ready(
+        engine="dense",
+        max_model_len=scheduler.max_model_len,
+        max_num_seqs=spec.max_num_seqs,
+        vocab_size=model.config.vocab_size,
+        summary=summary,
+    )
+    return GenerateCore(runner, scheduler, overlap=overlap), ready
+
+
+def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:
+    """What keys depend on besides tokens, by prompt length: nothing, but for length-dependent rope."""
+    rope = model.config.rope
+    if rope.kind == "longrope":
+        return lambda num_prompt: "long" if num_prompt > rope.original_length else "short"
+    if rope.length_dependent:
+        return lambda num_prompt: str(max(num_prompt, rope.original_length))
+    return lambda num_prompt: ""
+
+
+def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Tokens that end an answer: those of generation_config.json, else of config.json."""
+    for source in (checkpoint.generation_config, checkpoint.config):
+        found = source.get("eos_token_id")
+        if found is not None:
+            return (found,) if isinstance(found, int) else tuple(found)
+    return ()
+
+
+def _device(spec: EngineSpec) -> torch.device:
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device is 'cuda' and torch finds no CUDA device; use device cpu or auto", param="device"
+        )
+    if spec.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(spec.device)
+
+
+def _dtype(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """What was asked for; else float32 on a CPU (its 16-bit products are slower) and the checkpoint's on a GPU."""
+    if spec.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        return dtype
+    if device.type == "cpu":
+        return torch.float32
+    stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return torch.float16 if stored == "float16" else torch.bfloat16
+
+
+def _max_model_len(spec: EngineSpec, model: DecoderModel) -> int:
+    own = model.config.max_position_embeddings
+    if spec.max_model_len is None:
+        return own
+    if spec.max_model_len > own:
+        raise ConfigError(
+            f"max_model_len is {spec.max_model_len}; the checkpoint was made for {own} tokens "
+            "(config.json, max_position_embeddings), so longer ones would answer nonsense",
+            param="max_model_len",
+        )
+    return spec.max_model_len

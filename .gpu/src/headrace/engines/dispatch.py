@@ -1,0 +1,163 @@
+"""The client side of a core, whatever carries its messages: hands outputs to whoever waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from headrace import errors
+from headrace.config.spec import EngineSpec
+from headrace.engines.client import Health
+from headrace.messages import (
+    Abort,
+    CoreStats,
+    EncodeOutputs,
+    Failed,
+    FromCore,
+    Heartbeat,
+    Outputs,
+    Ready,
+    Submit,
+    ToCore,
+)
+from headrace.types import EncodeOutput, FinishReason, Output, Request
+
+__all__ = ["DispatchClient", "error_of"]
+
+
+def error_of(failed: Failed) -> errors.HeadraceError:
+    """The exception that a core's Failed message stands for."""
+    known = (getattr(errors, name) for name in errors.__all__)
+    classes = {
+        cls.code: cls for cls in known if isinstance(cls, type) and issubclass(cls, errors.HeadraceError)
+    }
+    cls = classes.get(failed.code, errors.EngineDead)
+    return cls(failed.message)
+
+
+class DispatchClient:
+    """EngineClient over any transport; lives on one event loop.
+
+    Subclasses provide `_send`, and call `_receive` on the event loop for each message that arrives.
+
+    Args:
+        spec: what the core was started with.
+        ready: its first message.
+        stall_seconds: unfinished work without a sign of life for this long is a stall.
+    """
+
+    def __init__(self, spec: EngineSpec, ready: Ready, *, stall_seconds: float = 30.0) -> None:
+        self.spec = spec
+        self.ready = ready
+        self.stats = CoreStats()
+        self.stall_seconds = stall_seconds
+        self._generating: dict[str, asyncio.Queue[Output]] = {}
+        self._encoding: dict[str, asyncio.Future[EncodeOutput]] = {}
+        self._last_heard = time.monotonic()
+        self._failure: str | None = None
+        self._draining = False
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests submitted and not finished."""
+        return len(self._generating) + len(self._encoding)
+
+    async def generate(self, request: Request) -> AsyncIterator[Output]:
+        """See EngineClient."""
+        self._check_open(request.id)
+        queue: asyncio.Queue[Output] = asyncio.Queue()
+        self._generating[request.id] = queue
+        finished = False
+        try:
+            self._send(Submit((request,)))
+            while not finished:
+                output = await queue.get()
+                finished = output.finish_reason is not None
+                if finished and self._failure is not None and output.error == self._failure:
+                    raise errors.EngineDead(self._failure)
+                yield output
+        finally:
+            if self._generating.pop(request.id, None) is not None and not finished:
+                self.abort((request.id,))
+
+    async def encode(self, request: Request) -> EncodeOutput:
+        """See EngineClient."""
+        self._check_open(request.id)
+        future: asyncio.Future[EncodeOutput] = asyncio.get_running_loop().create_future()
+        self._encoding[request.id] = future
+        try:
+            self._send(Submit((request,)))
+            output = await future
+        except asyncio.CancelledError:
+            self.abort((request.id,))
+            raise
+        finally:
+            self._encoding.pop(request.id, None)
+        if output.error:
+            raise errors.EngineDead(output.error) if self._failure else errors.EngineError(output.error)
+        return output
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """See EngineClient."""
+        if self._failure is None:
+            self._send(Abort(tuple(request_ids)))
+
+    def health(self) -> Health:
+        """See EngineClient."""
+        if self._failure is not None:
+            return Health("dead", self._failure)
+        silent = time.monotonic() - self._last_heard
+        if silent > self.stall_seconds:
+            return Health("stalled", f"the step loop has given no sign of life for {silent:.0f} s")
+        return Health("draining") if self._draining else Health("ok")
+
+    async def close(self, drain: bool = True) -> None:
+        """See EngineClient."""
+        raise NotImplementedError
+
+    def _send(self, message: ToCore) -> None:
+        raise NotImplementedError
+
+    def _receive(self, message: FromCore) -> None:
+        self._last_heard = time.monotonic()
+        match message:
+            case Outputs(outputs, stats):
+                self.stats = stats
+                for output in outputs:
+                    queue = self._generating.get(output.request_id)
+                    if queue is not None:
+                        queue.put_nowait(output)
+            case EncodeOutputs(encoded, stats):
+                self.stats = stats
+                for result in encoded:
+                    future = self._encoding.get(result.request_id)
+                    if future is not None and not future.done():
+                        future.set_result(result)
+            case Heartbeat(stats):
+                self.stats = stats
+            case Failed():
+                self._fail(message.message)
+            case Ready():
+                pass
+
+    def _fail(self, reason: str) -> None:
+        """The core is gone: everybody who waits learns it now."""
+        if self._failure is not None:
+            return
+        self._failure = reason
+        for request_id, queue in self._generating.items():
+            queue.put_nowait(Output(request_id, finish_reason=FinishReason.ERROR, error=reason))
+        for request_id, future in self._encoding.items():
+            if not future.done():
+                future.set_result(EncodeOutput(request_id, error=reason))
+
+    def _check_open(self, request_id: str) -> None:
+        if self._failure is not None:
+            raise errors.EngineDead(self._failure)
+        if self._draining:
+            raise errors.NotReady("the server is shutting down; retry elsewhere")
+        if request_id in self._generating or request_id in self._encoding:
+            raise errors.InvalidRequest(
+                f"request id {request_id!r} is already live; ids must be unique", param="id"
+            )

@@ -1,0 +1,227 @@
+"""The generate loop: schedule, run, settle.
+
+The plain loop is the specification. The overlapped loop is made of the same parts: while the device runs step n
+the host plans and packs step n + 1, and settles step n only then; tokens go from step to step on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from headrace.errors import HeadraceError
+from headrace.execution.runner import Runner, Step, StepResult
+from headrace.kvcache.blocks import AccountError
+from headrace.messages import CoreStats
+from headrace.scheduling.plan import StepPlan
+from headrace.scheduling.scheduler import Scheduler
+from headrace.scheduling.sequence import Sequence
+from headrace.types import FinishReason, Output, Request, TokenLogprobs
+
+__all__ = ["GenerateCore"]
+
+logger = logging.getLogger("headrace.core")
+
+_T = TypeVar("_T")
+_SMOOTHING = 0.05  # weight of the newest step in the moving averages
+
+
+class _Device:
+    """Where steps run: CUDA queues them by itself; the overlapped loop on a CPU needs a thread for it."""
+
+    def __init__(self, threaded: bool) -> None:
+        self._pool = ThreadPoolExecutor(1, "headrace-device") if threaded else None
+
+    def submit(self, work: Callable[[], _T]) -> Future[_T]:
+        if self._pool is not None:
+            return self._pool.submit(work)
+        future: Future[_T] = Future()
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+class GenerateCore:
+    """Requests in, outputs out, one step at a time. Not thread-safe: one loop owns it.
+
+    Args:
+        runner: the device.
+        scheduler: who runs next.
+        overlap: prepare the next step while one runs.
+    """
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, *, overlap: bool) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.overlap = overlap
+        self._device = _Device(threaded=overlap and runner.device.type == "cpu")
+        self._previous: tuple[StepPlan, Future[Step]] | None = None
+        self._refused: list[Output] = []
+        self._prompt_logprobs: dict[str, dict[int, TokenLogprobs]] = {}
+        self._counts = {"steps": 0, "prompt": 0, "output": 0, "aborted": 0}
+        self._step_ms = self._host_ms = 0.0
+        self._balanced = True
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queue requests; one that can never run is answered with an ERROR output by the next step."""
+        for request in requests:
+            try:
+                self.scheduler.add(request)
+            except HeadraceError as error:
+                self._refused.append(
+                    Output(request.id, finish_reason=FinishReason.ERROR, error=error.message)
+                )
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Drop these requests; unknown ids are ignored."""
+        for request_id in request_ids:
+            sequence = self.scheduler.abort(request_id)
+            if sequence is not None:
+                self._counts["aborted"] += sequence.num_output
+                self._prompt_logprobs.pop(request_id, None)
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self.scheduler.sequences or self._refused or self._previous)
+
+    # --- one step --------------------------------------------------------------------------------
+
+    def step(self) -> list[Output]:
+        """Advance by one step; the outputs that the host learned of."""
+        began = time.perf_counter()
+        outputs, self._refused = self._refused, []
+        outputs += [
+            Output(s.id, finish_reason=FinishReason.ABORT, error="the request's deadline passed")
+            for s in self.scheduler.expire()
+        ]
+        plan = self.scheduler.schedule()
+        outputs += self._step_overlapped(plan) if self.overlap else self._step_plain(plan)
+        if plan is not None:
+            self._counts["steps"] += 1
+            self._balanced = False
+            elapsed = (time.perf_counter() - began) * 1e3
+            self._step_ms += (elapsed - self._step_ms) * _SMOOTHING
+        return outputs
+
+    def _step_plain(self, plan: StepPlan | None) -> list[Output]:
+        if plan is None:
+            return []
+        return self._finish(plan, self._launch(plan, sample=True))
+
+    def _step_overlapped(self, plan: StepPlan | None) -> list[Output]:
+        later = plan is not None and plan.needs_history
+        launched = None if plan is None else self._launch(plan, sample=not later)
+        outputs = self._finish(*self._previous) if self._previous is not None else []
+        if plan is not None and launched is not None and later:
+            forward = launched
+            launched = self._device.submit(lambda: self.runner.sample(forward.result()))
+        self._previous = None if plan is None or launched is None else (plan, launched)
+        return outputs
+
+    def _launch(self, plan: StepPlan, *, sample: bool) -> Future[Step]:
+        began = time.perf_counter()
+        step = self.runner.prepare(plan)
+        self._host_ms += ((time.perf_counter() - began) * 1e3 - self._host_ms) * _SMOOTHING
+        if sample:
+            return self._device.submit(lambda: self.runner.sample(self.runner.run(step)))
+        return self._device.submit(lambda: self.runner.run(step))
+
+    def _finish(self, plan: StepPlan, launched: Future[Step]) -> list[Output]:
+        """Wait for a step and settle it. One that broke costs its own sequences and no others."""
+        try:
+            result = launched.result().result()
+        except torch.AcceleratorError:
+            raise  # the device's context is lost; the process must be replaced
+        except Exception as error:
+            logger.exception("a step with %d sequences failed", len(plan.chunks))
+            message = f"the step failed: {type(error).__name__}: {error}"
+            return [
+                Output(s.id, finish_reason=FinishReason.ERROR, error=message)
+                for s in self.scheduler.fail(plan)
+            ]
+        return self._settle(plan, result)
+
+    def _settle(self, plan: StepPlan, result: StepResult) -> list[Output]:
+        for request_id, (start, entries) in result.prompt_logprobs.items():
+            if request_id in self.scheduler.sequences:
+                self._prompt_logprobs.setdefault(request_id, {}).update(enumerate(entries, start))
+        index = {id(chunk.sequence): i for i, chunk in enumerate(plan.sampling)} if result.logprobs else {}
+        outputs = []
+        for sequence in self.scheduler.settle(plan, result.tokens):
+            if sequence.finish_reason is FinishReason.ERROR:
+                message = "the model's logits were not finite for this request"
+                outputs.append(Output(sequence.id, finish_reason=FinishReason.ERROR, error=message))
+                continue
+            logprobs = result.logprobs.get(index.get(id(sequence), -1))
+            outputs.append(self._output(sequence, logprobs))
+        return outputs
+
+    def _output(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> Output:
+        token = sequence.token_ids[-1]
+        first = sequence.num_output == 1
+        self._counts["output"] += 1
+        reason = sequence.finish_reason
+        if not first and logprobs is None and reason is None:
+            return Output(sequence.id, (token,))
+        prompt: tuple[TokenLogprobs, ...] = ()
+        if first:
+            self._counts["prompt"] += sequence.num_prompt
+            entries = self._prompt_logprobs.pop(sequence.id, {})
+            prompt = tuple(entries[i] for i in sorted(entries))
+        return Output(
+            sequence.id,
+            (token,),
+            finish_reason=reason,
+            logprobs=() if logprobs is None else (logprobs,),
+            stop_token=token if reason is FinishReason.STOP else None,
+            num_cached_tokens=max(sequence.num_cached, 0) if first else 0,
+            prompt_logprobs=prompt,
+        )
+
+    # --- state -----------------------------------------------------------------------------------
+
+    def idle(self) -> None:
+        """Called when there is no work: the books must balance now."""
+        if not self._balanced:
+            self._balanced = True
+            try:
+                self.scheduler.check()
+            except AccountError:
+                logger.exception("block account violated; rebuilt from its owners")
+
+    def stats(self) -> CoreStats:
+        """Counters and gauges."""
+        account = self.scheduler.pool.account()
+        return CoreStats(
+            steps=self._counts["steps"],
+            num_running=len(self.scheduler.running),
+            num_waiting=self.scheduler.num_waiting,
+            num_preemptions=self.scheduler.num_preemptions,
+            blocks_total=account.total,
+            blocks_used=account.owned,
+            blocks_cached=account.cached,
+            prefix_queries=self.scheduler.prefix_queries,
+            prefix_hits=self.scheduler.prefix_hits,
+            prompt_tokens=self._counts["prompt"],
+            output_tokens=self._counts["output"],
+            aborted_tokens=self._counts["aborted"],
+            step_ms=self._step_ms,
+            host_ms=self._host_ms,
+        )
+
+    def close(self) -> None:
+        """Stop the device thread."""
+        self._device.close()

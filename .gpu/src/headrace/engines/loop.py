@@ -1,0 +1,145 @@
+"""The loop around a core: take messages between two steps, step, send what came of it.
+
+It knows neither HTTP nor tensors: a `Core` turns requests into outputs, a `Transport` carries messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from headrace.messages import (
+    Abort,
+    CoreStats,
+    EncodeOutputs,
+    FromCore,
+    Heartbeat,
+    Outputs,
+    Shutdown,
+    Submit,
+    ToCore,
+)
+from headrace.types import EncodeOutput, Output, Request
+
+__all__ = ["HEARTBEAT_SECONDS", "Core", "CoreLoop", "Transport"]
+
+logger = logging.getLogger("headrace.core")
+
+HEARTBEAT_SECONDS = 0.5
+
+
+class Core(Protocol):
+    """A loop's engine: generate, encode, ..."""
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queue requests; a bad one is answered by an output with an error, never by an exception."""
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Forget requests; unknown ids are ignored."""
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+
+    def step(self) -> Sequence[Output | EncodeOutput]:
+        """Advance by one step."""
+
+    def idle(self) -> None:
+        """Called once each time the work runs out."""
+
+    def stats(self) -> CoreStats:
+        """Counters and gauges."""
+
+    def close(self) -> None:
+        """Free what threads and files there are."""
+
+
+class Transport(Protocol):
+    """Carries messages between a core and its clients, each known by an opaque name."""
+
+    def receive(self, timeout: float) -> list[tuple[bytes, ToCore]]:
+        """All messages at hand; waits up to ``timeout`` seconds for the first."""
+
+    def send(self, client: bytes, message: FromCore) -> None:
+        """Queue a message for a client; never blocks."""
+
+    def broadcast(self, message: FromCore) -> None:
+        """To every client that ever wrote."""
+
+
+class CoreLoop:
+    """Runs a core until it is told to stop.
+
+    Args:
+        core: what steps.
+        transport: where requests come from.
+    """
+
+    def __init__(self, core: Core, transport: Transport) -> None:
+        self.core = core
+        self.transport = transport
+        self._owners: dict[str, bytes] = {}
+        self._stopping = False
+        self._last_sent = 0.0
+
+    def run(self) -> None:
+        """Turn until Shutdown; drains first if that asks for it."""
+        core = self.core
+        while True:
+            busy = core.has_work()
+            for client, message in self.transport.receive(0.0 if busy else HEARTBEAT_SECONDS):
+                self._handle(client, message)
+            if core.has_work():
+                self._send(core.step())
+            elif self._stopping:
+                break
+            else:
+                core.idle()
+            self._heartbeat()
+        core.close()
+
+    def _handle(self, client: bytes, message: ToCore) -> None:
+        match message:
+            case Submit(requests):
+                for request in requests:
+                    self._owners.setdefault(request.id, client)
+                self.core.add(requests)
+            case Abort(request_ids):
+                self.core.abort(request_ids)
+                for request_id in request_ids:
+                    self._owners.pop(request_id, None)
+            case Shutdown(drain):
+                self._stopping = True
+                if not drain:
+                    self.core.abort(list(self._owners))
+
+    def _send(self, outputs: Sequence[Output | EncodeOutput]) -> None:
+        if not outputs:
+            return
+        generated: defaultdict[bytes, list[Output]] = defaultdict(list)
+        encoded: defaultdict[bytes, list[EncodeOutput]] = defaultdict(list)
+        for output in outputs:
+            client = self._owners.get(output.request_id)
+            if client is None:
+                continue
+            if isinstance(output, Output):
+                generated[client].append(output)
+                if output.finish_reason is not None:
+                    del self._owners[output.request_id]
+            else:
+                encoded[client].append(output)
+                del self._owners[output.request_id]
+        stats = self.core.stats()
+        for client, part in generated.items():
+            self.transport.send(client, Outputs(tuple(part), stats))
+        for client, many in encoded.items():
+            self.transport.send(client, EncodeOutputs(tuple(many), stats))
+        self._last_sent = time.monotonic()
+
+    def _heartbeat(self) -> None:
+        now = time.monotonic()
+        if now - self._last_sent >= HEARTBEAT_SECONDS:
+            self._last_sent = now
+            self.transport.broadcast(Heartbeat(self.core.stats()))

@@ -1,0 +1,73 @@
+"""How much memory a core takes, decided once, before the first request."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from headrace.config.spec import EngineSpec
+from headrace.errors import DoesNotFit
+
+__all__ = ["available_bytes", "kv_block_bytes", "num_kv_blocks"]
+
+_CPU_POOL_BYTES = 2 << 30
+_CPU_SHARE = 0.3  # of the memory that is free once the weights are there
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that can still be taken on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _page_cache_bytes()
+
+
+def _page_cache_bytes() -> int:
+    """Memory that Linux would give back: file pages count as free."""
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return max(0, int(fields["MemAvailable"].split()[0]) - int(fields["MemFree"].split()[0])) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0
+
+
+def kv_block_bytes(layout: list[tuple[int, int]], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers.
+
+    Args:
+        layout: (num_kv_heads, head_dim) of each layer.
+    """
+    return sum(2 * heads * dim for heads, dim in layout) * block_size * dtype.itemsize
+
+
+def num_kv_blocks(
+    spec: EngineSpec, block_bytes: int, max_model_len: int, device: torch.device, reserve: int
+) -> int:
+    """Blocks of the pool, the null block included.
+
+    Args:
+        max_model_len: the pool never needs more than max_num_seqs sequences of this length.
+        reserve: bytes to leave for activations and graphs.
+
+    Raises:
+        DoesNotFit: not even one block a sequence fits.
+    """
+    if spec.kv_cache_bytes is not None:
+        budget = spec.kv_cache_bytes
+    elif device.type == "cpu":
+        budget = min(_CPU_POOL_BYTES, int(available_bytes(device) * _CPU_SHARE))
+    else:
+        total = torch.cuda.get_device_properties(device).total_memory
+        free = available_bytes(device)
+        budget = int(total * spec.memory_fraction) - (total - free) - reserve
+    most = spec.max_num_seqs * -(-max_model_len // spec.block_size) + 1
+    blocks = min(budget // block_bytes, most)
+    if blocks < 2:
+        raise DoesNotFit(
+            f"the KV cache of {spec.name!r} needs at least {2 * block_bytes / 2**20:.1f} MiB and "
+            f"{max(budget, 0) / 2**20:.1f} MiB are left; lower max_model_len or the weights' precision, "
+            "or raise memory_fraction or kv_cache_bytes",
+            param="kv_cache_bytes",
+        )
+    return blocks

@@ -1,0 +1,272 @@
+"""Start engine cores: each in a process of its own (msgpack over ZMQ), or in a thread of this one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import queue
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from headrace.config.spec import EngineSpec
+from headrace.engines.dispatch import DispatchClient, error_of
+from headrace.engines.loop import Core, CoreLoop
+from headrace.errors import EngineDead, HeadraceError
+from headrace.messages import (
+    Failed,
+    FromCore,
+    Ready,
+    Shutdown,
+    ToCore,
+    decode_from_core,
+    decode_to_core,
+    encode,
+)
+
+__all__ = ["InProcessClient", "ProcessClient", "start", "start_in_process"]
+
+_CLOSE_SECONDS = 10.0
+
+
+async def start(spec: EngineSpec) -> ProcessClient:
+    """Start a core process for ``spec`` and wait until it has loaded its model.
+
+    Raises the core's own error (ModelError, ConfigError, DoesNotFit, ...) when it cannot start.
+    """
+    return await ProcessClient.start(spec)
+
+
+# --- the core's side of a process border -----------------------------------------------------------
+
+
+class _ZmqTransport:
+    """ROUTER socket of a core; every serving process is a DEALER."""
+
+    def __init__(self, address: str, parent: int) -> None:
+        import zmq
+
+        self._zmq = zmq
+        self._socket: Any = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 2000)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(address)
+        self._clients: set[bytes] = set()
+        self._parent = parent
+
+    def receive(self, timeout: float) -> list[tuple[bytes, ToCore]]:
+        messages: list[tuple[bytes, ToCore]] = []
+        if timeout and not self._socket.poll(int(timeout * 1000)) and os.getppid() != self._parent:
+            return [(b"", Shutdown(drain=False))]
+        with contextlib.suppress(self._zmq.Again):
+            while True:
+                client, data = self._socket.recv_multipart(self._zmq.NOBLOCK)
+                if client not in self._clients:
+                    self._clients.add(client)
+                if data:
+                    messages.append((client, decode_to_core(data)))
+        return messages
+
+    def wait_for_client(self) -> None:
+        """Until somebody says hello (an empty message)."""
+        while not self._clients:
+            self.receive(1.0)
+            if os.getppid() != self._parent:
+                raise SystemExit(1)
+
+    def send(self, client: bytes, message: FromCore) -> None:
+        self._socket.send_multipart((client, encode(message)), self._zmq.NOBLOCK)
+
+    def broadcast(self, message: FromCore) -> None:
+        data = encode(message)
+        for client in self._clients:
+            self._socket.send_multipart((client, data), self._zmq.NOBLOCK)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _run_core(spec: EngineSpec, address: str, parent: int) -> None:
+    """Entry point of a core process."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the serving process decides when a core ends
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Several processes share the cores here: threads that spin while they wait take them from each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    transport = _ZmqTransport(address, parent)
+    transport.wait_for_client()
+    try:
+        from headrace.engines.build import build
+
+        core, ready = build(spec)
+        transport.broadcast(ready)
+        CoreLoop(core, transport).run()
+    except Exception as error:
+        code = error.code if isinstance(error, HeadraceError) else "engine_dead"
+        message = error.message if isinstance(error, HeadraceError) else f"{type(error).__name__}: {error}"
+        transport.broadcast(Failed(message, code, traceback.format_exc()))
+    finally:
+        transport.close()
+
+
+# --- the serving side --------------------------------------------------------------------------------
+
+
+class ProcessClient(DispatchClient):
+    """A core in a process of its own."""
+
+    def __init__(self, spec: EngineSpec, ready: Ready, process: BaseProcess, socket: Any) -> None:
+        super().__init__(spec, ready)
+        self._process = process
+        self._socket = socket
+        self._reader = asyncio.get_running_loop().create_task(self._read())
+
+    @classmethod
+    async def start(cls, spec: EngineSpec) -> ProcessClient:
+        """See `headrace.engines.process.start`."""
+        import zmq
+        import zmq.asyncio
+
+        address = f"ipc://{tempfile.gettempdir()}/headrace-{uuid.uuid4().hex[:16]}"
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(
+            target=_run_core,
+            args=(spec, address, os.getpid()),
+            name=f"headrace-core-{spec.name}",
+            daemon=True,
+        )
+        process.start()
+        socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.connect(address)
+        await socket.send(b"")
+        try:
+            ready = await _first_message(socket, process)
+        except BaseException:
+            process.kill()
+            socket.close()
+            raise
+        return cls(spec, ready, process, socket)
+
+    async def close(self, drain: bool = True) -> None:
+        """See EngineClient."""
+        self._draining = True
+        if self._process.is_alive() and self._failure is None:
+            self._send(Shutdown(drain))
+        deadline = None if drain else time.monotonic() + _CLOSE_SECONDS
+        while self._process.is_alive() and (deadline is None or time.monotonic() < deadline):
+            await asyncio.sleep(0.02)
+        self._process.kill()
+        self._reader.cancel()
+        self._fail("the engine was closed")
+        self._socket.close()
+
+    def _send(self, message: ToCore) -> None:
+        import zmq
+
+        # The synchronous send of the underlying socket: unbounded queue, so it never waits.
+        zmq.Socket.send(self._socket._shadow_sock, encode(message), zmq.NOBLOCK)
+
+    async def _read(self) -> None:
+        while True:
+            while await self._socket.poll(200):
+                self._receive(decode_from_core(await self._socket.recv()))
+            if not self._process.is_alive() and not self._draining:
+                self._fail(
+                    f"the engine process of {self.spec.name!r} died with exit code {self._process.exitcode}"
+                )
+                return
+
+
+async def _first_message(socket: Any, process: BaseProcess) -> Ready:
+    while True:
+        if await socket.poll(100):
+            message = decode_from_core(await socket.recv())
+            if isinstance(message, Ready):
+                return message
+            if isinstance(message, Failed):
+                raise error_of(message)
+        elif not process.is_alive():
+            raise EngineDead(
+                f"the engine process died with exit code {process.exitcode} before it was ready; "
+                "its standard error says why (exit code -9 is usually the kernel's out-of-memory killer)"
+            )
+
+
+# --- in this process ---------------------------------------------------------------------------------
+
+
+class _QueueTransport:
+    """Messages as objects between a thread and an event loop."""
+
+    def __init__(self) -> None:
+        self.inbox: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
+        self.client: InProcessClient | None = None
+
+    def receive(self, timeout: float) -> list[tuple[bytes, ToCore]]:
+        messages: list[tuple[bytes, ToCore]] = []
+        with contextlib.suppress(queue.Empty):
+            if timeout:
+                messages.append((b"", self.inbox.get(timeout=timeout)))
+            while True:
+                messages.append((b"", self.inbox.get_nowait()))
+        return messages
+
+    def send(self, client: bytes, message: FromCore) -> None:
+        if self.client is not None:
+            self.client.post(message)
+
+    def broadcast(self, message: FromCore) -> None:
+        self.send(b"", message)
+
+
+class InProcessClient(DispatchClient):
+    """A core in a thread of this process: for tests and for embedding the library."""
+
+    def __init__(self, spec: EngineSpec, ready: Ready, core: Core) -> None:
+        super().__init__(spec, ready)
+        self._loop = asyncio.get_running_loop()
+        self._transport = _QueueTransport()
+        self._transport.client = self
+        self._thread = threading.Thread(target=self._run, args=(core,), name="headrace-core", daemon=True)
+        self._thread.start()
+
+    def _run(self, core: Core) -> None:
+        try:
+            CoreLoop(core, self._transport).run()
+        except Exception as error:
+            self.post(Failed(f"{type(error).__name__}: {error}", "engine_dead", traceback.format_exc()))
+
+    def post(self, message: FromCore) -> None:
+        """From the core's thread to the event loop."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._receive, message)
+
+    def _send(self, message: ToCore) -> None:
+        self._transport.inbox.put(message)
+
+    async def close(self, drain: bool = True) -> None:
+        """See EngineClient."""
+        self._draining = True
+        self._send(Shutdown(drain))
+        await asyncio.to_thread(self._thread.join)
+        self._fail("the engine was closed")
+
+
+async def start_in_process(spec: EngineSpec) -> InProcessClient:
+    """Build the core here; raises what building raises."""
+    from headrace.engines.build import build
+
+    core, ready = await asyncio.to_thread(build, spec)
+    return InProcessClient(spec, ready, core)

@@ -1,0 +1,1 @@
+"""One device, one forward: runner, graphs, sampler, constraints, speculation."""

@@ -1,0 +1,263 @@
+"""One device, one forward: a StepPlan becomes a packed batch, hidden states, logits and tokens.
+
+`prepare` is host work; `run` and `sample` only launch; `Step.result` waits. What stays on the device between
+steps is the KV cache and, by row, the last sampled token: the next step can start before the host has seen it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.execution.sampler import Sampled, Sampler, token_logprobs
+from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
+from headrace.scheduling.plan import Chunk, StepPlan
+from headrace.types import TokenLogprobs
+
+__all__ = ["CausalModel", "Runner", "Step", "StepResult"]
+
+_PROMPT_LOGPROB_ROWS = 64  # logits of this many prompt positions at once
+
+
+class CausalModel(Protocol):
+    """What the runner needs from a model."""
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [T, D]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [P, V] of hidden states [P, D]."""
+        ...
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the host learns from a step.
+
+    Attributes:
+        tokens: one for each sampling chunk in order; -1 where the logits were not finite.
+        logprobs: by index of the sampling chunk, for those that asked.
+        prompt_logprobs: by request id: the first position computed in this step, and its and its followers'
+            entries. Position i speaks of prompt token i + 1.
+    """
+
+    tokens: list[int]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Step:
+    """A step on its way through the device."""
+
+    plan: StepPlan
+    chunks: list[Chunk]
+    batch: PackedBatch | None  # None: a captured step (graphs.py)
+    last: Tensor | None = None  # int64 [P] positions to sample; None: all of them, or none
+    unseen: tuple[Tensor, Tensor] | None = None  # positions whose token only the device knows, and their rows
+    logits: Tensor | None = None
+    prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
+    sampled: Sampled | None = None
+    host_tokens: Tensor | None = None
+    done: torch.cuda.Event | None = None
+
+    def result(self) -> StepResult:
+        """Wait for the device."""
+        if self.done is not None:
+            self.done.synchronize()
+        tokens = [] if self.host_tokens is None else self.host_tokens.tolist()
+        facts = self.sampled.logprobs if self.sampled is not None else {}
+        logprobs = {i: token_logprobs(tokens[i], f) for i, f in facts.items() if tokens[i] >= 0}
+        return StepResult(tokens, logprobs, self.prompt_logprobs)
+
+
+class Runner:
+    """Runs a causal model over its paged cache.
+
+    Args:
+        model: see CausalModel.
+        caches: one LayerCache a layer.
+        block_size: tokens of one block.
+        max_num_seqs: rows of per-sequence state.
+        max_model_len: tokens of the longest sequence.
+        rope_by_length: the model's rotary embedding depends on a sequence's (prompt) length.
+    """
+
+    def __init__(
+        self,
+        model: CausalModel,
+        caches: list[LayerCache],
+        *,
+        device: torch.device,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        rope_by_length: bool = False,
+    ) -> None:
+        self.model = model
+        self.rope_by_length = rope_by_length
+        self.caches = caches
+        self.device = device
+        self.block_size = block_size
+        self.sampler = Sampler(max_num_seqs, device)
+        self._tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self._num_blocks = np.zeros(max_num_seqs, np.int64)
+        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def prepare(self, plan: StepPlan) -> Step:
+        """Pack the plan. All that is read of its sequences is read here, so that they may change afterwards."""
+        for sequence in plan.admitted:
+            self.sampler.admit(sequence)
+            self._num_blocks[sequence.row] = 0
+        chunks = plan.sampling
+        every = len(chunks) == plan.num_tokens
+        last = None if every or not chunks else self._last(plan)
+        return Step(plan, chunks, self._pack(plan), last, self._unseen(plan))
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Step:
+        """Launch the model."""
+        batch = step.batch
+        assert batch is not None
+        if step.unseen is not None:
+            at, rows = step.unseen
+            # A row whose logits were not finite has -1; it ends when the host sees that.
+            batch.token_ids[at] = self._last_tokens[rows].clamp(min=0)
+        hidden = self.model(batch)
+        step.prompt_logprobs = self._prompt_logprobs(step.plan, hidden)
+        if step.chunks:
+            step.logits = self.model.logits(hidden if step.last is None else hidden[step.last])
+        return step
+
+    @torch.inference_mode()
+    def sample(self, step: Step, masks: dict[int, Tensor] | None = None) -> Step:
+        """Launch sampling and the copy of the tokens to the host."""
+        if step.logits is None:
+            return step
+        step.sampled = self.sampler.sample(step.logits, step.chunks, masks)
+        step.logits = None
+        tokens = step.sampled.tokens
+        rows = torch.tensor([chunk.row for chunk in step.chunks])
+        self._last_tokens[rows.to(self.device, non_blocking=True)] = tokens
+        step.host_tokens = tokens.to("cpu", non_blocking=True)
+        if self.device.type == "cuda":
+            step.done = torch.cuda.Event()
+            step.done.record()
+        return step
+
+    # --- packing ---------------------------------------------------------------------------------
+
+    def _pack(self, plan: StepPlan) -> PackedBatch:
+        chunks = plan.chunks
+        num = len(chunks)
+        rows = np.fromiter((c.row for c in chunks), np.int64, num)
+        starts = np.fromiter((c.start for c in chunks), np.int64, num)
+        counts = np.fromiter((c.count for c in chunks), np.int64, num)
+        self._update_tables(chunks)
+        query_starts = np.zeros(num + 1, np.int32)
+        np.cumsum(counts, out=query_starts[1:])
+        ends = starts + counts
+        decode = plan.num_tokens == num
+        positions = starts if decode else _ranges(starts, counts, query_starts)
+        token_rows = rows if decode else np.repeat(rows, counts)
+        tables = self._tables
+        blocks = tables[token_rows, positions // self.block_size].astype(np.int64)
+        slots = blocks * self.block_size + positions % self.block_size
+        max_seq_len = int(ends.max())
+        width = -(-max_seq_len // self.block_size)
+        host = self.device.type == "cpu"
+        attention = AttentionBatch(
+            query_starts=self._upload(query_starts),
+            seq_lens=self._upload(ends.astype(np.int32)),
+            block_tables=self._upload(tables[rows, :width]),
+            slots=self._upload(slots),
+            caches=self.caches,
+            max_query_len=int(counts.max()),
+            max_seq_len=max_seq_len,
+            host_query_lens=counts.tolist() if host else None,
+            host_seq_lens=ends.tolist() if host else None,
+            host_blocks=[list(c.sequence.table.blocks) for c in chunks] if host else None,
+        )
+        batch = PackedBatch(self._token_ids(plan), self._upload(positions), attention)
+        if self.rope_by_length:
+            prompts = np.fromiter((c.sequence.num_prompt for c in chunks), np.int64, num)
+            batch.rope_lens = self._upload(np.repeat(prompts, counts))
+        return batch
+
+    def _token_ids(self, plan: StepPlan) -> Tensor:
+        """int64 [T]; 0 where only the device knows the token."""
+        flat: list[int] = []
+        for chunk in plan.chunks:
+            flat.extend(chunk.sequence.token_ids[chunk.start : chunk.start + chunk.count])
+            if chunk.from_device:
+                flat.append(0)
+        return self._upload(np.asarray(flat, np.int64))
+
+    def _unseen(self, plan: StepPlan) -> tuple[Tensor, Tensor] | None:
+        ends = np.cumsum([chunk.count for chunk in plan.chunks]) - 1
+        which = [i for i, chunk in enumerate(plan.chunks) if chunk.from_device]
+        if not which:
+            return None
+        rows = np.asarray([plan.chunks[i].row for i in which], np.int64)
+        return self._upload(ends[which]), self._upload(rows)
+
+    def _update_tables(self, chunks: list[Chunk]) -> None:
+        """Write the blocks that a sequence got since its last step."""
+        for chunk in chunks:
+            row, blocks = chunk.row, chunk.sequence.table.blocks
+            have = self._num_blocks[row]
+            if have != len(blocks):
+                self._tables[row, have : len(blocks)] = blocks[have:]
+                self._num_blocks[row] = len(blocks)
+
+    def _last(self, plan: StepPlan) -> Tensor:
+        """Positions in the batch whose logits are sampled, int64 [P]."""
+        ends = np.cumsum([chunk.count for chunk in plan.chunks]) - 1
+        return self._upload(ends[[chunk.samples for chunk in plan.chunks]])
+
+    def _upload(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+    # --- prompt log-probabilities ----------------------------------------------------------------
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> dict[str, tuple[int, list[TokenLogprobs]]]:
+        """Log-probabilities of the prompt tokens that follow each position of this step."""
+        found: dict[str, tuple[int, list[TokenLogprobs]]] = {}
+        at = 0
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            k = sequence.sampling.prompt_logprobs
+            if k is not None and chunk.start < sequence.num_prompt - 1:
+                count = min(chunk.count, sequence.num_prompt - 1 - chunk.start)
+                targets = sequence.token_ids[chunk.start + 1 : chunk.start + 1 + count]
+                found[sequence.id] = (chunk.start, self._score(hidden[at : at + count], targets, k))
+            at += chunk.count
+        return found
+
+    def _score(self, hidden: Tensor, targets: list[int], k: int) -> list[TokenLogprobs]:
+        scored: list[TokenLogprobs] = []
+        for first in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
+            part = targets[first : first + _PROMPT_LOGPROB_ROWS]
+            logprobs = torch.log_softmax(self.model.logits(hidden[first : first + len(part)]), -1)
+            own = logprobs.gather(1, torch.tensor(part, device=self.device)[:, None])
+            ranks = ((logprobs > own).sum(-1) + 1).tolist()
+            values, ids = (t.tolist() for t in torch.topk(logprobs, k, dim=-1))
+            for i, token in enumerate(part):
+                scored.append(TokenLogprobs(token, float(own[i]), ranks[i], tuple(zip(ids[i], values[i]))))
+        return scored
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray, query_starts: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... for each chunk, one after another."""
+    steps = np.arange(query_starts[-1], dtype=np.int64)
+    positions: np.ndarray = steps + np.repeat(starts - query_starts[:-1], counts)
+    return positions

@@ -1,0 +1,35 @@
+"""Activations and gates in float32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["activate", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    x32 = x.float()
+    if name == "silu":
+        return (x32 * torch.sigmoid(x32)).to(x.dtype)
+    if name == "relu":
+        return F.relu(x)
+    return F.gelu(x32, approximate="tanh" if name == "gelu_tanh" else "none").to(x.dtype)
+
+
+def _gate(gate_up: Tensor, name: str) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (activate(gate, name) * up).to(gate_up.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    return _gate(gate_up, "silu")
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    return _gate(gate_up, "gelu")
+
+
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    return _gate(gate_up, "gelu_tanh")

@@ -1,0 +1,56 @@
+"""Gates on GPUs: one read of both halves, one write. Lone activations are torch's own."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from headrace.kernels.activation.cpu import activate
+from headrace.kernels.launch import launch_options
+
+__all__ = ["activate", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
+
+
+@triton.jit
+def _gate_mul(x_ptr, x_row, out_ptr, D, GATE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = d < D
+    gate = tl.load(x_ptr + row * x_row + d, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * x_row + D + d, mask=ok, other=0.0).to(tl.float32)
+    if GATE == 1:
+        gate = gate * tl.sigmoid(gate)
+    elif GATE == 2:
+        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    else:
+        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    tl.store(out_ptr + row * D + d, (gate * up).to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def _launch(gate_up: Tensor, gate: int) -> Tensor:
+    rows = gate_up.reshape(-1, gate_up.shape[-1])
+    width = rows.shape[1] // 2
+    out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
+    block = min(1024, triton.next_power_of_2(width))
+    _gate_mul[(rows.shape[0], triton.cdiv(width, block))](
+        rows, rows.stride(0), out, width, GATE=gate, BLOCK=block, **launch_options(rows.device, 4, 1)
+    )
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    return _launch(gate_up, 1)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    return _launch(gate_up, 3)
+
+
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    return _launch(gate_up, 2)

@@ -1,0 +1,69 @@
+"""Attention one sequence at a time, in float32, straight from the definition."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from headrace.layers.packed import AttentionBatch
+
+__all__ = ["attention", "visible"]
+
+
+def visible(
+    query_len: int, key_len: int, *, causal: bool, window: int | None, device: torch.device
+) -> Tensor:
+    """Which keys each of the last ``query_len`` positions may see: bool [query_len, key_len]."""
+    queries = torch.arange(key_len - query_len, key_len, device=device)[:, None]
+    keys = torch.arange(key_len, device=device)[None, :]
+    allowed = keys <= queries if causal else torch.ones_like(keys <= queries)
+    if window is not None:
+        allowed = allowed & ((queries - keys).abs() < window)
+    return allowed
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: AttentionBatch,
+    layer: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    starts, lens = batch.query_starts.tolist(), batch.seq_lens.tolist()
+    cache = batch.caches[layer] if batch.caches else None
+    if cache is not None:
+        assert batch.slots is not None
+        assert batch.block_tables is not None
+        cache.k.flatten(0, 1)[batch.slots] = k.to(cache.k.dtype)
+        cache.v.flatten(0, 1)[batch.slots] = v.to(cache.v.dtype)
+    out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype, device=q.device)
+    for i, length in enumerate(lens):
+        rows = slice(starts[i], starts[i + 1])
+        keys, values = k[rows], v[rows]
+        if cache is not None:
+            blocks = batch.block_tables[i].long()[: -(-length // cache.k.shape[1])]  # type: ignore[index]
+            keys, values = cache.k[blocks].flatten(0, 1)[:length], cache.v[blocks].flatten(0, 1)[:length]
+        out[rows] = _one(q[rows], keys, values, batch.causal, scale, window, soft_cap)
+    return out
+
+
+def _one(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None, soft_cap: float | None
+) -> Tensor:
+    """Attention of q [Q, Hq, D] over k and v [L, Hkv, D]."""
+    group = q.shape[1] // k.shape[1]
+    k = k.float().repeat_interleave(group, dim=1)
+    v = v.float().repeat_interleave(group, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    allowed = visible(q.shape[0], k.shape[0], causal=causal, window=window, device=q.device)
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)

@@ -1,0 +1,110 @@
+"""Attention on GPUs: cache write, then prefill and decode kernels, each on the sequences it is for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
+from headrace.kernels.attention.triton_prefill import prefill_attention
+from headrace.kernels.launch import launch_options
+
+if TYPE_CHECKING:
+    from headrace.layers.packed import AttentionBatch
+
+__all__ = ["attention", "write_cache"]
+
+
+@triton.jit
+def _write_cache(k_ptr, v_ptr, row, head_stride, k_cache, v_cache, cache_block, cache_token, cache_head, slots_ptr,
+                 BLOCK: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + token)
+    h = tl.arange(0, HP)[:, None]
+    d = tl.arange(0, DP)[None, :]
+    ok = (h < H) & (d < D) & (slot >= 0)
+    at = token * row + h * head_stride + d
+    to = (slot // BLOCK) * cache_block + (slot % BLOCK) * cache_token + h * cache_head + d
+    k = tl.load(k_ptr + at, mask=ok, other=0.0)
+    v = tl.load(v_ptr + at, mask=ok, other=0.0)
+    tl.store(k_cache + to, k.to(k_cache.dtype.element_ty), mask=ok)
+    tl.store(v_cache + to, v.to(v_cache.dtype.element_ty), mask=ok)
+
+
+def write_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Store k and v [T, Hkv, D] at ``slots`` int64 [T] of caches [num_blocks, block_size, Hkv, D]; -1: nowhere."""
+    if k.stride() != v.stride():
+        k, v = k.contiguous(), v.contiguous()
+    assert k.stride(2) == 1 and k_cache.stride() == v_cache.stride() and k_cache.stride(3) == 1
+    heads, dim = k.shape[1:]
+    _write_cache[(k.shape[0],)](
+        k, v, k.stride(0), k.stride(1), k_cache, v_cache, *k_cache.stride()[:3], slots,
+        BLOCK=k_cache.shape[1], H=heads, HP=triton.next_power_of_2(heads), D=dim, DP=triton.next_power_of_2(dim),
+        **launch_options(k.device, 4, 1),
+    )  # fmt: skip
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: AttentionBatch,
+    layer: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    if not batch.caches:
+        if k.stride() != v.stride():
+            k, v = k.contiguous(), v.contiguous()
+        return prefill_attention(
+            q, k, v, batch.query_starts, batch.seq_lens,
+            scale=scale, causal=batch.causal, window=window, soft_cap=soft_cap,
+        )  # fmt: skip
+    cache = batch.caches[layer]
+    assert batch.slots is not None and batch.block_tables is not None
+    write_cache(k, v, cache.k, cache.v, batch.slots)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_tokens, num_seqs = q.shape[0], batch.seq_lens.shape[0]
+    if batch.max_query_len > 1:
+        prefill_attention(
+            q, cache.k, cache.v, batch.query_starts, batch.seq_lens, scale=scale, causal=batch.causal, window=window,
+            soft_cap=soft_cap, tables=batch.block_tables, skip_single=True, out=out,
+        )  # fmt: skip
+    # Tokens that a batch can hold beside one sequence of two or more: then some sequence decodes.
+    if batch.decode_only or num_tokens < 2 * num_seqs or _some_single(batch):
+        decode_attention(
+            q, cache.k, cache.v, batch.block_tables, batch.seq_lens, _workspace(batch, q, k), scale=scale,
+            window=window, soft_cap=soft_cap, out=out,
+            query_starts=None if batch.decode_only else batch.query_starts,
+        )  # fmt: skip
+    return out
+
+
+def _some_single(batch: AttentionBatch) -> bool:
+    """Whether a sequence has one new token; if the host does not know, it may."""
+    lens = batch.host_query_lens
+    return batch.query_starts.shape[0] > 2 if lens is None else 1 in lens
+
+
+def _workspace(batch: AttentionBatch, q: Tensor, k: Tensor) -> DecodeWorkspace:
+    """One workspace for all layers of a batch."""
+    if batch.plan is None:
+        batch.plan = {}
+    found = batch.plan.get("decode workspace")
+    if found is None:
+        found = DecodeWorkspace.allocate(
+            batch.seq_lens.shape[0], q.shape[1], k.shape[1], q.shape[2], q.device
+        )
+        batch.plan["decode workspace"] = found
+    return found

@@ -1,0 +1,360 @@
+"""Paged decode attention: one new token a sequence, its keys split over programs (Flash-Decoding, Dao et al. 2023).
+
+A sequence's keys are cut into at most ``MAX_SPLITS`` pieces whose size follows from its own length alone, so a
+row's result does not depend on its neighbours. Programs are persistent: each takes pieces (sequence, key head,
+split) in turn, and finds them from the lengths on the device, so that one launch, and one CUDA graph, serves any
+lengths. The last program to finish a (sequence, key head) merges its pieces in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors
+
+__all__ = ["MAX_SPLITS", "DecodeWorkspace", "QKNormRope", "decode_attention"]
+
+MAX_SPLITS = 32
+MIN_SPLIT = 128
+
+
+@dataclass(slots=True)
+class DecodeWorkspace:
+    """Scratch of decode attention for up to S sequences, shared by all layers.
+
+    Attributes:
+        partial: float32 [S, MAX_SPLITS, Hq, Dp + 2], unnormalized sums, then maximum and denominator.
+        arrivals: int32 [S * Hkv], zero between launches.
+    """
+
+    partial: Tensor
+    arrivals: Tensor
+
+    @staticmethod
+    def allocate(
+        num_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> DecodeWorkspace:
+        width = triton.next_power_of_2(head_dim) + 2
+        partial = torch.empty(num_seqs, MAX_SPLITS, num_heads, width, dtype=torch.float32, device=device)
+        return DecodeWorkspace(
+            partial, torch.zeros(num_seqs * num_kv_heads, dtype=torch.int32, device=device)
+        )
+
+
+@dataclass(slots=True)
+class QKNormRope:
+    """What turns a raw projection into queries, keys and cache entries inside the attention kernel.
+
+    Attributes:
+        weight: [Hq + Hkv, D] gains of the norm over each head, or None.
+        cos, sin: float32 [L, R] by position; R rotated dimensions, sin negated in its first half; or None.
+    """
+
+    weight: Tensor | None
+    eps: float
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+@triton.jit
+def _norm_rope(
+    x,
+    other,
+    gain_ptr,
+    cos_ptr,
+    sin_ptr,
+    offs_d,
+    offs_o,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    eps,
+    NORM: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """x and ``other`` (x with the halves of its first R dimensions swapped), float32 [H, DP] -> rotated [H, DP]."""
+    if NORM:
+        rs = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        gain = tl.load(gain_ptr + offs_d[None, :], mask=offs_d[None, :] < D, other=0.0).to(tl.float32)
+        x = (x * rs * gain).to(dtype).to(tl.float32)
+        if R > 0:
+            swapped = tl.load(gain_ptr + offs_o[None, :], mask=offs_o[None, :] < D, other=0.0).to(tl.float32)
+            other = (other * rs * swapped).to(dtype).to(tl.float32)
+    if R > 0:
+        cos = tl.load(cos_ptr + offs_d, mask=offs_d < R, other=1.0)[None, :]
+        sin = tl.load(sin_ptr + offs_d, mask=offs_d < R, other=0.0)[None, :]
+        x = x * cos + other * sin
+    return x.to(dtype)
+
+
+@triton.jit
+def _pieces(length, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
+    """(first piece, number of pieces, keys a piece) of sequences of ``length`` keys.
+
+    A piece has MIN_SPLIT keys, doubled until MAX_SPLITS of them suffice; those before the window are left out.
+    """
+    size = length * 0 + MIN_SPLIT
+    for _ in tl.static_range(14):
+        size = tl.where(length > size * MAX_SPLITS, size * 2, size)
+    first = length * 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0) // size
+    return first, (length + size - 1) // size - first, size
+
+
+@triton.jit
+def _merge(
+    partial_ptr,
+    base,
+    count,
+    head,
+    num_heads,
+    G: tl.constexpr,
+    GM: tl.constexpr,
+    DP: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Sum of ``count`` pieces of G heads, normalized: float32 [GM, DP]."""
+    W: tl.constexpr = DP + 2
+    g = tl.arange(0, GM)
+    i = tl.arange(0, MAX_SPLITS)
+    d = tl.arange(0, DP)
+    rows = base + (i[:, None] * num_heads + head + g[None, :]) * W
+    live = (i[:, None] < count) & (g[None, :] < G)
+    top = tl.load(partial_ptr + rows + DP, mask=live, other=float("-inf"), cache_modifier=".cg")
+    peak = tl.max(top, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    norm = tl.load(partial_ptr + rows + DP + 1, mask=live, other=0.0, cache_modifier=".cg")
+    total = tl.sum(norm * tl.exp2(top - peak[None, :]), 0)
+    acc = tl.zeros([GM, DP], tl.float32)
+    c = tl.arange(0, CHUNK)
+    for start in range(0, count, CHUNK):
+        at = base + ((start + c)[:, None] * num_heads + head + g[None, :]) * W
+        ok = ((start + c)[:, None] < count) & (g[None, :] < G)
+        m = tl.load(partial_ptr + at + DP, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(
+            partial_ptr + at[:, :, None] + d[None, None, :],
+            mask=ok[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        acc += tl.sum(part * tl.exp2(m - peak[None, :])[:, :, None], 0)
+    return acc / tl.where(total > 0.0, total, 1.0)[:, None]
+
+
+@triton.jit
+def _decode(
+    q_ptr, q_row, q_head, k_ptr, v_ptr, kv_row, kv_head, out_ptr,
+    k_cache, v_cache, cache_block, cache_token, cache_head,
+    partial_ptr, arrivals_ptr, tables_ptr, table_row, rows_ptr, starts_ptr, lens_ptr,
+    gain_ptr, eps, cos_ptr, sin_ptr, num_seqs, num_kv_heads, scale, soft_cap,
+    G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    num_heads = num_kv_heads * G
+    s_all = tl.arange(0, SEQS)
+    len_all = tl.load(lens_ptr + s_all, mask=s_all < num_seqs, other=0)
+    _, count_all, _ = _pieces(len_all, WINDOW, MAX_SPLITS, MIN_SPLIT)
+    if STARTS:
+        start_all = tl.load(starts_ptr + s_all, mask=s_all < num_seqs, other=0)
+        end_all = tl.load(starts_ptr + s_all + 1, mask=s_all < num_seqs, other=0)
+        count_all = tl.where(end_all - start_all == 1, count_all, 0)
+    ends = tl.cumsum(count_all, 0)
+    total = tl.max(ends, 0)
+
+    g = tl.arange(0, GP)
+    d = tl.arange(0, DP)
+    half: tl.constexpr = R // 2
+    swap = tl.where(d < half, d + half, tl.where(d < R, d - half, d))
+    for work in range(tl.program_id(0), total * num_kv_heads, tl.num_programs(0)):
+        piece = work // num_kv_heads
+        head = work % num_kv_heads
+        seq = tl.sum((ends <= piece).to(tl.int32), 0)
+        length = tl.load(lens_ptr + seq)
+        token = seq
+        if STARTS:
+            token = tl.load(starts_ptr + seq)
+        token = token.to(tl.int64)
+        table = seq
+        if ROWS:
+            table = tl.load(rows_ptr + seq)
+        table_ptr = tables_ptr + table.to(tl.int64) * table_row
+        first, count, size = _pieces(length, WINDOW, MAX_SPLITS, MIN_SPLIT)
+        base = tl.sum(tl.where(s_all < seq, count_all, 0), 0)
+        split = first + piece - base
+        lo = split * size
+        hi = tl.minimum(lo + size, length)
+        if WINDOW > 0:
+            lo = tl.maximum(lo, length - WINDOW)
+
+        q_at = q_ptr + token * q_row + (head * G + g)[:, None] * q_head
+        q_ok = (g[:, None] < G) & (d[None, :] < D)
+        q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
+        peak = tl.full([GP], float("-inf"), tl.float32)
+        norm = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([GP, DP], tl.float32)
+        if FUSED:
+            # The new key and value never leave registers: they open the sum of the piece that they end.
+            pos = length - 1
+            cos_at = cos_ptr + pos.to(tl.int64) * R
+            sin_at = sin_ptr + pos.to(tl.int64) * R
+            other = q.to(tl.float32)
+            if R > 0:
+                other = tl.load(q_at + swap[None, :], mask=q_ok, other=0.0).to(tl.float32)
+            gains = gain_ptr + tl.minimum(head * G + g, num_heads - 1)[:, None] * D
+            q = _norm_rope(q.to(tl.float32), other, gains, cos_at, sin_at, d, swap, D, R, eps, NORM, dtype)
+            if hi == length:
+                one = tl.arange(0, 1)[:, None]
+                k_at = k_ptr + token * kv_row + head * kv_head + one
+                d_ok = (one == 0) & (d[None, :] < D)
+                new_k = tl.load(k_at + d[None, :], mask=d_ok, other=0.0).to(tl.float32)
+                other_k = new_k
+                if R > 0:
+                    other_k = tl.load(k_at + swap[None, :], mask=d_ok, other=0.0).to(tl.float32)
+                gains_k = gain_ptr + (num_heads + head) * D + one
+                new_k = _norm_rope(new_k, other_k, gains_k, cos_at, sin_at, d, swap, D, R, eps, NORM, dtype)
+                new_v = tl.load(
+                    v_ptr + token * kv_row + head * kv_head + one + d[None, :], mask=d_ok, other=0.0
+                )
+                block = tl.load(table_ptr + pos // BLOCK).to(tl.int64)
+                slot = (
+                    block * cache_block + (pos % BLOCK) * cache_token + head * cache_head + one + d[None, :]
+                )
+                new_k = new_k.to(k_cache.dtype.element_ty)
+                new_v = new_v.to(v_cache.dtype.element_ty)
+                tl.store(k_cache + slot, new_k, mask=d_ok)
+                tl.store(v_cache + slot, new_v, mask=d_ok)
+                score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
+                if CAPPED:
+                    score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
+                peak = score * 1.4426950408889634
+                norm = norm + 1.0
+                acc += new_v.to(tl.float32)
+                hi = hi - 1
+
+        n = tl.arange(0, TILE)
+        for key in range(lo, hi, TILE):
+            at = key + n
+            ok = at < hi
+            block = tl.load(table_ptr + at // BLOCK, mask=ok, other=0).to(tl.int64)
+            slot = block * cache_block + (at % BLOCK) * cache_token + head * cache_head
+            k = tl.load(k_cache + slot[:, None] + d[None, :], mask=ok[:, None] & (d[None, :] < D), other=0.0)
+            v = tl.load(v_cache + slot[:, None] + d[None, :], mask=ok[:, None] & (d[None, :] < D), other=0.0)
+            score = tl.dot(q, tl.trans(k.to(dtype)), out_dtype=tl.float32, input_precision="ieee") * scale
+            if CAPPED:
+                score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
+            score = tl.where(ok[None, :], score * 1.4426950408889634, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(score, 1))
+            p = tl.exp2(score - new_peak[:, None])
+            alpha = tl.exp2(peak - new_peak)
+            norm = norm * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None] + tl.dot(
+                p.to(dtype), v.to(dtype), out_dtype=tl.float32, input_precision="ieee"
+            )
+            peak = new_peak
+
+        o_at = token * num_heads * D
+        if count == 1:
+            o = acc / norm[:, None]
+            tl.store(out_ptr + o_at + (head * G + g)[:, None] * D + d[None, :], o.to(dtype), mask=q_ok)
+        else:
+            W: tl.constexpr = DP + 2
+            row = seq.to(tl.int64) * (MAX_SPLITS * num_heads * W)
+            mine = partial_ptr + row + ((split - first) * num_heads + head * G + g) * W
+            tl.store(mine[:, None] + d[None, :], acc, mask=(g[:, None] < G) & (d[None, :] < DP))
+            tl.store(mine + DP, peak, mask=g < G)
+            tl.store(mine + DP + 1, norm, mask=g < G)
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals_ptr + seq * num_kv_heads + head, 1, sem="acq_rel", scope="gpu")
+            if arrived == count - 1:
+                tl.debug_barrier()
+                o = _merge(partial_ptr, row, count, head * G, num_heads, G, GM, DP, MAX_SPLITS, CHUNK)
+                gm = tl.arange(0, GM)
+                o_ok = (gm[:, None] < G) & (d[None, :] < D)
+                tl.store(out_ptr + o_at + (head * G + gm)[:, None] * D + d[None, :], o.to(dtype), mask=o_ok)
+                tl.store(arrivals_ptr + seq * num_kv_heads + head, 0)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tables: Tensor,
+    seq_lens: Tensor,
+    workspace: DecodeWorkspace,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    query_starts: Tensor | None = None,
+    rows: Tensor | None = None,
+    new_k: Tensor | None = None,
+    new_v: Tensor | None = None,
+    fused: QKNormRope | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attend the one new token of each sequence to its cached keys.
+
+    Args:
+        q: [T, Hq, D], last dimension contiguous.
+        k_cache, v_cache: [num_blocks, block_size, Hkv, D], equal strides.
+        tables: int32 [*, B]; sequence s uses row ``rows[s]`` if rows is given, else row s.
+        seq_lens: int32 [S]; 0: no sequence.
+        workspace: of at least S sequences.
+        query_starts: int32 [S + 1]; sequences with other than one new token are skipped. None: token s is s's.
+        new_k, new_v: [T, Hkv, D], raw; with ``fused``: norm and rotation are applied to q and new_k, and new_k
+            and new_v are written to the cache, here.
+        out: [T, Hq, D] contiguous.
+
+    Returns:
+        out.
+    """
+    num_heads, head_dim = q.shape[1:]
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    num_seqs = seq_lens.shape[0]
+    group = num_heads // num_kv_heads
+    padded = triton.next_power_of_2(head_dim)
+    merged = triton.next_power_of_2(group)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    assert k_cache.stride() == v_cache.stride() and k_cache.stride(3) == 1 and q.stride(2) == 1
+    assert workspace.partial.shape[0] >= num_seqs and workspace.partial.shape[2] == num_heads
+    width = 0
+    norm = fused is not None and fused.weight is not None
+    if fused is not None:
+        assert new_k is not None and new_v is not None and new_k.stride() == new_v.stride()
+        width = 0 if fused.cos is None else fused.cos.shape[-1]
+    programs = min(
+        num_seqs * num_kv_heads * MAX_SPLITS, num_multiprocessors(q.device) * (2 if padded <= 128 else 1)
+    )
+    tile = 64 if padded <= 128 else 32
+    options = launch_options(q.device, 4, 3)
+    _decode[(programs,)](
+        q, q.stride(0), q.stride(1),
+        new_k if new_k is not None else q, new_v if new_v is not None else q,
+        new_k.stride(0) if new_k is not None else 0, new_k.stride(1) if new_k is not None else 0, out,
+        k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+        workspace.partial, workspace.arrivals, tables, tables.stride(0), seq_lens if rows is None else rows,
+        seq_lens if query_starts is None else query_starts, seq_lens,
+        fused.weight if norm else q, fused.eps if fused is not None else 0.0,
+        fused.cos if width else workspace.partial, fused.sin if width else workspace.partial,
+        num_seqs, num_kv_heads, scale, soft_cap or 0.0,
+        G=group, GP=max(16, merged), GM=merged, D=head_dim, DP=padded, R=width,
+        BLOCK=block_size, TILE=tile, SEQS=max(16, triton.next_power_of_2(num_seqs)), WINDOW=window or 0,
+        CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=norm, ROWS=rows is not None,
+        STARTS=query_starts is not None, MAX_SPLITS=MAX_SPLITS, MIN_SPLIT=16 if INTERPRETED else MIN_SPLIT,
+        CHUNK=max(1, min(8, 2048 // (merged * padded))), **options,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,202 @@
+"""Attention of many new tokens: packed sequences of any lengths, causal over a paged cache, or without a cache.
+
+FlashAttention-2 (Dao 2023): a program takes a tile of query rows of one key head (the heads of a group are rows
+too) and walks over the keys. Tiles of keys start at multiples of the tile from position 0, wherever a chunk of
+the prompt begins, so a row's result does not depend on how the prompt was cut.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from headrace.kernels.launch import INTERPRETED, launch_options
+
+__all__ = ["prefill_attention"]
+
+
+@triton.jit
+def _span(acc, peak, norm, q, k_ptr, v_ptr, table_ptr, key_row, first_key, kv_block, kv_token, lo, hi, length,
+          last, scale, soft_cap, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+          WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr,
+          MASKED: tl.constexpr):  # fmt: skip
+    """Online softmax over the keys [lo, hi). ``last`` int32 [M]: position of each row."""
+    dtype: tl.constexpr = q.dtype
+    d = tl.arange(0, DP)
+    n = tl.arange(0, TILE)
+    for key in range(lo, hi, TILE):
+        at = key + n
+        ok = at < length
+        if PAGED:
+            block = tl.load(table_ptr + at // BLOCK, mask=ok, other=0).to(tl.int64)
+            slot = block * kv_block + (at % BLOCK) * kv_token
+        else:
+            slot = (first_key + at).to(tl.int64) * key_row
+        if MASKED:
+            kv_ok = ok[:, None] & (d[None, :] < D)
+            k = tl.load(k_ptr + slot[:, None] + d[None, :], mask=kv_ok, other=0.0)
+            v = tl.load(v_ptr + slot[:, None] + d[None, :], mask=kv_ok, other=0.0)
+        elif D == DP:
+            k = tl.load(k_ptr + slot[:, None] + d[None, :])
+            v = tl.load(v_ptr + slot[:, None] + d[None, :])
+        else:
+            k = tl.load(k_ptr + slot[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
+            v = tl.load(v_ptr + slot[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
+        score = tl.dot(q, tl.trans(k.to(dtype)), out_dtype=tl.float32, input_precision="ieee")
+        if CAPPED:
+            score = score * scale
+            score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0) * 1.4426950408889634
+        else:
+            score = score * (scale * 1.4426950408889634)
+        if MASKED:
+            seen = ok[None, :]
+            if CAUSAL:
+                seen = seen & (at[None, :] <= last[:, None])
+            if WINDOW > 0:
+                seen = seen & (tl.abs(last[:, None] - at[None, :]) < WINDOW)
+            score = tl.where(seen, score, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        if MASKED:
+            safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        else:
+            safe = new_peak
+        p = tl.exp2(score - safe[:, None])
+        alpha = tl.exp2(peak - safe)
+        norm = norm * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(dtype), v.to(dtype), acc, out_dtype=tl.float32, input_precision="ieee")
+        peak = new_peak
+    return acc, peak, norm
+
+
+@triton.jit
+def _prefill(
+    q_ptr, q_row, q_head, k_ptr, v_ptr, key_row, kv_block, kv_token, kv_head, out_ptr,
+    tables_ptr, table_row, starts_ptr, lens_ptr, num_seqs, num_heads, scale, soft_cap,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr,
+    PAGED: tl.constexpr, SKIP_SINGLE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    s_all = tl.arange(0, SEQS)
+    start_all = tl.load(starts_ptr + s_all, mask=s_all < num_seqs, other=0)
+    new_all = tl.load(starts_ptr + s_all + 1, mask=s_all < num_seqs, other=0) - start_all
+    if SKIP_SINGLE:
+        new_all = tl.where(new_all == 1, 0, new_all)
+    tiles_all = (new_all * G + ROWS - 1) // ROWS
+    ends = tl.cumsum(tiles_all, 0)
+    if tile < tl.max(ends, 0):
+        seq = tl.sum((ends <= tile).to(tl.int32), 0)
+        tile = tile - tl.sum(tl.where(s_all < seq, tiles_all, 0), 0)
+        start = tl.load(starts_ptr + seq)
+        new = tl.load(starts_ptr + seq + 1) - start
+        length = tl.load(lens_ptr + seq)
+        row = tile * ROWS + tl.arange(0, ROWS)
+        token = row // G
+        last = length - new + token
+        d = tl.arange(0, DP)
+        row_ok = (row < new * G)[:, None] & (d[None, :] < D)
+        rows = (start + token).to(tl.int64)
+        heads = head * G + row % G
+        q = tl.load(
+            q_ptr + rows[:, None] * q_row + heads[:, None] * q_head + d[None, :], mask=row_ok, other=0.0
+        )
+        acc = tl.zeros([ROWS, DP], tl.float32)
+        peak = tl.full([ROWS], float("-inf"), tl.float32)
+        norm = tl.zeros([ROWS], tl.float32)
+        # [lo, full): every row sees every key; [full, hi): masks.
+        first_pos = length - new + tile * ROWS // G
+        last_pos = tl.minimum(length - new + (tile * ROWS + ROWS - 1) // G, length - 1)
+        lo = 0
+        full = length // TILE * TILE
+        hi = length
+        if CAUSAL:
+            full = tl.minimum(first_pos + 1, length) // TILE * TILE
+            hi = last_pos + 1
+        if WINDOW > 0:
+            lo = tl.maximum(first_pos - WINDOW + 1, 0) // TILE * TILE
+            full = lo
+            hi = tl.minimum(hi, last_pos + WINDOW)
+        table_ptr = tables_ptr + seq.to(tl.int64) * table_row
+        k_at = k_ptr + head * kv_head
+        v_at = v_ptr + head * kv_head
+        if WINDOW == 0:
+            acc, peak, norm = _span(acc, peak, norm, q, k_at, v_at, table_ptr, key_row, start, kv_block, kv_token,
+                                    lo, full, length, last, scale, soft_cap, D, DP, BLOCK, TILE, 0, CAPPED, CAUSAL,
+                                    PAGED, False)  # fmt: skip
+        acc, peak, norm = _span(acc, peak, norm, q, k_at, v_at, table_ptr, key_row, start, kv_block, kv_token,
+                                full, hi, length, last, scale, soft_cap, D, DP, BLOCK, TILE, WINDOW, CAPPED, CAUSAL,
+                                PAGED, True)  # fmt: skip
+        acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
+        o_at = out_ptr + (rows[:, None] * num_heads + heads[:, None]) * D + d[None, :]
+        tl.store(o_at, acc.to(q.dtype), mask=row_ok)
+
+
+def prefill_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    tables: Tensor | None = None,
+    skip_single: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attend each query to its own sequence's keys.
+
+    Args:
+        q: [T, Hq, D].
+        k, v: with ``tables`` the cache [num_blocks, block_size, Hkv, D], else this batch's [T, Hkv, D].
+        query_starts: int32 [S + 1].
+        seq_lens: int32 [S], keys of each sequence.
+        tables: int32 [S, B].
+        skip_single: leave sequences of one new token to decode_attention.
+        out: [T, Hq, D] contiguous.
+
+    Returns:
+        out.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_seqs = seq_lens.shape[0]
+    group = num_heads // k.shape[-2]
+    padded = triton.next_power_of_2(head_dim)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    assert q.stride(2) == 1 and k.stride(-1) == 1 and k.stride() == v.stride()
+    paged = tables is not None
+    rows, tile, warps, stages = _shape(padded, num_tokens * group // max(num_seqs, 1), q.element_size())
+    grid = (num_tokens * group // rows + num_seqs, num_heads // group)
+    _prefill[grid](
+        q, q.stride(0), q.stride(1), k, v, 0 if paged else k.stride(0), k.stride(0), k.stride(-3), k.stride(-2), out,
+        tables if paged else seq_lens, tables.stride(0) if paged else 0, query_starts, seq_lens, num_seqs, num_heads,
+        scale, soft_cap or 0.0,
+        G=group, D=head_dim, DP=padded, BLOCK=k.shape[1] if paged else 1, ROWS=rows, TILE=tile,
+        SEQS=max(16, triton.next_power_of_2(num_seqs)), WINDOW=window or 0, CAPPED=soft_cap is not None,
+        CAUSAL=causal, PAGED=paged, SKIP_SINGLE=skip_single, **launch_options(q.device, warps, stages),
+    )  # fmt: skip
+    return out
+
+
+def _shape(padded: int, rows_per_seq: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(query rows, keys, warps, stages) of a tile."""
+    if INTERPRETED:
+        return 16, 16, 4, 1
+    if itemsize == 4:
+        return 32, 32, 4, 2
+    if padded > 128:
+        return 64, 32, 4, 2
+    if rows_per_seq <= 64:
+        return 64, 64, 4, 2
+    return 128, 64, 8, 3

@@ -1,0 +1,49 @@
+"""How our Triton kernels are launched: programmatic dependent launch, and its absence.
+
+Programmatic dependent launch (PDL): a kernel may start while its predecessor still runs. Each kernel of ours says
+at once that its successor may start, touches only weights and other data that no kernel of the same graph writes,
+then waits (`griddepcontrol.wait`) until its predecessor has finished. Since every kernel waits, waiting for the
+predecessor is waiting for all before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+
+__all__ = ["INTERPRETED", "launch_options", "num_multiprocessors", "supports_pdl"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def supports_pdl(device: torch.device) -> bool:
+    """Compute capability 9.0 or later."""
+    if device.type != "cuda" or INTERPRETED:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of the device; 2 under the interpreter, so that persistent loops are exercised."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def launch_options(
+    device: torch.device, num_warps: int, num_stages: int, *, pdl: bool = True
+) -> dict[str, Any]:
+    """Keyword arguments of a launch: PDL (the kernel's own switch and the driver's), warps and stages."""
+    options: dict[str, Any] = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "PDL": pdl and supports_pdl(device),
+    }
+    if options["PDL"]:
+        options["launch_pdl"] = True
+    return options

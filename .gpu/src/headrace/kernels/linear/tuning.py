@@ -1,0 +1,77 @@
+"""Tile shapes of the small-row kernels: data for measured (GPU, shape) pairs, a rule for all others.
+
+``tuned/<gpu>.json`` maps ``"<rows>:<N>x<K>[g]"`` (rows: 1, 16, 32 or 64; g: gated) to a list of numbers in the
+order of GemvShape's or SkinnyShape's fields. benchmarks/kernels.py --tune measures and writes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["GemvShape", "SkinnyShape", "gemv_shape", "skinny_shape"]
+
+
+class GemvShape(NamedTuple):
+    """One row: ``bn`` outputs a program, ``bk`` columns a load."""
+
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+class SkinnyShape(NamedTuple):
+    """Up to ``bm`` rows: ``bn`` outputs a program, ``bk`` columns a load, K split over ``splits`` programs."""
+
+    bm: int
+    bn: int
+    bk: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
+    """For x [1, k] and weight [n, k]."""
+    found = _tuned(device).get(_key(1, n, k, gated))
+    if found is not None:
+        return GemvShape(*found)
+    bk = 1024 if k >= 1024 else 1 << max(k - 1, 15).bit_length()
+    return GemvShape(2 if gated else 4, bk, 4, 1)
+
+
+def skinny_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> SkinnyShape:
+    """For x [rows, k], rows from 2 to 64, and weight [n, k]."""
+    bm = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    found = _tuned(device).get(_key(bm, n, k, gated))
+    if found is not None:
+        return SkinnyShape(*found)
+    bk = 128 if k >= 128 else 64
+    tiles = -(-n // (128 if gated else 64))
+    # Enough programs for two on each of some 132 multiprocessors, each with four or more steps of its own.
+    splits = 1
+    while tiles * splits < 200 and splits < 8 and k // (splits * 2 * bk) >= 4:
+        splits *= 2
+    return SkinnyShape(bm, 64, bk, splits, 4, 3 if gated or bm == 64 else 4)
+
+
+def _key(rows: int, n: int, k: int, gated: bool) -> str:
+    return f"{rows}:{n}x{k}{'g' if gated else ''}"
+
+
+@functools.cache
+def _tuned(device: torch.device) -> dict[str, list[int]]:
+    """The measurements for this GPU, or none."""
+    if device.type != "cuda":
+        return {}
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    path = Path(__file__).parent / "tuned" / f"{name}.json"
+    if not path.exists():
+        return {}
+    table: dict[str, list[int]] = json.loads(path.read_text())
+    return table

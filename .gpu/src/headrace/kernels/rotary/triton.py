@@ -1,0 +1,72 @@
+"""Rotary embedding and the norm of heads on GPUs, in place: one program a token, all its heads."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from headrace.kernels.launch import launch_options
+
+__all__ = ["qk_norm_rope", "rope"]
+
+
+@triton.jit
+def _norm_rope(x_ptr, x_row, x_head, gain_ptr, cos_ptr, sin_ptr, H, eps,
+               HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr,
+               PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    d = tl.arange(0, DP)[None, :]
+    half: tl.constexpr = R // 2
+    swap = tl.where(d < half, d + half, tl.where(d < R, d - half, d))
+    ok = (h < H) & (d < D)
+    at = x_ptr + token * x_row + h * x_head
+    x = tl.load(at + d, mask=ok, other=0.0).to(tl.float32)
+    other = x
+    if R > 0:
+        other = tl.load(at + swap, mask=ok, other=0.0).to(tl.float32)
+    # Other threads' loads must come before this thread's stores.
+    tl.debug_barrier()
+    if NORM:
+        rs = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        gains = gain_ptr + h * D
+        x = (x * rs * tl.load(gains + d, mask=ok, other=0.0).to(tl.float32)).to(x_ptr.dtype.element_ty)
+        x = x.to(tl.float32)
+        if R > 0:
+            other = other * rs * tl.load(gains + swap, mask=ok, other=0.0).to(tl.float32)
+            other = other.to(x_ptr.dtype.element_ty).to(tl.float32)
+    if R > 0:
+        cos = tl.load(cos_ptr + token * R + d, mask=d < R, other=1.0)
+        sin = tl.load(sin_ptr + token * R + d, mask=d < R, other=0.0)
+        x = x * cos + other * sin
+    tl.store(at + d, x.to(x_ptr.dtype.element_ty), mask=ok)
+
+
+def _launch(qk: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    tokens, heads, dim = qk.shape
+    if qk.stride(2) != 1:
+        qk = qk.contiguous()
+    width = 0 if cos is None else cos.shape[-1]
+    padded = triton.next_power_of_2(dim)
+    block = max(1, min(triton.next_power_of_2(heads), 4096 // padded))
+    _norm_rope[(tokens, triton.cdiv(heads, block))](
+        qk, qk.stride(0), qk.stride(1), qk if weight is None else weight, qk if cos is None else cos,
+        qk if sin is None else sin, heads, eps, HEADS=block, D=dim, DP=padded, R=width, NORM=weight is not None,
+        **launch_options(qk.device, 4, 1),
+    )  # fmt: skip
+    return qk
+
+
+def rope(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _launch(qk, None, 0.0, cos.contiguous(), sin.contiguous())
+
+
+def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    if cos is None or sin is None:
+        return _launch(qk, weight, eps, None, None)
+    return _launch(qk, weight, eps, cos.contiguous(), sin.contiguous())

@@ -1,0 +1,47 @@
+"""The two ends of a decode step: from what the host says to embeddings, and from logits to tokens by row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from headrace.kernels.dispatch import kernel
+
+__all__ = ["StepInputs", "argmax_rows", "begin_step"]
+
+
+class StepInputs(NamedTuple):
+    """What a decode step of B sequences reads, made on the device.
+
+    Attributes:
+        embedded: [B, D] rows of the embedding table, times its scale.
+        token_ids, positions, slots: int64 [B].
+        seq_lens: int32 [B], keys including the new one.
+    """
+
+    embedded: Tensor
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    seq_lens: Tensor
+
+
+def begin_step(
+    packed: Tensor, tables: Tensor, last_tokens: Tensor, embedding: Tensor, scale: float, block_size: int
+) -> StepInputs:
+    """Unpack a step, keep the block tables up to date, and look the tokens up.
+
+    Args:
+        packed: int32 [4, B]: row, position, token (-1: the row's last sampled one), new block (-1: none).
+        tables: int32 [rows, W], block tables by row; the new block of a row is written to its place.
+        last_tokens: int64 [rows]; a negative one (the row has failed) counts as 0.
+        embedding: [V, D].
+    """
+    run = kernel("step", "begin_step", packed.device.type)
+    return run(packed, tables, last_tokens, embedding, scale, block_size)  # type: ignore[no-any-return]
+
+
+def argmax_rows(logits: Tensor) -> Tensor:
+    """int64 [P] of logits [P, V]: the lowest index of the largest; -1 where a row holds NaN or infinity."""
+    return kernel("step", "argmax_rows", logits.device.type)(logits)  # type: ignore[no-any-return]

@@ -1,0 +1,29 @@
+"""Both ends of a decode step in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace.kernels.step import StepInputs
+
+__all__ = ["argmax_rows", "begin_step"]
+
+
+def begin_step(
+    packed: Tensor, tables: Tensor, last_tokens: Tensor, embedding: Tensor, scale: float, block_size: int
+) -> StepInputs:
+    rows, positions, tokens, blocks = packed.long()
+    grown = blocks >= 0
+    tables[rows[grown], positions[grown] // block_size] = blocks[grown].int()
+    tokens = torch.where(tokens >= 0, tokens, last_tokens[rows].clamp(min=0))
+    slots = tables[rows, positions // block_size].long() * block_size + positions % block_size
+    embedded = embedding[tokens]
+    if scale != 1.0:
+        embedded = embedded * scale
+    return StepInputs(embedded, tokens, positions, slots, (positions + 1).int())
+
+
+def argmax_rows(logits: Tensor) -> Tensor:
+    values, tokens = logits.max(dim=-1)
+    return torch.where(torch.isfinite(values), tokens, -1)

@@ -1,0 +1,1 @@
+"""Blocks, prefix index, account; pool.py is the only file with tensors."""

@@ -1,0 +1,37 @@
+"""Feed-forward blocks."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from headrace.kernels.activation import activate, gelu_mul, gelu_tanh_mul, silu_mul
+
+__all__ = ["GATES", "MLP", "GatedMLP"]
+
+GATES = {"silu": silu_mul, "gelu": gelu_mul, "gelu_tanh": gelu_tanh_mul}
+
+
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))`` (Shazeer 2020), gate and up as one projection."""
+
+    def __init__(self, gate_up: nn.Module, down: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.gate_up, self.down = gate_up, down
+        self.gate = GATES[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        return self.down(self.gate(self.gate_up(x)))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """``down(act(up(x)))``."""
+
+    def __init__(self, up: nn.Module, down: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.up, self.down = up, down
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        return self.down(activate(self.up(x), self.activation))  # type: ignore[no-any-return]

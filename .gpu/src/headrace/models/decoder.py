@@ -1,0 +1,184 @@
+"""The decoder: one transformer for all families, built from a declaration."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from headrace.layers.attention import Attention, CosSin, FullNorm, HeadNorm
+from headrace.layers.linear import Embedding, Linear
+from headrace.layers.mlp import MLP, GatedMLP
+from headrace.layers.norm import LayerNorm, NoNorm, RMSNorm
+from headrace.layers.packed import AttentionBatch, PackedBatch
+from headrace.layers.rotary import Rotary
+from headrace.models.declaration import DecoderConfig, KVLayer
+
+__all__ = ["DecoderLayer", "DecoderModel"]
+
+Norm = RMSNorm | LayerNorm | NoNorm
+
+
+class Mixer(Protocol):
+    """The attention of a layer: the seam for other kinds (latent attention, recurrent state)."""
+
+    def __call__(self, x: Tensor, cos_sin: CosSin | None, batch: AttentionBatch) -> Tensor: ...
+
+
+class _Builder:
+    """Makes a decoder's modules with one dtype, on one device."""
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+
+    def linear(self, inputs: int, *parts: int, bias: bool) -> Linear:
+        return Linear(inputs, sum(parts), bias=bias, parts=parts, dtype=self.dtype, device=self.device)
+
+    def rms_norm(self, dim: int) -> RMSNorm:
+        plus_one = self.config.norm == "rms_plus_one"
+        return RMSNorm(dim, self.config.norm_eps, plus_one=plus_one, dtype=self.dtype, device=self.device)
+
+    def norm(self, *places: str) -> Norm:
+        """A norm if the family has one at any of these places ("pre", "post", "sandwich", or "final")."""
+        if self.config.norm_place not in places and "final" not in places:
+            return NoNorm()
+        if self.config.norm == "layer":
+            return LayerNorm(
+                self.config.hidden_size, self.config.norm_eps, dtype=self.dtype, device=self.device
+            )
+        return self.rms_norm(self.config.hidden_size)
+
+    def attention(self, layer: int) -> Attention:
+        config = self.config
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        q, kv = heads * dim, kv_heads * dim
+        norm: HeadNorm | FullNorm | None = None
+        if config.qk_norm == "head":
+            norm = HeadNorm(self.rms_norm(dim), self.rms_norm(dim), heads, kv_heads)
+        elif config.qk_norm == "full":
+            norm = FullNorm(self.rms_norm(q), self.rms_norm(kv), heads)
+        return Attention(
+            self.linear(config.hidden_size, q, kv, kv, bias=config.qkv_bias),
+            self.linear(q, config.hidden_size, bias=config.output_bias),
+            norm=norm,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=dim,
+            layer=layer,
+            scale=config.attention_scale,
+            window=config.windows[layer],
+            soft_cap=config.attention_soft_cap,
+        )
+
+    def mlp(self, layer: int) -> nn.Module:
+        config = self.config
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        down = self.linear(inner, hidden, bias=bias)
+        if config.gated_mlp:
+            return GatedMLP(self.linear(hidden, inner, inner, bias=bias), down, config.activation)
+        return MLP(self.linear(hidden, inner, bias=bias), down, config.activation)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each with its norms, added to the residual stream."""
+
+    def __init__(self, build: _Builder, layer: int) -> None:
+        super().__init__()
+        self.residual_multiplier = build.config.residual_multiplier
+        self.attention_norm = build.norm("pre", "sandwich")
+        self.attention = build.attention(layer)
+        self.post_attention_norm = build.norm("post", "sandwich")
+        self.mlp_norm = build.norm("pre", "sandwich")
+        self.mlp = build.mlp(layer)
+        self.post_mlp_norm = build.norm("post", "sandwich")
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos_sin: CosSin | None, batch: AttentionBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Take the output of the block before, not yet added to ``residual``; return the same of this one.
+
+        So every addition meets the norm that follows it, and both are one kernel. ``residual`` None: x is it.
+        """
+        if residual is None:
+            x, residual = self.attention_norm(x), x
+        else:
+            x, residual = self.attention_norm.add(x, residual)
+        x = self.scaled(self.post_attention_norm(self.attention(x, cos_sin, batch)))
+        x, residual = self.mlp_norm.add(x, residual)
+        x = self.scaled(self.post_mlp_norm(self.mlp(x)))
+        return x, residual
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
+
+
+class DecoderModel(nn.Module):
+    """A decoder-only transformer over packed batches.
+
+    Args:
+        config: the family's declaration.
+        dtype: of weights and activations.
+        device: ``meta`` builds the shapes without memory; models/loading.py fills them.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.config = config
+        build = _Builder(config, dtype, device)
+        self.embed = Embedding(
+            config.vocab_size, config.hidden_size, scale=config.embedding_scale, dtype=dtype, device=device
+        )
+        self.layers = nn.ModuleList(DecoderLayer(build, i) for i in range(config.num_layers))
+        self.norm = build.norm("final")
+        self.head: Linear | None = None
+        if not config.headless and not config.tied:
+            self.head = build.linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rope: Rotary | None = None
+        self.local_rope: Rotary | None = None
+
+    def finish(self) -> None:
+        """Called once, when the weights are there: what follows from them and from their device."""
+        device = self.embed.weight.device
+        if self.config.tied and not self.config.headless:
+            vocab, hidden = self.embed.weight.shape
+            self.head = Linear(hidden, vocab, dtype=self.embed.weight.dtype, device="meta")
+            self.head.weight = self.embed.weight
+        self.rope = Rotary(self.config.rope, device)
+        self.local_rope = Rotary(self.config.local_rope, device) if self.config.local_rope else None
+
+    @property
+    def kv_layout(self) -> list[KVLayer]:
+        """What each layer's cache holds for a token."""
+        return [
+            KVLayer(self.config.num_kv_heads, self.config.head_dim, window) for window in self.config.windows
+        ]
+
+    @torch.inference_mode()
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [T, D] after the last norm."""
+        assert self.rope is not None, "finish() was not called"
+        full = self.rope(batch)
+        local = self.local_rope(batch) if self.local_rope is not None else full
+        x, residual = self.embed(batch.token_ids), None
+        for i, layer in enumerate(self.layers):
+            cos_sin = full if self.config.windows[i] is None else local
+            x, residual = layer(
+                x, residual, None if i in self.config.no_rope_layers else cos_sin, batch.attention
+            )
+        assert residual is not None
+        return self.norm.add(x, residual)[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [P, D] -> logits, float32 [P, V]."""
+        assert self.head is not None, "an embedder has no language-model head"
+        return self.adjust_logits(self.head(hidden).float())
+
+    def adjust_logits(self, logits: Tensor) -> Tensor:
+        """Divisor and soft cap of raw logits, float32 [P, V]."""
+        if self.config.logits_divisor != 1.0:
+            logits = logits / self.config.logits_divisor
+        if self.config.logit_soft_cap is not None:
+            logits = self.config.logit_soft_cap * torch.tanh(logits / self.config.logit_soft_cap)
+        return logits

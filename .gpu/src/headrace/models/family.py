@@ -1,0 +1,124 @@
+"""What a family file holds, and the reading that all families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.layers.rotary import RopeConfig
+from headrace.models.declaration import DecoderConfig
+from headrace.models.reading import ConfigReader
+from headrace.models.rope import read_ropes
+
+__all__ = ["Family", "WeightNames", "layer_windows", "standard", "standard_names"]
+
+# Module of the decoder -> modules of the checkpoint whose weights lie in it one after another, without the
+# checkpoint's prefix. ``{}`` is the layer.
+WeightNames = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of checkpoints.
+
+    Attributes:
+        architectures: values of ``architectures[0]`` that it reads; names ending in Model have no head.
+        read: `config.json` -> declaration.
+        names: where the weights lie.
+        defaults: what the family assumes for fields that `config.json` leaves out.
+        text_config: the decoder's fields lie in this sub-object, if the file has it (multimodal checkpoints).
+        ignored: prefixes of tensors that do not belong to the decoder (towers for other media).
+    """
+
+    architectures: tuple[str, ...]
+    read: Callable[[ConfigReader], DecoderConfig]
+    names: WeightNames
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    text_config: str | None = None
+    ignored: tuple[str, ...] = ()
+
+
+def standard_names(**changes: tuple[str, ...]) -> WeightNames:
+    """The names of Llama and of most after it; a change may replace any (an empty one removes it).
+
+    ``changes`` are keyed by the decoder's names within a layer, with ``_`` for the dot.
+    """
+    attention, mlp = "layers.{}.self_attn.", "layers.{}.mlp."
+    names = {
+        "attention.qkv": tuple(attention + part for part in ("q_proj", "k_proj", "v_proj")),
+        "attention.o": (attention + "o_proj",),
+        "attention.qk_norm.q": (attention + "q_norm",),
+        "attention.qk_norm.k": (attention + "k_norm",),
+        "mlp.gate_up": (mlp + "gate_proj", mlp + "up_proj"),
+        "mlp.down": (mlp + "down_proj",),
+        "attention_norm": ("layers.{}.input_layernorm",),
+        "mlp_norm": ("layers.{}.post_attention_layernorm",),
+    }
+    keys = {name.replace(".", "_"): name for name in (*names, "post_attention_norm", "post_mlp_norm")}
+    names |= {keys[key]: tuple(f"layers.{{}}.{source}" for source in value) for key, value in changes.items()}
+    table = {f"layers.{{}}.{name}": sources for name, sources in names.items()}
+    return {"embed": ("embed_tokens",), "norm": ("norm",), **table}
+
+
+def layer_windows(config: ConfigReader, layers: int, window: int | None) -> tuple[int | None, ...] | None:
+    """The window of each layer by ``layer_types``; None where the file does not say."""
+    types = config.get("layer_types")
+    if types is None:
+        return None
+    if not isinstance(types, list) or len(types) != layers:
+        raise config.refuse("layer_types", types, f"a list of {layers} layer types")
+    for name in types:
+        if name not in ("full_attention", "sliding_attention"):
+            raise config.refuse("layer_types", name, "full_attention or sliding_attention")
+        if name == "sliding_attention" and window is None:
+            raise config.refuse("sliding_window", None, "a window, because layer_types names sliding layers")
+    return tuple(window if name == "sliding_attention" else None for name in types)
+
+
+def standard(
+    config: ConfigReader,
+    *,
+    ropes: Callable[[int], tuple[RopeConfig, RopeConfig | None]] | None = None,
+    windows: tuple[int | None, ...] | None = None,
+    tied: bool = False,
+    norm_eps: float = 1e-6,
+    **choices: Any,
+) -> DecoderConfig:
+    """The fields that all families share, and the family's own choices.
+
+    Args:
+        ropes: head_dim -> rotary embeddings, where the plain reading does not do.
+        windows: of each layer; None: full attention everywhere.
+        tied: whether the head is the embedding table, when the file does not say.
+        norm_eps: where the file does not say.
+        choices: fields of DecoderConfig.
+    """
+    layers = config.integer("num_hidden_layers")
+    hidden = config.integer("hidden_size")
+    heads = config.integer("num_attention_heads")
+    kv_heads = config.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise config.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads ({heads})")
+    head_dim = config.integer("head_dim", hidden // heads)
+    rope, local_rope = ropes(head_dim) if ropes else read_ropes(config, head_dim)
+    activation = choices.pop("activation", None) or config.activation("hidden_act", default="silu")
+    fields: dict[str, Any] = {
+        "vocab_size": config.integer("vocab_size"),
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": config.integer("intermediate_size"),
+        "max_position_embeddings": config.integer("max_position_embeddings", 2048),
+        "rope": rope,
+        "local_rope": local_rope,
+        "windows": windows or (None,) * layers,
+        "attention_scale": head_dim**-0.5,
+        "norm_eps": config.number("rms_norm_eps", norm_eps),
+        "activation": activation,
+        "tied": config.flag("tie_word_embeddings", tied),
+        "headless": config.architecture.endswith("Model"),
+    }
+    return DecoderConfig(**{**fields, **choices})

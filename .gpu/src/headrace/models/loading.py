@@ -1,0 +1,190 @@
+"""Weights into a decoder: each tensor is read, cast and placed once, and every misfit is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from headrace.errors import UnsupportedCheckpoint
+from headrace.layers.linear import Linear, parameter
+from headrace.models.declaration import DecoderConfig
+from headrace.models.decoder import DecoderModel
+from headrace.models.family import WeightNames
+from headrace.models.registry import family_of, read_config
+
+__all__ = ["Progress", "Transform", "WeightSource", "load_decoder", "random_weights"]
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all (of the loaded model)
+Transform = Callable[[str, Linear], nn.Module]  # path and loaded linear -> what replaces it
+
+# Where the decoder's tensors may lie within a checkpoint.
+_PREFIXES = ("model.", "", "language_model.model.", "model.language_model.", "transformer.")
+_ROOT = "embed_tokens.weight"
+
+
+class WeightSource(Protocol):
+    """A checkpoint's tensors by the names of its Hugging Face layout."""
+
+    def names(self) -> Iterable[str]:
+        """All tensors."""
+        ...
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, mapped if possible and in the type it is stored in."""
+        ...
+
+
+def load_decoder(
+    config: Mapping[str, Any],
+    weights: WeightSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    progress: Progress | None = None,
+    transform: Transform | None = None,
+) -> DecoderModel:
+    """Build the decoder that `config.json` declares and fill it from a checkpoint.
+
+    Memory for a parameter is taken when its first tensor arrives: there are never two copies of the weights.
+
+    Args:
+        config: `config.json`, parsed.
+        transform: replaces each linear layer as soon as it is loaded (quantization), before the next one
+            takes memory. A tied head is not one of them.
+
+    Raises:
+        UnknownArchitecture, UnsupportedCheckpoint: see read_config; or a tensor is missing, has no place, or
+            has another shape than the declaration says.
+    """
+    family, architecture = family_of(config)
+    declared = read_config(config)
+    model = DecoderModel(declared, dtype=dtype, device="meta")
+    loader = _Loader(model, weights, family.names, architecture, torch.device(device))
+    loader.check_names(family.ignored)
+    loader.fill(progress, transform)
+    _finish(model)
+    return model
+
+
+def random_weights(
+    config: DecoderConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> DecoderModel:
+    """A decoder with random weights made on the device: right shapes and finite numbers, no sense."""
+    model = DecoderModel(config, dtype=dtype, device="meta")
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        for name, shell in list(module.named_parameters(recurse=False)):
+            full = parameter(*shell.shape, dtype=shell.dtype, device=device)
+            if shell.dim() == 1:
+                full.data.fill_(0.0 if name == "bias" or config.norm == "rms_plus_one" else 1.0)
+            else:
+                full.data.normal_(0.0, 0.02, generator=generator)
+            setattr(module, name, full)
+    _finish(model)
+    return model
+
+
+def _finish(model: DecoderModel) -> None:
+    """Let every module derive what follows from its weights; the model itself comes last."""
+    for module in list(model.modules())[::-1]:
+        finish = getattr(module, "finish", None)
+        if finish is not None:
+            finish()
+    model.eval()
+
+
+class _Loader:
+    """Moves one checkpoint into one model on the meta device."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        weights: WeightSource,
+        names: WeightNames,
+        architecture: str,
+        device: torch.device,
+    ) -> None:
+        self.model, self.weights, self.table = model, weights, names
+        self.architecture, self.device = architecture, device
+        self.names = set(weights.names())
+        self.prefix = self._find_prefix()
+        self.sources = {path: self._sources(path) for path, _ in model.named_parameters()}
+
+    def _find_prefix(self) -> str:
+        for prefix in _PREFIXES:
+            if prefix + _ROOT in self.names:
+                return prefix
+        raise UnsupportedCheckpoint(
+            f"the checkpoint of {self.architecture} holds no tensor {_ROOT!r} "
+            f"(looked for it after {', '.join(map(repr, _PREFIXES))}); the names it has begin with "
+            f"{sorted(self.names)[:3]}",
+            param=_ROOT,
+        )
+
+    def _sources(self, path: str) -> tuple[str, ...]:
+        """Tensors that make up one parameter, in order."""
+        module, _, parameter_name = path.rpartition(".")
+        if module == "head":
+            return (self._head(),)
+        words = module.split(".")
+        layer = words[1] if words[0] == "layers" else ""
+        key = ".".join(["layers", "{}", *words[2:]]) if layer else module
+        return tuple(f"{self.prefix}{name.format(layer)}.{parameter_name}" for name in self.table[key])
+
+    def _head(self) -> str:
+        candidates = ("lm_head.weight", self.prefix.removesuffix("model.") + "lm_head.weight")
+        return next((name for name in candidates if name in self.names), candidates[0])
+
+    def check_names(self, ignored: tuple[str, ...]) -> None:
+        """Refuse missing tensors and tensors without a place, before any is read."""
+        wanted = {name: path for path, names in self.sources.items() for name in names}
+        missing = sorted(wanted.keys() - self.names)
+        if missing:
+            shape = list(self.model.get_parameter(wanted[missing[0]]).shape)
+            raise UnsupportedCheckpoint(
+                f"the checkpoint of {self.architecture} lacks the tensor {missing[0]!r} (part of {shape})"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+                param=missing[0],
+            )
+        for name in sorted(self.names - wanted.keys()):
+            rotary = name.endswith(("rotary_emb.inv_freq", ".masked_bias", ".rotary_emb.cos_cached"))
+            spare_head = self.model.head is None and name.endswith("lm_head.weight")
+            if not (rotary or spare_head or name.startswith(ignored or ("\0",))):
+                shape = list(self.weights.load(name).shape)
+                raise UnsupportedCheckpoint(
+                    f"the checkpoint holds the tensor {name!r} {shape}, for which {self.architecture} "
+                    "has no place; it was made by another model, or config.json is not its own",
+                    param=name,
+                )
+
+    def fill(self, progress: Progress | None, transform: Transform | None) -> None:
+        """Read every tensor once, module by module."""
+        sizes = [p.numel() * p.element_size() for p in self.model.parameters()]
+        done, total = 0, sum(sizes)
+        for path, module in list(self.model.named_modules()):
+            for name, shell in list(module.named_parameters(recurse=False)):
+                full = parameter(*shell.shape, dtype=shell.dtype, device=self.device)
+                parts = full.data.split(module.parts) if isinstance(module, Linear) else (full.data,)
+                sources = self.sources[f"{path}.{name}"]
+                # A checkpoint may hold the fused projection whole.
+                for source, part in zip(sources, parts if len(sources) > 1 else (full.data,), strict=True):
+                    self._place(source, part)
+                setattr(module, name, full)
+                done += full.numel() * full.element_size()
+                if progress is not None:
+                    progress(done, total)
+            if transform is not None and isinstance(module, Linear):
+                self.model.set_submodule(path, transform(path, module))
+
+    def _place(self, name: str, destination: Tensor) -> None:
+        tensor = self.weights.load(name)
+        if tensor.shape != destination.shape:
+            raise UnsupportedCheckpoint(
+                f"tensor {name!r} has shape {list(tensor.shape)}; expected {list(destination.shape)} "
+                f"by config.json of {self.architecture}",
+                param=name,
+            )
+        destination.copy_(tensor)

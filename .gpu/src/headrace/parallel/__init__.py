@@ -1,0 +1,1 @@
+"""Mesh, collectives, placement."""

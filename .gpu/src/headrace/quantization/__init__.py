@@ -1,0 +1,1 @@
+"""Schemes that swap a linear: pack, read containers, calibrate."""

@@ -1,0 +1,1 @@
+"""KV-aware routing: index, cost, policy, app. Never imports torch."""

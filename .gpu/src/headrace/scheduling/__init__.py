@@ -1,0 +1,1 @@
+"""Who runs next: budget, policy, step. Plain Python over plain data."""

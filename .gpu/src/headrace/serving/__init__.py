@@ -1,0 +1,1 @@
+"""HTTP: routes, auth, admission, streaming, output parsers, metrics. Never imports torch."""

@@ -1,0 +1,43 @@
+"""Fixtures that every kind of test may use, and settings that must stand before anything imports Triton."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from headrace.checkpoints.base import Checkpoint
+from headrace.errors import HeadraceError
+
+
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels of tests/parity/test_triton_* run on the CPU
+
+
+def packaged(name: str) -> Path:
+    """Files of a packaged model; the test is skipped, with the reason, when they cannot be had."""
+    from headrace.checkpoints.resolve import resolve
+
+    try:
+        return resolve(name)
+    except HeadraceError as error:
+        pytest.skip(f"packaged model {name}: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    return packaged("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    return packaged("minilm")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path: Path) -> Checkpoint:
+    from headrace.checkpoints.resolve import open_checkpoint
+
+    return open_checkpoint(smollm2_path)

@@ -1,0 +1,125 @@
+"""A real core in a process of its own, over ZMQ, and the same core in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from headrace.config.spec import EngineSpec
+from headrace.engines.dispatch import DispatchClient
+from headrace.engines.process import ProcessClient, start, start_in_process
+from headrace.errors import EngineDead, InvalidRequest, MissingFile, NotReady, UnknownArchitecture
+from headrace.types import FinishReason, Output, Request, SamplingParams
+from support.tiny_folder import write_llama
+
+STARTS: dict[str, Callable[[EngineSpec], Awaitable[DispatchClient]]] = {
+    "process": start,
+    "thread": start_in_process,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
+    folder = write_llama(tmp_path_factory.mktemp("tiny"))
+    return EngineSpec(model=str(folder), path=folder, num_threads=1, kv_cache_bytes=4 << 20, max_num_seqs=8)
+
+
+def request(name: str, **sampling: object) -> Request:
+    params = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True, **sampling}
+    return Request(id=name, token_ids=tuple(range(3, 40)), sampling=SamplingParams(**params))  # type: ignore[arg-type]
+
+
+async def collect(client: DispatchClient, r: Request) -> list[Output]:
+    return [output async for output in client.generate(r)]
+
+
+def tokens(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_generate_cancel_refuse_and_drain(how: str, tiny: EngineSpec) -> None:
+    async def scenario() -> None:
+        client = await STARTS[how](tiny)
+        assert client.ready.vocab_size == 300
+        assert client.health().status == "ok"
+        together = await asyncio.gather(*(collect(client, request(f"g{i}")) for i in range(12)))
+        assert len({tuple(tokens(outputs)) for outputs in together}) == 1
+        assert len(tokens(together[0])) == 24
+        # A second one finds the prompt's blocks.
+        (again,) = await asyncio.gather(collect(client, request("again")))
+        assert again[0].num_cached_tokens == 32
+        # A live id cannot be used twice.
+        first = client.generate(request("twice", max_tokens=300))
+        await anext(first)
+        with pytest.raises(InvalidRequest, match="twice"):
+            await anext(client.generate(request("twice")))
+        await first.aclose()  # type: ignore[attr-defined]
+        # A prompt that cannot run is refused alone.
+        long = Request(id="long", token_ids=(5,) * 600, sampling=SamplingParams())
+        (refusal,) = await collect(client, long)
+        assert refusal.finish_reason is FinishReason.ERROR
+        assert "600 tokens" in refusal.error
+        # Clients that leave at any moment leave nothing behind.
+        rng = random.Random(0)
+
+        async def leave(i: int) -> None:
+            task = asyncio.create_task(collect(client, request(f"c{i}", max_tokens=400)))
+            await asyncio.sleep(rng.random() * 0.02)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        for batch in range(6):
+            await asyncio.gather(*(leave(batch * 20 + i) for i in range(20)))
+        await collect(client, request("after"))
+        for _ in range(50):
+            if client.stats.num_running == 0 and client.stats.blocks_used == 0:
+                break
+            await asyncio.sleep(0.05)
+        assert (client.stats.num_running, client.stats.num_waiting, client.stats.blocks_used) == (0, 0, 0)
+        assert client.num_unfinished == 0
+        # Draining finishes what runs and takes nothing new.
+        last = asyncio.create_task(collect(client, request("last", max_tokens=60)))
+        await asyncio.sleep(0.01)
+        closing = asyncio.create_task(client.close(drain=True))
+        await asyncio.sleep(0)
+        with pytest.raises((NotReady, EngineDead)):
+            await collect(client, request("late"))
+        assert len(tokens(await last)) == 60
+        await closing
+        assert client.health().status == "dead"
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_core_is_noticed_by_everybody(tiny: EngineSpec) -> None:
+    async def scenario() -> None:
+        client = await start(tiny)
+        assert isinstance(client, ProcessClient)
+        waiting = asyncio.create_task(collect(client, request("w", max_tokens=400)))
+        await asyncio.sleep(0.05)
+        assert client._process.pid is not None
+        os.kill(client._process.pid, signal.SIGKILL)
+        with pytest.raises(EngineDead, match="exit code -9"):
+            await asyncio.wait_for(waiting, 5)
+        assert client.health().status == "dead"
+        with pytest.raises(EngineDead):
+            await collect(client, request("x"))
+        await client.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_core_that_cannot_start_says_why(tiny: EngineSpec, tmp_path: Path) -> None:
+    with pytest.raises(MissingFile, match="nowhere"):
+        asyncio.run(start(EngineSpec(model=str(tmp_path / "nowhere"))))
+    folder = write_llama(tmp_path / "odd", architectures=["LlamoForCausalLM"])
+    with pytest.raises(UnknownArchitecture, match="LlamaForCausalLM"):
+        asyncio.run(start(EngineSpec(model=str(folder), path=folder)))

@@ -1,0 +1,167 @@
+"""Every family's logits equal transformers', however the prompt is cut and cached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from parity.decoders import make_pair, max_difference, our_logits, random_prompts, reference_logits
+
+TOLERANCE = 2e-4
+VOCAB = 97
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 500.0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1000.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1000.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.5, 2.5, 4.0],
+    "partial_rotary_factor": 0.75,
+}
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("Llama", "LlamaForCausalLM", {}),
+    "llama-tied-odd-heads": (
+        "Llama",
+        "LlamaForCausalLM",
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54, "tie_word_embeddings": True},
+    ),
+    "llama-biases-head-dim": (
+        "Llama",
+        "LlamaForCausalLM",
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 10, "num_key_value_heads": 6},
+    ),
+    "llama-llama3": ("Llama", "LlamaForCausalLM", {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("Llama", "LlamaForCausalLM", {"rope_parameters": YARN}),
+    "llama-linear": (
+        "Llama",
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "llama-dynamic": (
+        "Llama",
+        "LlamaForCausalLM",
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
+    ),
+    "llama-headless": ("Llama", "LlamaModel", {}),
+    "mistral-short-window": ("Mistral", "MistralForCausalLM", {"sliding_window": 5}),
+    "mistral-long-window": ("Mistral", "MistralForCausalLM", {"sliding_window": 200}),
+    "mistral-no-window": ("Mistral", "MistralForCausalLM", {"sliding_window": None, "head_dim": 12}),
+    "mistral-headless": ("Mistral", "MistralModel", {"sliding_window": 9}),
+    "qwen2": ("Qwen2", "Qwen2ForCausalLM", {"num_attention_heads": 3, "num_key_value_heads": 1}),
+    "qwen2-window": (
+        "Qwen2",
+        "Qwen2ForCausalLM",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2-headless": ("Qwen2", "Qwen2Model", {}),
+    "qwen3": ("Qwen3", "Qwen3ForCausalLM", {"head_dim": 12, "tie_word_embeddings": True}),
+    "qwen3-bias-yarn": (
+        "Qwen3",
+        "Qwen3ForCausalLM",
+        {"head_dim": 16, "attention_bias": True, "rope_parameters": YARN},
+    ),
+    "qwen3-headless": ("Qwen3", "Qwen3Model", {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2",
+        "Gemma2ForCausalLM",
+        {
+            "head_dim": 12,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "gemma2-headless": ("Gemma2", "Gemma2Model", {"head_dim": 8, "sliding_window": 100}),
+    "gemma3": (
+        "Gemma3Text",
+        "Gemma3ForCausalLM",
+        {
+            "head_dim": 12,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 20,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "gemma3-bidirectional": (
+        "Gemma3Text",
+        "Gemma3TextModel",
+        {"head_dim": 8, "sliding_window": 8, "use_bidirectional_attention": True},
+    ),
+    "phi3": ("Phi3", "Phi3ForCausalLM", {"sliding_window": 9}),
+    "phi3-longrope": (
+        "Phi3",
+        "Phi3ForCausalLM",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 20, "tie_word_embeddings": True},
+    ),
+    "granite": (
+        "Granite",
+        "GraniteForCausalLM",
+        {
+            "embedding_multiplier": 6.0,
+            "logits_scaling": 4.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.3,
+            "attention_bias": True,
+        },
+    ),
+    "olmo2": ("Olmo2", "Olmo2ForCausalLM", {"rms_norm_eps": 1e-5}),
+    "smollm3": (
+        "SmolLM3",
+        "SmolLM3ForCausalLM",
+        {"num_hidden_layers": 5, "no_rope_layer_interval": 2, "tie_word_embeddings": True},
+    ),
+    "smollm3-window": (
+        "SmolLM3",
+        "SmolLM3ForCausalLM",
+        {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 6},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_logits_equal_transformers(name: str) -> None:
+    config_name, class_name, fields = CASES[name]
+    config = getattr(hf, f"{config_name}Config")(**{**SIZES, **fields})
+    pair = make_pair(config, getattr(hf, class_name), seed=len(name))
+    prompts = random_prompts(VOCAB, [33, 1, 12, 26, 12], seed=len(name))
+    expected = reference_logits(pair, prompts)
+    spread = float(torch.cat(expected).std())
+    assert spread > 0.05, "logits too flat to tell anything"
+    chunks = [None] if not pair.model.config.causal else [None, 64, 7, 1]
+    for chunk in chunks:
+        difference = max_difference(our_logits(pair.model, prompts, chunk), expected)
+        assert difference <= TOLERANCE, f"chunk {chunk}: {difference}"

@@ -1,0 +1,60 @@
+"""A Hugging Face folder with a tiny random model, written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+TINY_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+}
+
+
+def write_llama(folder: Path, **changes: Any) -> Path:
+    """config.json and model.safetensors of a random Llama."""
+    config = {**TINY_LLAMA, **changes}
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    kv, dim, vocab = config["num_key_value_heads"], config["head_dim"], config["vocab_size"]
+    generator = torch.Generator().manual_seed(7)
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * 0.2
+
+    tensors = {
+        "model.embed_tokens.weight": weight(vocab, hidden),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": weight(vocab, hidden),
+    }
+    for i in range(config["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        tensors[at + "input_layernorm.weight"] = torch.ones(hidden)
+        tensors[at + "post_attention_layernorm.weight"] = torch.ones(hidden)
+        tensors[at + "self_attn.q_proj.weight"] = weight(heads * dim, hidden)
+        tensors[at + "self_attn.k_proj.weight"] = weight(kv * dim, hidden)
+        tensors[at + "self_attn.v_proj.weight"] = weight(kv * dim, hidden)
+        tensors[at + "self_attn.o_proj.weight"] = weight(hidden, heads * dim)
+        tensors[at + "mlp.gate_proj.weight"] = weight(inner, hidden)
+        tensors[at + "mlp.up_proj.weight"] = weight(inner, hidden)
+        tensors[at + "mlp.down_proj.weight"] = weight(hidden, inner)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder

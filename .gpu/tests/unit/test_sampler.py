@@ -1,0 +1,143 @@
+"""The sampler against transformers' processors and against the distributions it promises."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from headrace.execution.sampler import Sampler, uniform
+from headrace.kvcache.blocks import BlockPool
+from headrace.kvcache.table import BlockTable
+from headrace.scheduling.plan import Chunk
+from headrace.scheduling.sequence import Sequence
+from headrace.types import Request, SamplingParams
+
+VOCAB = 1500
+
+
+def chunk(
+    row: int, params: SamplingParams, token_ids: tuple[int, ...] = (1, 2, 3), output: tuple[int, ...] = ()
+) -> Chunk:
+    request = Request(id=f"r{row}", token_ids=token_ids, sampling=params)
+    sequence = Sequence(
+        request, BlockTable(BlockPool(2), 4, b""), arrival=row, limit=10_000, eos_ids=frozenset()
+    )
+    sequence.token_ids.extend(output)
+    sequence.row = row
+    return Chunk(sequence, len(sequence.token_ids) - 1, 1, True, False, row, 0)
+
+
+def sample(logits: torch.Tensor, chunks: list[Chunk]) -> list[int]:
+    sampler = Sampler(len(chunks), torch.device("cpu"))
+    for c in chunks:
+        sampler.admit(c.sequence)
+    return sampler.sample(logits.clone(), chunks).tokens.tolist()
+
+
+def support(logits: torch.Tensor, params: dict[str, float], draws: int = 1200) -> set[int]:
+    """Tokens that come up for some seed."""
+    chunks = [chunk(i, SamplingParams(seed=i, **params)) for i in range(draws)]  # type: ignore[arg-type]
+    return set(sample(logits.expand(draws, -1), chunks))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 7},
+        {"top_p": 0.6},
+        {"top_p": 0.35, "temperature": 1.7},
+        {"min_p": 0.15},
+        {"top_k": 12, "top_p": 0.8},
+        {"top_k": 20, "min_p": 0.1, "temperature": 0.7},
+        {"top_k": 2000, "top_p": 0.5},
+    ],
+)
+def test_filters_keep_what_transformers_keeps(params: dict[str, float]) -> None:
+    from transformers.generation.logits_process import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0)) * 4
+    scores = TemperatureLogitsWarper(float(params.get("temperature", 1.0)))(None, logits)
+    for key, warper in (
+        ("top_k", TopKLogitsWarper),
+        ("top_p", TopPLogitsWarper),
+        ("min_p", MinPLogitsWarper),
+    ):
+        if key in params:
+            scores = warper(params[key])(None, scores)
+    kept = set(torch.isfinite(scores[0]).nonzero()[:, 0].tolist())
+    probs = torch.softmax(scores[0], -1)
+    seen = support(logits, params)
+    assert seen <= kept
+    assert {t for t in kept if probs[t] > 0.01} <= seen
+
+
+def test_top_p_over_a_flat_distribution_needs_more_than_the_candidates() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, :900] = 1.0
+    seen = support(logits, {"top_p": 0.5}, draws=4000)
+    assert len(seen) > 512
+    assert max(seen) < 900  # ties at the floor stay, the lower class does not
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])
+    draws = 20_000
+    chunks = [chunk(i, SamplingParams(seed=i)) for i in range(draws)]
+    counts = np.bincount(sample(logits.expand(draws, -1), chunks), minlength=5) / draws
+    assert np.abs(counts - torch.softmax(logits[0], -1).numpy()).max() < 0.015
+
+
+def test_one_seed_gives_independent_numbers_by_position() -> None:
+    numbers = uniform(np.full(50_000, 7, np.uint64), np.arange(50_000))
+    assert 0.0 <= numbers.min() < 1e-3
+    assert 1 - 1e-3 < numbers.max() < 1.0
+    assert abs(numbers.mean() - 0.5) < 0.01
+    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.02
+    assert len(np.unique(uniform(np.arange(10_000, dtype=np.uint64), np.zeros(10_000, np.int64)))) > 9_900
+
+
+def test_penalties_equal_their_definitions() -> None:
+    rng = random.Random(1)
+    prompt = tuple(rng.randrange(VOCAB) for _ in range(30))
+    output = tuple(rng.choice(prompt[:5]) for _ in range(12))
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(2)) * 3
+    params = SamplingParams(
+        temperature=0.0, repetition_penalty=1.3, presence_penalty=0.7, frequency_penalty=0.3, logprobs=1
+    )
+    expected = logits[0].clone()
+    for token in set(prompt + output):
+        expected[token] = expected[token] / 1.3 if expected[token] > 0 else expected[token] * 1.3
+    for token in set(output):
+        expected[token] -= 0.7 + 0.3 * output.count(token)
+    sampler = Sampler(1, torch.device("cpu"))
+    c = chunk(0, params, prompt, output)
+    sampler.admit(c.sequence)
+    adjusted = logits.clone()
+    sampled = sampler.sample(adjusted, [c])
+    assert torch.allclose(adjusted[0], expected, atol=1e-5)
+    assert sampled.tokens.tolist() == [int(expected.argmax())]
+    own = sampled.logprobs[0][0]
+    assert float(own) == pytest.approx(
+        float(torch.log_softmax(logits[0], -1)[int(expected.argmax())]), abs=1e-5
+    )
+
+
+def test_masks_forbid() -> None:
+    logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(3))
+    allowed = torch.zeros(VOCAB, dtype=torch.bool)
+    allowed[[5, 9]] = True
+    chunks = [chunk(0, SamplingParams(seed=1)), chunk(1, SamplingParams(temperature=0.0))]
+    sampler = Sampler(2, torch.device("cpu"))
+    for c in chunks:
+        sampler.admit(c.sequence)
+    tokens = sampler.sample(logits.clone(), chunks, {0: allowed, 1: allowed}).tokens.tolist()
+    assert set(tokens) <= {5, 9}
+    assert tokens[1] == (5 if logits[1, 5] > logits[1, 9] else 9)

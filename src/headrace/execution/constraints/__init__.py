@@ -1,0 +1,1 @@
+"""Constraints: given a sequence's state, which tokens may come next."""

@@ -1,0 +1,127 @@
+"""Grammars are compiled in bounded workers, cached by content, and copied for each sequence."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from headrace.errors import HeadraceError, InvalidRequest
+from headrace.execution.constraints.grammar import LIMITS, grammar_of
+from headrace.types import ConstraintSpec
+
+__all__ = ["Constraint", "ConstraintCompiler"]
+
+logger = logging.getLogger("headrace.constraints")
+
+_CACHED = 256
+
+
+class Constraint:
+    """One sequence's place in its grammar.
+
+    Args:
+        matcher: llguidance's LLMatcher, this sequence's own.
+        free_until: see ConstraintSpec; until these ids have come the output is free.
+    """
+
+    def __init__(self, matcher: Any, free_until: tuple[int, ...]) -> None:
+        self._matcher = matcher
+        self._waiting_for = list(free_until)
+        self._recent: list[int] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether the next token is constrained."""
+        return not self._waiting_for
+
+    @property
+    def complete(self) -> bool:
+        """Nothing more may follow."""
+        return self.active and bool(self._matcher.is_stopped())
+
+    def fill(self, mask: np.ndarray) -> None:
+        """Write the bits of allowed tokens into ``mask``, int32 [ceil(V / 32)], little-endian bits."""
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._matcher.is_error():
+            raise HeadraceError(f"the grammar gave up: {self._matcher.get_error().strip()}", code="constraint_failed")
+
+    def advance(self, token: int) -> None:
+        """Take a sampled token. Raises HeadraceError when the grammar does not allow it: a bug."""
+        if self._waiting_for:
+            self._recent = [*self._recent, token][-len(self._waiting_for) :]
+            if self._recent == self._waiting_for:
+                self._waiting_for = []
+        elif not self._matcher.consume_token(token):
+            raise HeadraceError(
+                f"token {token} does not fit the grammar: {self._matcher.get_error().strip()}",
+                code="constraint_failed",
+            )
+
+
+class ConstraintCompiler:
+    """Compiles specs for one vocabulary.
+
+    Args:
+        tokenizer_json: gives the text of tokenizer.json, asked for once, on the first constraint.
+        vocab_size: columns of the logits.
+        eos_ids: tokens that the grammar's end allows.
+        workers: compilations at the same time; others wait.
+    """
+
+    def __init__(
+        self, tokenizer_json: Callable[[], str], *, vocab_size: int, eos_ids: tuple[int, ...], workers: int = 1
+    ) -> None:
+        self._tokenizer_json = tokenizer_json
+        self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+        self._pool = ThreadPoolExecutor(workers, "headrace-grammar")
+        self._tokenizer: Any = None
+        self._cache: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._lock = Lock()
+
+    def submit(self, spec: ConstraintSpec) -> Future[Constraint]:
+        """Compile, or copy what is cached. The future raises InvalidRequest when the grammar is refused."""
+        with self._lock:
+            known = self._cache.get((spec.kind, spec.text))
+            if known is not None:
+                self._cache.move_to_end((spec.kind, spec.text))
+        if known is not None:
+            done: Future[Constraint] = Future()
+            done.set_result(Constraint(known.deep_copy(), spec.free_until))
+            return done
+        return self._pool.submit(self._compile, spec)
+
+    def close(self) -> None:
+        """Drop what is still waiting."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, spec: ConstraintSpec) -> Constraint:
+        from llguidance import LLMatcher, LLParserLimits
+
+        matcher = LLMatcher(
+            self._vocabulary(), grammar_of(spec), log_level=0, limits=LLParserLimits(**LIMITS)
+        )
+        if matcher.is_error():
+            raise InvalidRequest(
+                f"the {spec.kind} cannot be enforced: {matcher.get_error().strip()}", param="response_format"
+            )
+        with self._lock:
+            self._cache[spec.kind, spec.text] = matcher
+            while len(self._cache) > _CACHED:
+                self._cache.popitem(last=False)
+        return Constraint(matcher.deep_copy(), spec.free_until)
+
+    def _vocabulary(self) -> Any:
+        if self._tokenizer is None:
+            from llguidance import LLTokenizer
+
+            self._tokenizer = LLTokenizer(
+                self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=list(self._eos_ids) or None
+            )
+        return self._tokenizer

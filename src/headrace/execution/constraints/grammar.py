@@ -1,0 +1,119 @@
+"""From a ConstraintSpec to an llguidance grammar: pure text work, the same in front end and core."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from headrace.errors import InvalidRequest
+from headrace.types import ConstraintSpec
+
+__all__ = ["KINDS", "LIMITS", "check_grammar", "grammar_of"]
+
+KINDS = ("json_object", "json_schema", "regex", "choice", "grammar", "structural_tag")
+MAX_SOURCE_BYTES = 1 << 20
+
+# Bounds on what one grammar may cost: a hostile one errs, it does not stall or swell the process.
+LIMITS: dict[str, int] = {
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 200_000,
+}
+
+
+def grammar_of(spec: ConstraintSpec) -> str:
+    """The llguidance grammar of a spec.
+
+    Raises InvalidRequest (param ``response_format``) when the source is not what its kind expects.
+    """
+    from llguidance import LLMatcher
+
+    if len(spec.text) > MAX_SOURCE_BYTES:
+        raise _invalid(f"the {spec.kind} is {len(spec.text)} characters long; at most {MAX_SOURCE_BYTES} are taken")
+    match spec.kind:
+        case "json_object":
+            return str(LLMatcher.grammar_from_json_schema({"type": "object"}))
+        case "json_schema":
+            schema = _json(spec)
+            if not isinstance(schema, (dict, bool)):
+                raise _invalid(f"a JSON schema is an object or a boolean, not {type(schema).__name__}")
+            try:
+                return str(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+            except ValueError as error:
+                raise _invalid(f"the JSON schema cannot be enforced: {error}") from error
+        case "regex":
+            return str(LLMatcher.grammar_from_regex(spec.text))
+        case "choice":
+            choices = _json(spec)
+            if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
+                raise _invalid("a choice is a list of one or more strings, none of them empty")
+            return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in choices)))
+        case "grammar":
+            return _lark(spec.text)
+        case "structural_tag":
+            return _structural_tag(_json(spec))
+    raise _invalid(f"constraint kind {spec.kind!r} is unknown; expected one of {', '.join(KINDS)}")
+
+
+def check_grammar(spec: ConstraintSpec) -> list[str]:
+    """Compile without a vocabulary; returns warnings, raises InvalidRequest with the compiler's own words."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    grammar = grammar_of(spec)
+    try:
+        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=LLParserLimits(**LIMITS))
+    except Exception as error:
+        raise _invalid(f"the {spec.kind} cannot be compiled: {error}") from error
+    if failed:
+        raise _invalid(f"the {spec.kind} cannot be enforced: {messages[0].strip()}")
+    return list(messages)
+
+
+def _json(spec: ConstraintSpec) -> Any:
+    try:
+        return json.loads(spec.text)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(f"the {spec.kind} is no valid JSON: {error}") from error
+
+
+def _lark(text: str) -> str:
+    """Lark as it is; GBNF (``root ::= ...``) translated."""
+    from llguidance import LLMatcher
+
+    if "::=" in text:
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        try:
+            text = any_to_lark(text)
+        except Exception as error:
+            raise _invalid(f"the grammar is neither Lark nor GBNF: {error}") from error
+    return str(LLMatcher.grammar_from_lark(text))
+
+
+def _structural_tag(tag: Any) -> str:
+    """OpenAI-compatible ``{"structures": [{begin, schema, end}], "triggers": [...]}``."""
+    from llguidance import LLMatcher, StructTag
+
+    try:
+        triggers = [str(t) for t in tag["triggers"]]
+        tags = [
+            StructTag(
+                trigger=next(t for t in triggers if structure["begin"].startswith(t)),
+                begin=structure["begin"],
+                grammar=structure["schema"],
+                end=structure["end"],
+            )
+            for structure in tag["structures"]
+        ]
+        return str(LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False)))
+    except (KeyError, TypeError, StopIteration, AssertionError, AttributeError) as error:
+        raise _invalid(
+            "a structural_tag needs 'triggers' (strings) and 'structures' (each with begin, schema, end, and begin "
+            f"starting with a trigger): {type(error).__name__} {error}"
+        ) from error
+
+
+def _invalid(message: str) -> InvalidRequest:
+    return InvalidRequest(message, param="response_format")

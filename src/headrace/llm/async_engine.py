@@ -1,0 +1,414 @@
+"""One served model: text in, text or vectors out, over any engine core. Imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+
+from headrace.config.spec import EngineSpec
+from headrace.engines.client import EngineClient, Health
+from headrace.errors import ContextLengthExceeded, InvalidRequest, Unprocessable
+from headrace.llm.choice import Choice, Delta
+from headrace.llm.generation import Generation
+from headrace.llm.protocols import Messages, Prompt, TextKit
+from headrace.llm.results import Completion, Result, collect
+from headrace.llm.stops import StopMatcher
+from headrace.types import EncodeOutput, EncodeParams, Request, SamplingParams, Usage
+
+__all__ = ["AsyncEngine", "Embeddings", "PromptLike"]
+
+PromptLike = str | Sequence[int] | Prompt
+INLINE_CHARS = 4096  # shorter texts are tokenized on the event loop: a thread hop costs more
+_GOLDEN = 0x9E3779B97F4A7C15
+_EMBEDDERS = ("bert", "embed")
+T = TypeVar("T")
+
+
+class Embeddings(msgspec.Struct, frozen=True):
+    """Vectors in the order of the inputs: float32, one EncodeOutput each."""
+
+    outputs: tuple[EncodeOutput, ...]
+    usage: Usage
+
+
+def choice_seed(seed: int | None, k: int) -> int | None:
+    """Seed of the k-th choice: the given one first, then others that differ yet are reproducible."""
+    if seed is None:
+        return None
+    return (seed + k * _GOLDEN + 2**63) % 2**64 - 2**63
+
+
+class AsyncEngine:
+    """Joins an engine core with its tokenizer, chat template and detokenizers.
+
+    Args:
+        client: the engine core.
+        text: tokenizer and template; None serves token ids only.
+        sampling_defaults: what the checkpoint's own ``generation_config.json`` advises.
+        tokenizer_threads: threads for texts too long to tokenize on the event loop.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        text: TextKit | None,
+        *,
+        sampling_defaults: Mapping[str, Any] | None = None,
+        tokenizer_threads: int = 2,
+    ) -> None:
+        self.client = client
+        self.text = text
+        self.sampling_defaults = dict(sampling_defaults or {})
+        self._threads = ThreadPoolExecutor(tokenizer_threads, thread_name_prefix="tokenize")
+
+    @classmethod
+    async def start(cls, spec: EngineSpec) -> AsyncEngine:
+        """Start an engine core as the spec says and wait until it is ready.
+
+        Raises ConfigError and ModelError when the model cannot be served, EngineDead when its process dies.
+        """
+        from headrace.llm.startup import start
+
+        client, text, defaults = await start(spec)
+        return cls(client, text, sampling_defaults=defaults)
+
+    @property
+    def name(self) -> str:
+        """The canonical served name."""
+        return self.client.spec.name
+
+    @property
+    def max_model_len(self) -> int:
+        return self.client.ready.max_model_len
+
+    @property
+    def embeds(self) -> bool:
+        """True for single-pass models (vectors), false for those that generate text."""
+        return self.client.ready.engine in _EMBEDDERS
+
+    def health(self) -> Health:
+        return self.client.health()
+
+    async def close(self, drain: bool = True) -> None:
+        """Stop the core, finishing what runs first if asked to."""
+        await self.client.close(drain)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # Text to prompts -------------------------------------------------------------------------------------
+
+    @property
+    def kit(self) -> TextKit:
+        if self.text is None:
+            raise Unprocessable(f"model {self.name!r} was started without a tokenizer; send token ids")
+        return self.text
+
+    async def _offload(self, size: int, work: Callable[[], T]) -> T:
+        """Run it here when small, in a thread when it would hold up the other requests."""
+        if size <= INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def prompts(self, inputs: Sequence[PromptLike], *, add_special_tokens: bool = True) -> list[Prompt]:
+        """Tokenize texts; take token ids and Prompts as they are."""
+        size = sum(len(item) for item in inputs if isinstance(item, str))
+        return await self._offload(size, partial(self._prompts, inputs, add_special_tokens))
+
+    def _prompts(self, inputs: Sequence[PromptLike], add_special_tokens: bool) -> list[Prompt]:
+        prompts = []
+        for item in inputs:
+            if isinstance(item, str):
+                ids = self.kit.tokenizer.encode(item, add_special_tokens)
+                prompts.append(Prompt(tuple(ids), item))
+            else:
+                prompts.append(item if isinstance(item, Prompt) else Prompt(tuple(item)))
+        return prompts
+
+    async def chat_prompt(
+        self,
+        messages: Messages,
+        *,
+        add_special_tokens: bool = False,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> Prompt:
+        """Render messages with the model's chat template (or the one given) and tokenize the result.
+
+        ``options`` go to the template: ``tools``, ``documents``, ``add_generation_prompt`` and its variables.
+        """
+        kit = self.kit
+        template = kit.template if chat_template is None else kit.with_template(chat_template)
+        if template is None:
+            raise Unprocessable(
+                f"model {self.name!r} has no chat template; use /v1/completions, or start it with one",
+                param="messages",
+            )
+
+        def work() -> Prompt:
+            text = template.render(messages, **options)
+            ids = kit.tokenizer.encode(text, add_special_tokens)
+            return Prompt(tuple(ids), text, bool(options.get("continue_final_message")), "messages")
+
+        return await self._offload(_size(messages), work)
+
+    def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token sequences that spell these words, at the start of a text and after a space."""
+        sequences: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for spelling in (word, f" {word.lstrip()}"):
+                ids = tuple(self.kit.tokenizer.encode(spelling, False))
+                if ids:
+                    sequences[ids] = None
+        return tuple(sequences)
+
+    # Generation ------------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        truncate_prompt_tokens: int | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        deadline: float | None = None,
+    ) -> Generation:
+        """Check everything and prepare the call; it runs when the Generation is iterated.
+
+        Args:
+            truncate_prompt_tokens: keep only the last so many; -1: as many as fit beside ``max_tokens``.
+            deadline: seconds of the monotonic clock.
+
+        Raises InvalidRequest, ContextLengthExceeded, Unprocessable.
+        """
+        if self.embeds:
+            raise Unprocessable(
+                f"model {self.name!r} makes embeddings and generates no text; use /v1/embeddings",
+                param="model",
+            )
+        self._check_params(params)
+        fitted = [self._fit(prompt, params, truncate_prompt_tokens) for prompt in prompts]
+        base = uuid.uuid4().hex
+        choices = []
+        for place, prompt in enumerate(fitted):
+            room = self.max_model_len - len(prompt.token_ids)
+            limit = room if params.max_tokens is None else min(params.max_tokens, room)
+            for k in range(n):
+                index = place * n + k
+                own = msgspec.structs.replace(params, max_tokens=limit, seed=choice_seed(params.seed, k))
+                request = Request(
+                    id=f"{base}-{index}",
+                    token_ids=prompt.token_ids,
+                    sampling=own,
+                    priority=priority,
+                    cache_salt=cache_salt,
+                    deadline=deadline,
+                )
+                choices.append(self._choice(index, request, own, prompt))
+        return Generation(self.client, fitted, choices)
+
+    def _choice(self, index: int, request: Request, params: SamplingParams, prompt: Prompt) -> Choice:
+        detokenizer = self.kit.detokenizer(
+            skip_special_tokens=params.skip_special_tokens, continuing=prompt.continuing
+        )
+        stops = None
+        if params.stop:
+            stops = StopMatcher(params.stop, include_stop=params.include_stop_str_in_output)
+        return Choice(index, request, detokenizer, stops)
+
+    def _check_params(self, params: SamplingParams) -> None:
+        vocab = self.client.ready.vocab_size
+        for name, ids in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+            ("bad_words", [token for word in params.bad_words for token in word]),
+        ):
+            _check_ids(ids, vocab, name)
+
+    def _fit(self, prompt: Prompt, params: SamplingParams, truncate: int | None) -> Prompt:
+        limit = self.max_model_len
+        if truncate is not None:
+            _check_truncate(truncate)
+            keep = limit - min(params.max_tokens or 1, limit - 1) if truncate == -1 else truncate
+            if len(prompt.token_ids) > keep:
+                prompt = msgspec.structs.replace(prompt, token_ids=prompt.token_ids[-keep:], text=None)
+        count = len(prompt.token_ids)
+        if count == 0:
+            raise InvalidRequest("the prompt is empty: it has no tokens", param=prompt.param)
+        if count + max(1, params.min_tokens) > limit:
+            at_least = f" with min_tokens {params.min_tokens}" if params.min_tokens > 1 else ""
+            raise ContextLengthExceeded(
+                f"the prompt has {count} tokens{at_least}, but model {self.name!r} holds {limit} tokens of "
+                "prompt and output together; shorten it or set truncate_prompt_tokens",
+                param=prompt.param,
+            )
+        _check_ids(prompt.token_ids, self.client.ready.vocab_size, prompt.param)
+        return prompt
+
+    async def _one_prompt(self, prompt: PromptLike | None, messages: Messages | None) -> Prompt:
+        if (prompt is None) == (messages is None):
+            raise InvalidRequest("give either prompt or messages, and not both", param="prompt")
+        if messages is not None:
+            return await self.chat_prompt(messages)
+        assert prompt is not None
+        return (await self.prompts([prompt]))[0]
+
+    async def generate(
+        self,
+        prompt: PromptLike | None = None,
+        params: SamplingParams | None = None,
+        *,
+        messages: Messages | None = None,
+        n: int = 1,
+        **options: Any,
+    ) -> AsyncIterator[Delta]:
+        """Deltas of ``n`` choices as they come. Leaving the iterator aborts; ``options`` as for `open`."""
+        one = await self._one_prompt(prompt, messages)
+        generation = self.open([one], params or self.default_params(), n=n, **options)
+        async with aclosing(generation):
+            async for deltas in generation:
+                for delta in deltas:
+                    yield delta
+
+    async def complete(
+        self,
+        prompt: PromptLike | None = None,
+        params: SamplingParams | None = None,
+        *,
+        messages: Messages | None = None,
+        n: int = 1,
+        best_of: int | None = None,
+        **options: Any,
+    ) -> Result:
+        """The whole answer: ``best_of`` choices run, the ``n`` of highest log-probability per token"""
+        params = params or self.default_params()
+        one = await self._one_prompt(prompt, messages)
+        runs = n if best_of is None else best_of
+        generation = self.open([one], ranked(params, n, runs), n=runs, **options)
+        completions = best(await collect(generation), n, keep_logprobs=params.logprobs is not None)
+        return Result(
+            prompt=generation.prompts[0].text,
+            prompt_token_ids=generation.prompts[0].token_ids,
+            outputs=completions,
+            usage=generation.usage,
+            prompt_logprobs=generation.prompt_logprobs(0),
+        )
+
+    def default_params(self) -> SamplingParams:
+        """What applies when the caller says nothing: the checkpoint's own advice."""
+        return SamplingParams(**self.sampling_defaults)
+
+    # Vectors ---------------------------------------------------------------------------------------------
+
+    async def embed(
+        self,
+        inputs: Sequence[PromptLike],
+        params: EncodeParams | None = None,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        add_special_tokens: bool = True,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Embeddings:
+        """One vector an input, all in flight together.
+
+        Raises ContextLengthExceeded naming the input that is too long, Unprocessable for a model of text.
+        """
+        if not self.embeds:
+            raise Unprocessable(
+                f"model {self.name!r} generates text and makes no embeddings; use /v1/chat/completions",
+                param="model",
+            )
+        params = params or EncodeParams()
+        prompts = await self.prompts(inputs, add_special_tokens=add_special_tokens)
+        base = uuid.uuid4().hex
+        requests = []
+        for place, prompt in enumerate(prompts):
+            ids = self._fit_input(place, prompt, truncate_prompt_tokens)
+            requests.append(
+                Request(
+                    id=f"{base}-{place}", token_ids=ids, encode=params, priority=priority, deadline=deadline
+                )
+            )
+        outputs = await _gather([self.client.encode(request) for request in requests])
+        if params.dimensions is not None and outputs and outputs[0].shape[-1] != params.dimensions:
+            raise InvalidRequest(
+                f"dimensions is {params.dimensions}, but model {self.name!r} makes {outputs[0].shape[-1]}",
+                param="dimensions",
+            )
+        return Embeddings(outputs, Usage(prompt_tokens=sum(len(request.token_ids) for request in requests)))
+
+    def _fit_input(self, place: int, prompt: Prompt, truncate: int | None) -> tuple[int, ...]:
+        ids, limit = prompt.token_ids, self.max_model_len
+        if truncate is not None:
+            _check_truncate(truncate)
+            keep = limit if truncate == -1 else min(truncate, limit)
+            if len(ids) > keep:
+                ids = (*ids[: keep - 1], ids[-1]) if prompt.text is not None else ids[:keep]
+        if not ids:
+            raise InvalidRequest(f"input[{place}] is empty: it has no tokens", param=f"input[{place}]")
+        if len(ids) > limit:
+            raise ContextLengthExceeded(
+                f"input[{place}] has {len(ids)} tokens, but model {self.name!r} takes {limit}; "
+                "shorten it or set truncate_prompt_tokens to -1",
+                param=f"input[{place}]",
+            )
+        _check_ids(ids, self.client.ready.vocab_size, f"input[{place}]")
+        return ids
+
+
+async def _gather(calls: Sequence[Any]) -> tuple[EncodeOutput, ...]:
+    """All results; the first failure cancels the rest."""
+    if len(calls) == 1:
+        return (await calls[0],)
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return tuple(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def ranked(params: SamplingParams, n: int, best_of: int) -> SamplingParams:
+    """Parameters for ``best_of`` runs: ranking needs the tokens' log-probabilities."""
+    if best_of == n or params.logprobs is not None:
+        return params
+    return msgspec.structs.replace(params, logprobs=0)
+
+
+def best(completions: list[Completion], n: int, *, keep_logprobs: bool) -> list[Completion]:
+    """The ``n`` of highest log-probability per token, numbered anew, best first."""
+    if len(completions) > n:
+        completions = sorted(completions, key=lambda c: -c.mean_logprob)[:n]
+    for index, completion in enumerate(completions):
+        completion.index = index
+        if not keep_logprobs:
+            completion.logprobs = []
+    return completions
+
+
+def _check_ids(ids: Any, vocab: int, name: str) -> None:
+    """Refuse token ids outside the vocabulary (min and max: one pass in C each)."""
+    if ids and (min(ids) < 0 or max(ids) >= vocab):
+        wrong = next(token for token in ids if not 0 <= token < vocab)
+        raise InvalidRequest(f"{name} holds token id {wrong}; expected ids from 0 to {vocab - 1}", param=name)
+
+
+def _check_truncate(value: int) -> None:
+    if value == 0 or value < -1:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens is {value}; expected a number of tokens, or -1 for what fits",
+            param="truncate_prompt_tokens",
+        )
+
+
+def _size(messages: Messages) -> int:
+    """About how many characters the messages hold."""
+    return sum(len(content) for message in messages if isinstance(content := message.get("content"), str))

@@ -1,0 +1,85 @@
+"""What the Python API asks of the text room: small protocols, so that tests can bring their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+__all__ = ["ChatTemplate", "Detokenizer", "Messages", "TextKit", "Tokenizer"]
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. All methods are safe to call from several threads."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that this token stands for; of a special token its name."""
+        ...
+
+
+class ChatTemplate(Protocol):
+    """A checkpoint's way of turning messages into one prompt."""
+
+    def render(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt; raises InvalidRequest (param ``messages``) when the template refuses."""
+        ...
+
+
+class Detokenizer(Protocol):
+    """Ids to text as they come: never half a character, and joined deltas equal the whole text."""
+
+    def push(self, token_ids: Sequence[int]) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class TextKit(Protocol):
+    """Tokenizer, template and detokenizers of one model."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def template(self) -> ChatTemplate | None: ...
+
+    def with_template(self, source: str) -> ChatTemplate:
+        """Another template for the same tokenizer; raises InvalidRequest when it does not parse."""
+        ...
+
+    def detokenizer(self, *, skip_special_tokens: bool, continuing: bool) -> Detokenizer:
+        """For one sequence; ``continuing``: its text goes on the prompt's, so its start is kept as it is."""
+        ...
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """A prompt as the core takes it.
+
+    Attributes:
+        text: what it says, where known (for ``echo``).
+        continuing: the answer goes on the prompt's text, and is no turn of its own as in a chat.
+        param: the API field that it came from, for errors.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+    continuing: bool = True
+    param: str = "prompt"

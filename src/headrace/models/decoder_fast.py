@@ -1,0 +1,198 @@
+"""The decode step of a DecoderModel in few kernels, equal to its plain forward.
+
+Up to SMALL_ROWS sequences a layer is five kernels: [norm, qkv] [norm of heads, rotary, cache write, attention]
+[o, residual] [norm, gate and up, activation] [down, residual], each of which may start while the one before it
+ends. Above, the products are cuBLAS's and the rest is fused around them. Imported on GPUs only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headrace.kernels.activation.triton import gelu_mul, gelu_tanh_mul, silu_mul
+from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
+from headrace.kernels.linear import GATES, MAX_ROWS
+from headrace.kernels.linear.triton import argmax_linear, small_linear
+from headrace.kernels.norm.triton import add_rms_norm, rms_norm
+from headrace.kernels.step.triton import reduce_best
+from headrace.layers.attention import HeadNorm
+from headrace.layers.linear import Linear
+from headrace.layers.mlp import GatedMLP
+from headrace.layers.norm import RMSNorm
+from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
+from headrace.layers.rotary import Rotary
+from headrace.models.decoder import DecoderLayer, DecoderModel
+
+__all__ = ["DecodeBatch", "FastDecoder", "reason_against"]
+
+SMALL_ROWS = MAX_ROWS
+_GATE_MUL = {"silu": silu_mul, "gelu": gelu_mul, "gelu_tanh": gelu_tanh_mul}
+
+
+def reason_against(model: DecoderModel) -> str | None:
+    """Why this model must take the plain forward, or None if the fast step covers it."""
+    config = model.config
+    checks = {
+        "norm": config.norm in ("rms", "rms_plus_one") and config.norm_place == "pre",
+        "qk_norm": config.qk_norm in ("none", "head"),
+        "gated_mlp": config.gated_mlp and config.activation in GATES,
+        "residual_multiplier": config.residual_multiplier == 1.0,
+        "rope": not any(r is not None and r.length_dependent for r in (config.rope, config.local_rope)),
+        "head": model.head is not None,
+        "linear layers": all(type(m) is Linear for m in model.modules() if hasattr(m, "in_features")),
+    }
+    return next((name for name, fine in checks.items() if not fine), None)
+
+
+@dataclass(slots=True)
+class DecodeBatch:
+    """One new token for each of B sequences, all on the device.
+
+    Attributes:
+        embedded: [B, D], overwritten.
+        seq_lens: int32 [B], keys including the new ones.
+        rows: int32 [B], each sequence's row of ``tables`` int32 [R, W].
+        workspace: of at least B sequences.
+    """
+
+    embedded: Tensor
+    seq_lens: Tensor
+    rows: Tensor
+    tables: Tensor
+    caches: list[LayerCache]
+    workspace: DecodeWorkspace
+
+
+@dataclass(slots=True)
+class _Layer:
+    """A layer's weights, looked up once. Gains are (weight, eps)."""
+
+    attention_norm: tuple[Tensor, float]
+    qkv: Linear
+    heads: QKNormRope
+    o: Linear
+    mlp_norm: tuple[Tensor, float]
+    gate_up: Linear
+    down: Linear
+    scale: float
+    window: int | None
+
+
+class FastDecoder:
+    """Runs decode steps of a model that `reason_against` has nothing against.
+
+    Args:
+        model: finished, on a GPU.
+        max_model_len: positions that the rotary tables are made for.
+    """
+
+    def __init__(self, model: DecoderModel, max_model_len: int) -> None:
+        self.model = model
+        config = self.config = model.config
+        assert model.rope is not None and model.head is not None
+        self.head = model.head.weight
+        assert isinstance(model.norm, RMSNorm)
+        self.final_norm = (model.norm.weight, model.norm.eps)
+        device = model.embed.weight.device
+        full = _rope_table(model.rope, max_model_len, device)
+        local = full if model.local_rope is None else _rope_table(model.local_rope, max_model_len, device)
+        self.layers: list[_Layer] = []
+        for i, layer in enumerate(model.layers):
+            assert isinstance(layer, DecoderLayer)
+            tables = full if config.windows[i] is None else local
+            self.layers.append(_read_layer(layer, None if i in config.no_rope_layers else tables))
+
+    def workspace(self, num_seqs: int) -> DecodeWorkspace:
+        """Scratch for steps of up to ``num_seqs`` sequences."""
+        c = self.config
+        return DecodeWorkspace.allocate(
+            num_seqs, c.num_heads, c.num_kv_heads, c.head_dim, self.head.device
+        )
+
+    def tokens(self, batch: DecodeBatch, last_tokens: Tensor) -> Tensor:
+        """The most likely next tokens, int64 [B] (-1: not finite), also written to last_tokens[rows]."""
+        if batch.embedded.shape[0] <= SMALL_ROWS:
+            x = self._small(batch)
+            return argmax_linear(x, self.head, norm=self.final_norm, last_tokens=last_tokens, rows=batch.rows)
+        logits = F.linear(self._large(batch), self.head)
+        return reduce_best(logits, None, last_tokens=last_tokens, rows=batch.rows)
+
+    def logits(self, batch: DecodeBatch) -> Tensor:
+        """float32 [B, V], as DecoderModel.logits."""
+        if batch.embedded.shape[0] <= SMALL_ROWS:
+            logits = small_linear(self._small(batch), self.head, norm=self.final_norm, out_dtype=torch.float32)
+            return self.model.adjust_logits(logits)
+        return self.model.logits(self._large(batch))
+
+    def _attend(self, qkv: Tensor, layer: _Layer, index: int, batch: DecodeBatch) -> Tensor:
+        c = self.config
+        heads = qkv.view(qkv.shape[0], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        q, k, v = heads.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        cache = batch.caches[index]
+        out = decode_attention(
+            q, cache.k, cache.v, batch.tables, batch.seq_lens, batch.workspace,
+            scale=layer.scale, window=layer.window, soft_cap=c.attention_soft_cap,
+            rows=batch.rows, new_k=k, new_v=v, fused=layer.heads,
+        )  # fmt: skip
+        return out.flatten(1)
+
+    def _small(self, batch: DecodeBatch) -> Tensor:
+        """Residual stream before the last norm, [B, D]."""
+        x = batch.embedded
+        for i, layer in enumerate(self.layers):
+            qkv = small_linear(x, layer.qkv.weight, norm=layer.attention_norm, bias=layer.qkv.bias)
+            out = self._attend(qkv, layer, i, batch)
+            x = small_linear(out, layer.o.weight, bias=layer.o.bias, residual=x)
+            up = layer.gate_up
+            inner = small_linear(x, up.weight, norm=layer.mlp_norm, bias=up.bias, gate=self.config.activation)
+            x = small_linear(inner, layer.down.weight, bias=layer.down.bias, residual=x)
+        return x
+
+    def _large(self, batch: DecodeBatch) -> Tensor:
+        """Hidden states after the last norm, [B, D]."""
+        gate_mul = _GATE_MUL[self.config.activation]
+        residual = batch.embedded
+        x = rms_norm(residual, *self.layers[0].attention_norm)
+        for i, layer in enumerate(self.layers):
+            x = layer.o(self._attend(layer.qkv(x), layer, i, batch))
+            x, residual = add_rms_norm(x, residual, *layer.mlp_norm)
+            x = layer.down(gate_mul(layer.gate_up(x)))
+            following = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.final_norm
+            x, residual = add_rms_norm(x, residual, *following)
+        return x
+
+
+def _read_layer(layer: DecoderLayer, tables: tuple[Tensor, Tensor] | None) -> _Layer:
+    attention, mlp = layer.attention, layer.mlp
+    assert isinstance(mlp, GatedMLP)
+    assert isinstance(layer.attention_norm, RMSNorm) and isinstance(layer.mlp_norm, RMSNorm)
+    norm = attention.qk_norm
+    weight, eps = None, 0.0
+    if norm is not None:
+        assert isinstance(norm, HeadNorm)
+        weight, eps = norm.stacked, norm.q.eps
+    linears = (attention.qkv, attention.o, mlp.gate_up, mlp.down)
+    qkv, o, gate_up, down = (m for m in linears if isinstance(m, Linear))
+    return _Layer(
+        attention_norm=(layer.attention_norm.weight, layer.attention_norm.eps),
+        qkv=qkv,
+        heads=QKNormRope(weight, eps, *(tables or (None, None))),
+        o=o,
+        mlp_norm=(layer.mlp_norm.weight, layer.mlp_norm.eps),
+        gate_up=gate_up,
+        down=down,
+        scale=attention.scale,
+        window=attention.window,
+    )
+
+
+def _rope_table(rotary: Rotary, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin by position, each float32 [length, R]."""
+    positions = torch.arange(length, dtype=torch.int64, device=device)
+    nothing = torch.empty(0, dtype=torch.int32, device=device)
+    cos, sin = rotary(PackedBatch(positions, positions, AttentionBatch(nothing, nothing)))
+    return cos[:, 0].contiguous(), sin[:, 0].contiguous()

@@ -1,0 +1,106 @@
+"""From API fields to SamplingParams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headrace.errors import InvalidRequest
+from headrace.llm import AsyncEngine
+from headrace.serving.constraints import constraint_of
+from headrace.serving.openai.common import GenerateFields
+from headrace.types import SamplingParams
+
+__all__ = ["check_stream", "num_choices", "sampling_params"]
+
+_SAME = (
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "prompt_logprobs",
+)
+
+
+def sampling_params(
+    body: GenerateFields, engine: AsyncEngine, *, logprobs: int | None, limit: str
+) -> SamplingParams:
+    """Sampling parameters of a request; what it leaves out follows the checkpoint's advice.
+
+    Args:
+        limit: name of the field that says how many tokens to make.
+
+    Raises InvalidRequest naming the API's field.
+    """
+    values: dict[str, Any] = dict(engine.sampling_defaults)
+    values |= {name: value for name in _SAME if (value := getattr(body, name)) is not None}
+    values |= {
+        "max_tokens": getattr(body, limit),
+        "logprobs": logprobs,
+        "logit_bias": _logit_bias(body.logit_bias),
+        "stop": _texts(body.stop),
+        "stop_token_ids": tuple(body.stop_token_ids or ()),
+        "bad_words": _bad_words(body, engine),
+        "constraint": constraint_of(body),
+    }
+    try:
+        return SamplingParams(**values)
+    except InvalidRequest as error:
+        if error.param == "max_tokens" and limit != "max_tokens":
+            raise InvalidRequest(error.message.replace("max_tokens", limit), param=limit) from error
+        raise
+
+
+def num_choices(body: GenerateFields) -> tuple[int, int]:
+    """How many choices to return (n) and to run (best_of)."""
+    n = body.n or 1
+    runs = body.best_of or n
+    if runs < n:
+        raise InvalidRequest(f"best_of is {runs}; expected at least n, which is {n}", param="best_of")
+    if body.stream and runs > n:
+        raise InvalidRequest(
+            "best_of above n cannot be streamed: the best is known only at the end", param="best_of"
+        )
+    if runs > 1 and body.temperature == 0.0 and runs > n:
+        raise InvalidRequest(
+            "best_of makes no sense at temperature 0: all choices are the same", param="best_of"
+        )
+    return n, runs
+
+
+def check_stream(body: GenerateFields) -> None:
+    """Combinations with ``stream`` that make no sense."""
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest(
+            "stream_options is only allowed together with stream: true", param="stream_options"
+        )
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidRequest("prompt_logprobs is not available with stream: true", param="prompt_logprobs")
+
+
+def _texts(value: str | list[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _bad_words(body: GenerateFields, engine: AsyncEngine) -> tuple[tuple[int, ...], ...]:
+    words = (*_texts(body.bad), *_texts(body.bad_words))
+    single = tuple((token,) for token in body.bad_token_ids or ())
+    return engine.bad_words(words) + single if words else single
+
+
+def _logit_bias(given: dict[str, float] | None) -> dict[int, float]:
+    bias = {}
+    for key, value in (given or {}).items():
+        if not key.isdecimal() or len(key) > 12:
+            raise InvalidRequest(
+                f'logit_bias has the key {key[:40]!r}; expected token ids, such as "42"', param="logit_bias"
+            )
+        bias[int(key)] = value
+    return bias

@@ -1,0 +1,238 @@
+"""Request bodies of OpenAI's API. Each field says whether it is acted on; docs/api.md is made from this."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from headrace.serving.body import FieldError
+from headrace.serving.openai.common import INT32, GenerateFields
+from headrace.serving.openai.fields import ApiModel, acts, harmless, refused
+
+__all__ = ["ChatRequest", "CompletionRequest", "EmbeddingRequest", "Message"]
+
+MAX_INPUTS = 2048
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class ContentPart(ApiModel):
+    """A piece of a message. Text models read text."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+    image_url: Any = None
+    input_audio: Any = None
+    file: Any = None
+    video_url: Any = None
+    prompt_cache_breakpoint: Any = None
+    cache_control: Any = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ContentPart:
+        if self.type in ("text", "refusal"):
+            if getattr(self, self.type) is None:
+                raise ValueError(f"a part of type {self.type!r} needs the field {self.type!r}")
+        else:
+            known = "'text' or 'refusal'"
+            raise ValueError(f"parts of type {self.type!r} are not supported by this model; expected {known}")
+        return self
+
+    @property
+    def content(self) -> str:
+        return self.text if self.type == "text" else self.refusal or ""  # type: ignore[return-value]
+
+
+class FunctionCall(ApiModel):
+    """A function the model called."""
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(ApiModel):
+    """A call in an assistant message."""
+
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+    index: int | None = None
+
+
+class Message(ApiModel):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: FunctionCall | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    annotations: Any = None
+    audio: Any = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Message:
+        calls = (
+            self.tool_calls or self.function_call or self.refusal or self.reasoning_content or self.reasoning
+        )
+        if self.content is None and not (self.role == "assistant" and calls):
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls belong to the assistant, not to role {self.role!r}")
+        return self
+
+
+class FunctionTool(ApiModel):
+    """A function offered to the model."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(ApiModel):
+    """A tool; functions are the only kind."""
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class ChatRequest(GenerateFields):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message] = Field(
+        description="The conversation, text only.", min_length=1, json_schema_extra={"effect": "acted on"}
+    )
+    max_completion_tokens: int | None = acts(None, "The same as `max_tokens`, and goes before it.", le=INT32)
+    logprobs: bool | None = acts(None, "Log-probabilities of the output's tokens.")
+    top_logprobs: int | None = acts(
+        None, "So many most likely tokens a position; needs `logprobs`.", ge=0, le=20
+    )
+    tools: list[Tool] | None = acts(None, "Handed to the chat template; the reply comes as plain content.")
+    tool_choice: str | dict[str, Any] | None = acts(
+        None, "`auto` or `none`; `required` and a named function are refused."
+    )
+    parallel_tool_calls: bool | None = harmless("Calls are not parsed out of the reply in this version.")
+    functions: list[FunctionTool] | None = acts(None, "Old form of `tools`.")
+    function_call: str | dict[str, Any] | None = acts(None, "Old form of `tool_choice`.")
+    documents: list[dict[str, Any]] | None = acts(None, "Handed to the chat template.")
+    chat_template: str | None = acts(None, "Used instead of the model's own, if the server allows it.")
+    chat_template_kwargs: dict[str, Any] | None = acts(None, "Variables for the chat template.")
+    chat_template_args: dict[str, Any] | None = acts(None, "The same as `chat_template_kwargs`.")
+    add_generation_prompt: bool | None = acts(
+        None, "End the prompt where the assistant begins (default true)."
+    )
+    continue_final_message: bool | None = acts(None, "Continue the last message instead of answering it.")
+    add_special_tokens: bool | None = acts(
+        None, "Add begin tokens beside the template's own (default false)."
+    )
+    echo: bool | None = acts(None, "Begin the reply with the last message if that is the assistant's.")
+    reasoning_effort: Effort | None = acts(
+        None, "Handed to the chat template; `none` also sets its `enable_thinking` to false."
+    )
+    verbosity: Literal["low", "medium", "high"] | None = harmless("No open checkpoint reads it.")
+    modalities: list[Literal["text", "audio"]] | None = acts(None, "`text`; `audio` is refused.")
+    audio: dict[str, Any] | None = harmless(
+        "Only read together with `modalities: [audio]`, which is refused."
+    )
+    prediction: dict[str, Any] | None = harmless("A hint for speed; it never changes the reply.")
+    store: bool | None = harmless("Nothing is ever stored.")
+    metadata: dict[str, Any] | None = harmless("Belongs to stored replies.")
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = acts(
+        None, "There is one tier: the reply says `default`."
+    )
+    safety_identifier: str | None = harmless("For the caller's own books.")
+    prompt_cache_key: str | None = harmless("Prefixes are cached by content; see `cache_salt` to keep apart.")
+    prompt_cache_options: dict[str, Any] | None = harmless("Prefixes are cached as memory allows.")
+    prompt_cache_retention: Literal["in_memory", "24h", "in-memory"] | None = harmless(
+        "Prefixes are cached as memory allows."
+    )
+    web_search_options: dict[str, Any] | None = harmless("The model has no access to the web.")
+    moderation: dict[str, Any] | None = refused("no moderation model runs here")
+    include_reasoning: bool | None = harmless("Reasoning is part of the content in this version.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatRequest:
+        if "audio" in (self.modalities or ()):
+            raise FieldError("modalities", "modalities holds 'audio'; this model writes text only")
+        if self.top_logprobs and not self.logprobs:
+            raise FieldError("top_logprobs", "top_logprobs needs logprobs to be true")
+        if self.tools and self.functions:
+            raise FieldError("functions", "give tools or functions (its old form), and not both")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise FieldError(
+                "continue_final_message",
+                "continue_final_message and add_generation_prompt exclude each other",
+            )
+        return self
+
+
+class CompletionRequest(GenerateFields):
+    """POST /v1/completions"""
+
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+        description="Text, token ids, or a list of either.", json_schema_extra={"effect": "acted on"}
+    )
+    max_tokens: int | None = acts(
+        16, "Output tokens at most (default 16); 0 only with `echo`.", ge=0, le=INT32
+    )
+    logprobs: int | None = acts(None, "So many most likely tokens a position.", ge=0, le=20)
+    echo: bool | None = acts(None, "Begin the text with the prompt.")
+    suffix: str | None = refused("this model cannot fill in the middle", "")
+    add_special_tokens: bool | None = acts(None, "Add the tokenizer's begin tokens to texts (default true).")
+
+    @model_validator(mode="after")
+    def _check(self) -> CompletionRequest:
+        if isinstance(self.prompt, list) and not len(self.prompt) >= 1:
+            raise FieldError(
+                "prompt", "prompt is an empty list; expected text, token ids, or a list of either"
+            )
+        many = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        if many and len(self.prompt) > MAX_INPUTS:
+            raise FieldError(
+                "prompt", f"prompt holds {len(self.prompt)} items; expected at most {MAX_INPUTS}"
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise FieldError("max_tokens", "max_tokens is 0; expected at least 1, or echo with it")
+        return self
+
+
+class EmbeddingRequest(ApiModel):
+    """POST /v1/embeddings"""
+
+    model: str = Field(
+        description="A served name; GET /v1/models lists them.", json_schema_extra={"effect": "acted on"}
+    )
+    input: str | list[str] | list[int] | list[list[int]] = Field(
+        description=f"Text, token ids, or a list of up to {MAX_INPUTS} of either.",
+        json_schema_extra={"effect": "acted on"},
+    )
+    encoding_format: Literal["float", "base64"] | None = acts(None, "`base64`: float32, little-endian.")
+    dimensions: int | None = acts(
+        None, "Keep the leading dimensions, normalized again (Matryoshka).", ge=1, le=INT32
+    )
+    truncate_prompt_tokens: int | None = acts(
+        None, "Cut inputs to so many tokens; -1: to what the model takes.", ge=-1
+    )
+    add_special_tokens: bool | None = acts(
+        None, "Add the tokenizer's special tokens to texts (default true)."
+    )
+    normalize: bool | None = acts(None, "Vectors of length one; default: as the checkpoint says.")
+    priority: int | None = acts(None, "Lower runs first.", ge=-INT32, le=INT32)
+    user: str | None = harmless("For the caller's own books.")
+
+    @model_validator(mode="after")
+    def _check(self) -> EmbeddingRequest:
+        many = isinstance(self.input, list)
+        if many and not self.input:
+            raise FieldError("input", "input is an empty list; expected text, token ids, or a list of either")
+        if many and not isinstance(self.input[0], int) and len(self.input) > MAX_INPUTS:
+            raise FieldError("input", f"input holds {len(self.input)} items; expected at most {MAX_INPUTS}")
+        return self

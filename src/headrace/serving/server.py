@@ -1,0 +1,124 @@
+"""The life of a server: listen, load, serve, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from headrace.config.spec import EngineSpec
+from headrace.errors import ConfigError
+from headrace.llm import AsyncEngine
+from headrace.serving.app import make_app
+from headrace.serving.state import Model, Models, ServerOptions, State
+
+__all__ = ["Server", "serve"]
+
+log = logging.getLogger(__name__)
+StartEngine = Callable[[EngineSpec], Awaitable[AsyncEngine]]
+_LAST_WORDS = 2.0  # seconds for cancelled handlers to finish
+
+
+class Server:
+    """One HTTP server and its engines.
+
+    It listens before its models are loaded: /health answers at once, the rest 503 until /ready is 200.
+    """
+
+    def __init__(
+        self, models: list[Model], options: ServerOptions, start_engine: StartEngine = AsyncEngine.start
+    ) -> None:
+        self.state = State(Models(models), options)
+        self._start_engine = start_engine
+        self._runner = web.AppRunner(
+            make_app(self.state),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=_LAST_WORDS,
+            keepalive_timeout=75.0,
+        )
+        self._site: web.TCPSite | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens, with the port that the system chose when 0 was asked for."""
+        host, port = self._runner.addresses[0][:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def listen(self) -> None:
+        """Open the port; raises ConfigError when that is not possible."""
+        options = self.state.options
+        await self._runner.setup()
+        self._site = web.TCPSite(self._runner, options.host, options.port)
+        try:
+            await self._site.start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise ConfigError(
+                f"cannot listen on {options.host}:{options.port}: {error.strerror or error}; "
+                "choose another --port or stop what uses it",
+                param="port",
+            ) from error
+
+    async def load(self) -> None:
+        """Start the engines that are not there yet, all at once; the first failure is raised."""
+        async with asyncio.TaskGroup() as group:
+            for model in self.state.models.all:
+                if model.loaded is None:
+                    group.create_task(self._load(model))
+
+    async def _load(self, model: Model) -> None:
+        engine = await self._start_engine(model.spec)
+        model.loaded = engine
+        log.info("model ready", extra={"fields": {"model": model.name, **engine.client.ready.summary}})
+
+    async def close(self) -> None:
+        """Take nothing new, let what runs finish within ``drain_seconds``, stop the engines."""
+        state = self.state
+        state.draining = True
+        if self._site is not None:
+            await self._site.stop()
+        running = [task for task in state.running if task is not asyncio.current_task()]
+        if running:
+            log.info("draining", extra={"fields": {"requests": len(running)}})
+            _, late = await asyncio.wait(running, timeout=state.options.drain_seconds)
+            for task in late:
+                task.cancel()
+            if late:
+                log.warning("requests cut off", extra={"fields": {"requests": len(late)}})
+                await asyncio.wait(late, timeout=_LAST_WORDS)
+        await self._runner.cleanup()
+        for model in state.models.all:
+            if model.loaded is not None:
+                await model.loaded.close(drain=False)
+
+
+async def serve(
+    server: Server, on_listen: Callable[[Server], None], on_ready: Callable[[Server], None]
+) -> None:
+    """Run until SIGTERM or SIGINT, then drain. Raises what kept a model from loading."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await server.listen()
+    on_listen(server)
+    loading = asyncio.create_task(server.load())
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not stop.is_set():
+            try:
+                loading.result()
+            except BaseExceptionGroup as group:
+                raise group.exceptions[0] from None
+            on_ready(server)
+            await stopping
+    finally:
+        for task in (loading, stopping):
+            task.cancel()
+        await asyncio.gather(loading, stopping, return_exceptions=True)
+        await server.close()

@@ -1,0 +1,70 @@
+"""Server-sent events: the stream of one call, from its first delta to [DONE]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from aiohttp import web
+
+from headrace.llm import Delta, Generation
+from headrace.serving.errors import error_event, to_error
+from headrace.serving.exchange import current
+from headrace.serving.metrics import Record
+
+__all__ = ["Writer", "send_stream"]
+
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+class Writer(Protocol):
+    """Turns deltas into the events of one API."""
+
+    def begin(self) -> bytes:
+        """Events before the first text."""
+        ...
+
+    def chunks(self, deltas: Sequence[Delta]) -> bytes:
+        """Events for what one step brought; empty when there is nothing to tell."""
+        ...
+
+    def end(self) -> bytes:
+        """Events after the last text, [DONE] among them."""
+        ...
+
+
+async def send_stream(
+    request: web.Request, generation: Generation, writer: Writer, record: Record
+) -> web.StreamResponse:
+    """Send a call as events; everything that is there at one moment goes out in one write.
+
+    Headers wait for the first delta, so that what fails before it has its proper status code. What fails
+    later is an error event, and the connection closes. Cancelling (the client left) aborts the call.
+    """
+    response = web.StreamResponse(headers=_HEADERS | {"x-request-id": current().request_id})
+    try:
+        async for deltas in generation:
+            record.tokens(deltas)
+            data = writer.chunks(deltas)
+            if not response.prepared:
+                await response.prepare(request)
+                data = writer.begin() + data
+            if data:
+                await response.write(data)
+        if not response.prepared:
+            await response.prepare(request)
+        await response.write(writer.end())
+    except Exception as error:
+        if not response.prepared:
+            raise
+        record.fail(error)
+        response.force_close()
+        await response.write(error_event(to_error(error)))
+    finally:
+        await generation.aclose()
+    await response.write_eof()
+    return response

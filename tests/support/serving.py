@@ -1,0 +1,176 @@
+"""A real server on loopback over a scripted engine, with a tokenizer of bytes: no weights, no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import http.client
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from headrace.config.spec import EngineSpec
+from headrace.engines.scripted import ScriptedEngine, Step
+from headrace.errors import InvalidRequest
+from headrace.llm import AsyncEngine
+from headrace.messages import Ready
+from headrace.serving.server import Server
+from headrace.serving.state import Model, ServerOptions
+from headrace.types import Request
+
+BOS, EOS, NAMED = 256, 257, 258
+EXTRA = {259: b"Hel", 260: b"lo", 261: " 🎉".encode()[:3], 262: "🎉".encode()[2:]}
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are bytes, then <bos>, <eos>, <named>, and a few longer tokens."""
+
+    vocab_size = 512
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id < 256:
+            return bytes([token_id])
+        return EXTRA.get(token_id) or {BOS: b"<bos>", EOS: b"<eos>", NAMED: b"<named>"}.get(token_id, b"")
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        shown = (i for i in ids if not (skip_special_tokens and i in (BOS, EOS, NAMED)))
+        return b"".join(map(self.token_bytes, shown)).decode("utf-8", "replace")
+
+
+class ByteDetokenizer:
+    def __init__(self, tokenizer: ByteTokenizer, skip: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        shown = (i for i in token_ids if not (self._skip and i in (BOS, EOS, NAMED)))
+        return self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, shown)))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class LineTemplate:
+    """`role: content` a line; refuses a conversation that begins with the assistant."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def render(self, messages: Any, *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        self.calls.append({"messages": messages, "add_generation_prompt": add_generation_prompt, **variables})
+        if messages[0]["role"] == "assistant":
+            raise InvalidRequest("conversations begin with the user", param="messages")
+        lines = [f"{message['role']}: {message['content']}" for message in messages]
+        return "\n".join(lines) + ("\nassistant: " if add_generation_prompt else "")
+
+
+class ByteKit:
+    def __init__(self) -> None:
+        self.tokenizer = ByteTokenizer()
+        self.template = LineTemplate()
+
+    def with_template(self, source: str) -> LineTemplate:
+        if "{%" in source:
+            raise InvalidRequest("chat_template does not parse", param="chat_template")
+        return LineTemplate()
+
+    def detokenizer(self, *, skip_special_tokens: bool, continuing: bool) -> ByteDetokenizer:
+        return ByteDetokenizer(self.tokenizer, skip_special_tokens)
+
+
+def says(
+    text: str, *, delay: float = 0.0, size: int = 1, eos: bool = True
+) -> Callable[[Request], Iterator[Step]]:
+    """A script that says this, ``size`` bytes a step, and ends with <eos> or goes on saying it."""
+    data = text.encode()
+
+    def script(request: Request) -> Iterator[Step]:
+        while True:
+            for start in range(0, len(data), size):
+                yield Step(tuple(data[start : start + size]), delay)
+            if eos:
+                yield Step((EOS,), delay, stop=True)
+                return
+
+    return script
+
+
+class LiveServer:
+    """A server on a thread of its own."""
+
+    def __init__(self, models: list[Model], options: ServerOptions) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+        self.server = self.call(_make(models, options))
+        self.url = self.server.url
+        self.port = int(self.url.rsplit(":", 1)[1])
+        self.state = self.server.state
+
+    def call(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(20)
+
+    def close(self) -> None:
+        self.call(self.server.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+        self.loop.close()
+
+    def core(self, name: str = "m") -> ScriptedEngine:
+        return self.state.models.find(name).engine.client  # type: ignore[return-value]
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any, dict[str, str]]:
+        """Status, parsed JSON (or text) and headers of one exchange."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        connection.request(method, path, data, headers or {})
+        reply = connection.getresponse()
+        text = reply.read()
+        found = {key.lower(): value for key, value in reply.getheaders()}
+        connection.close()
+        is_json = found.get("content-type", "").startswith("application/json")
+        return reply.status, json.loads(text) if is_json else text.decode(), found
+
+    def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any, dict[str, str]]:
+        return self.request("POST", path, body, headers)
+
+
+async def _make(models: list[Model], options: ServerOptions) -> Server:
+    server = Server(models, options)
+    await server.listen()
+    return server
+
+
+def scripted_model(
+    script: Any = None, *, name: str = "m", names: tuple[str, ...] = (), kind: str = "dense", **more: Any
+) -> Model:
+    """A Model over a ScriptedEngine."""
+    spec = EngineSpec(model=name, served_names=(name, *names), max_queue=more.pop("max_queue", 2048))
+    ready = Ready(kind, more.pop("max_model_len", 4096), more.pop("max_num_seqs", 16), 512)
+    defaults = more.pop("sampling_defaults", None)
+    core = ScriptedEngine(script or says("Hello!"), spec=spec, ready=ready, **more)
+    return Model(spec, AsyncEngine(core, ByteKit(), sampling_defaults=defaults))
+
+
+@contextmanager
+def live(*models: Model, **options: Any) -> Iterator[LiveServer]:
+    """A server with these models (by default one named ``m`` that says "Hello!")."""
+    server = LiveServer(list(models) or [scripted_model()], ServerOptions(port=0, **options))
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def events(text: str) -> list[Any]:
+    """The data of server-sent events; [DONE] as it is."""
+    found = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    return [one if one == "[DONE]" else json.loads(one) for one in found]
