@@ -11,9 +11,11 @@ import torch
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.resolve import open_checkpoint, resolve
 from headrace.config.spec import EngineSpec
+from headrace.engines.encode_build import build_encode
 from headrace.engines.generate import GenerateCore
 from headrace.engines.loop import Core
 from headrace.engines.memory import kv_block_bytes, num_kv_blocks
+from headrace.engines.select import loop_of
 from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.execution.runner import Runner
 from headrace.kvcache.blocks import BlockPool
@@ -40,7 +42,11 @@ def build(spec: EngineSpec) -> tuple[Core, Ready]:
         torch.set_num_threads(spec.num_threads)
     checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
     device = _device(spec)
-    core, ready = _build_generate(spec, checkpoint, device)
+    core: Core
+    if loop_of(spec, checkpoint.config, checkpoint.path) == "encode":
+        core, ready = build_encode(spec, checkpoint, device, _dtype(spec, checkpoint, device))
+    else:
+        core, ready = _build_generate(spec, checkpoint, device)
     ready.summary["seconds"] = round(time.perf_counter() - began, 2)
     return core, ready
 
