@@ -11,22 +11,29 @@ import torch
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.resolve import open_checkpoint, resolve
 from headrace.config.spec import EngineSpec
+from headrace.engines.encode import EncodeCore
 from headrace.engines.generate import GenerateCore
 from headrace.engines.loop import Core
 from headrace.engines.memory import kv_block_bytes, num_kv_blocks
 from headrace.errors import ConfigError, UnsupportedCheckpoint
+from headrace.execution.constraints.compiler import ConstraintCompiler
+from headrace.execution.encode_runner import EncodeRunner
 from headrace.execution.runner import Runner
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
+from headrace.models.encode_model import load_encode_model
 from headrace.models.loading import load_decoder
 from headrace.scheduling.scheduler import Scheduler
+from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["build", "eos_token_ids"]
 
 _CPU_STEP_TOKENS = 512
 _CUDA_STEP_TOKENS = 8192
+_CPU_ENCODE_TOKENS = 4096
+_CUDA_ENCODE_TOKENS = 32768
 _ACTIVATION_BYTES = 1 << 30
 
 
@@ -40,9 +47,48 @@ def build(spec: EngineSpec) -> tuple[Core, Ready]:
         torch.set_num_threads(spec.num_threads)
     checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
     device = _device(spec)
-    core, ready = _build_generate(spec, checkpoint, device)
+    make = _build_encode if _encodes(spec, checkpoint) else _build_generate
+    core, ready = make(spec, checkpoint, device)
     ready.summary["seconds"] = round(time.perf_counter() - began, 2)
     return core, ready
+
+
+def _encodes(spec: EngineSpec, checkpoint: Checkpoint) -> bool:
+    """One pass, or token by token: as the spec says, else as the checkpoint's architecture does."""
+    if spec.engine != "auto":
+        return spec.engine in ("bert", "embed")
+    architecture = (checkpoint.config.get("architectures") or [""])[0]
+    return not architecture.endswith(("ForCausalLM", "ForConditionalGeneration"))
+
+
+def _build_encode(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
+    dtype = _dtype(spec, checkpoint, device)
+    model = load_encode_model(checkpoint.path, checkpoint, dtype=dtype, device=device, pooling=spec.pooling)
+    runner = EncodeRunner(model, device)
+    step_tokens = spec.max_num_batched_tokens or (_CUDA_ENCODE_TOKENS if device.type == "cuda" else _CPU_ENCODE_TOKENS)
+    summary = {**_summary(checkpoint, model, device, dtype), "max_num_batched_tokens": step_tokens}
+    ready = Ready(
+        engine="embed" if model.causal else "bert",
+        max_model_len=runner.max_tokens,
+        max_num_seqs=spec.max_num_seqs,
+        vocab_size=runner.vocab_size,
+        summary=summary,
+    )
+    return EncodeCore(runner, max_tokens=step_tokens, max_seqs=spec.max_num_seqs), ready
+
+
+def _summary(
+    checkpoint: Checkpoint, model: torch.nn.Module, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Facts for people and logs."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return {
+        "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weight_bytes": sum(t.numel() * t.element_size() for t in tensors),
+    }
 
 
 def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
@@ -82,14 +128,14 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         prefix_caching=spec.prefix_caching,
         prefix_regime=_prefix_regime(model),
     )
+    compiler = ConstraintCompiler(
+        lambda: Tokenizer.from_path(checkpoint.path).backend.to_str(),
+        vocab_size=model.config.vocab_size,
+        eos_ids=eos_token_ids(checkpoint),
+    )
     overlap = device.type == "cuda" if spec.overlap is None else spec.overlap
-    parameters = sum(p.numel() for p in model.parameters())
-    summary: dict[str, Any] = {
-        "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "parameters": parameters,
-        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+    summary = {
+        **_summary(checkpoint, model, device, dtype),
         "kv_bytes": blocks * block_bytes,
         "kv_tokens": (blocks - 1) * spec.block_size,
         "max_num_batched_tokens": step_tokens,
@@ -101,7 +147,7 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         vocab_size=model.config.vocab_size,
         summary=summary,
     )
-    return GenerateCore(runner, scheduler, overlap=overlap), ready
+    return GenerateCore(runner, scheduler, overlap=overlap, compiler=compiler), ready
 
 
 def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:
