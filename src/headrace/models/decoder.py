@@ -17,7 +17,7 @@ from headrace.models.declaration import DecoderConfig, KVLayer
 
 __all__ = ["DecoderLayer", "DecoderModel"]
 
-Norm = RMSNorm | LayerNorm | NoNorm
+Norm = RMSNorm | LayerNorm
 
 
 class Mixer(Protocol):
@@ -39,10 +39,8 @@ class _Builder:
         plus_one = self.config.norm == "rms_plus_one"
         return RMSNorm(dim, self.config.norm_eps, plus_one=plus_one, dtype=self.dtype, device=self.device)
 
-    def norm(self, *places: str) -> Norm:
-        """A norm if the family has one at any of these places ("pre", "post", "sandwich", or "final")."""
-        if self.config.norm_place not in places and "final" not in places:
-            return NoNorm()
+    def norm(self) -> Norm:
+        """A norm of the residual stream's width."""
         if self.config.norm == "layer":
             return LayerNorm(
                 self.config.hidden_size, self.config.norm_eps, dtype=self.dtype, device=self.device
@@ -86,12 +84,14 @@ class DecoderLayer(nn.Module):
     def __init__(self, build: _Builder, layer: int) -> None:
         super().__init__()
         self.residual_multiplier = build.config.residual_multiplier
-        self.attention_norm = build.norm("pre", "sandwich")
+        before = build.config.norm_place in ("pre", "sandwich")
+        after = build.config.norm_place in ("post", "sandwich")
+        self.attention_norm = build.norm() if before else NoNorm()
         self.attention = build.attention(layer)
-        self.post_attention_norm = build.norm("post", "sandwich")
-        self.mlp_norm = build.norm("pre", "sandwich")
+        self.post_attention_norm = build.norm() if after else None
+        self.mlp_norm = build.norm() if before else NoNorm()
         self.mlp = build.mlp(layer)
-        self.post_mlp_norm = build.norm("post", "sandwich")
+        self.post_mlp_norm = build.norm() if after else None
 
     def forward(
         self, x: Tensor, residual: Tensor | None, cos_sin: CosSin | None, batch: AttentionBatch
@@ -104,13 +104,18 @@ class DecoderLayer(nn.Module):
             x, residual = self.attention_norm(x), x
         else:
             x, residual = self.attention_norm.add(x, residual)
-        x = self.scaled(self.post_attention_norm(self.attention(x, cos_sin, batch)))
+        x = self.attention(x, cos_sin, batch)
+        if self.post_attention_norm is not None:
+            x = self.post_attention_norm(x)
+        if self.residual_multiplier != 1.0:
+            x = x * self.residual_multiplier
         x, residual = self.mlp_norm.add(x, residual)
-        x = self.scaled(self.post_mlp_norm(self.mlp(x)))
+        x = self.mlp(x)
+        if self.post_mlp_norm is not None:
+            x = self.post_mlp_norm(x)
+        if self.residual_multiplier != 1.0:
+            x = x * self.residual_multiplier
         return x, residual
-
-    def scaled(self, x: Tensor) -> Tensor:
-        return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
 
 
 class DecoderModel(nn.Module):
@@ -130,7 +135,7 @@ class DecoderModel(nn.Module):
             config.vocab_size, config.hidden_size, scale=config.embedding_scale, dtype=dtype, device=device
         )
         self.layers = nn.ModuleList(DecoderLayer(build, i) for i in range(config.num_layers))
-        self.norm = build.norm("final")
+        self.norm = build.norm()
         self.head: Linear | None = None
         if not config.headless and not config.tied:
             self.head = build.linear(config.hidden_size, config.vocab_size, bias=False)

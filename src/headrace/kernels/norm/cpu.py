@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,9 +13,18 @@ from headrace.kernels.norm import reference
 __all__ = ["add_rms_norm", "layer_norm", "rms_norm"]
 
 
+@functools.cache
+def _root(eps: float) -> Tensor:
+    return torch.tensor(eps).sqrt_()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if weight.dtype != x.dtype:
         return reference.rms_norm(x, weight, eps)
+    if x.dtype == torch.float32:
+        # sqrt(mean(x^2) + eps) = hypot(|x| / sqrt(D), sqrt(eps)): half the time of F.rms_norm on a few rows.
+        length = torch.linalg.vector_norm(x, 2, -1, True).mul_(x.shape[-1] ** -0.5)
+        return (x * weight).div_(length.hypot_(_root(eps)))
     return F.rms_norm(x, weight.shape, weight, eps)
 
 

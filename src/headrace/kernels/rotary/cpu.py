@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from headrace.kernels.norm.cpu import rms_norm
 
 __all__ = ["qk_norm_rope", "rope"]
 
@@ -20,7 +23,8 @@ def rope(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    normed = F.rms_norm(qk, qk.shape[-1:], None, eps) * weight
-    if normed.dtype != qk.dtype:
-        normed = normed.to(qk.dtype)
+    if qk.dtype == weight.dtype == torch.float32:
+        normed = rms_norm(qk, weight, eps)
+    else:
+        normed = (F.rms_norm(qk, qk.shape[-1:], None, eps) * weight).to(qk.dtype)
     return normed if cos is None or sin is None else rope(normed, cos, sin)
