@@ -131,31 +131,21 @@ class AsyncEngine:
         return prompts
 
     async def chat_prompt(
-        self,
-        messages: Messages,
-        *,
-        add_special_tokens: bool = False,
-        chat_template: str | None = None,
-        **options: Any,
+        self, messages: Messages, *, add_special_tokens: bool = False, **options: Any
     ) -> Prompt:
-        """Render messages with the model's chat template (or the one given) and tokenize the result.
+        """Render messages with the chat template and tokenize the result.
 
-        ``options`` go to the template: ``tools``, ``documents``, ``add_generation_prompt`` and its variables.
+        ``options`` are those of `TextKit.render`: ``tools``, ``documents``, ``add_generation_prompt``...
         """
         kit = self.kit
-        template = kit.template if chat_template is None else kit.with_template(chat_template)
-        if template is None:
-            raise Unprocessable(
-                f"model {self.name!r} has no chat template; use /v1/completions, or start it with one",
-                param="messages",
-            )
 
         def work() -> Prompt:
-            text = template.render(messages, **options)
+            text = kit.render(messages, **options)
             ids = kit.tokenizer.encode(text, add_special_tokens)
             return Prompt(tuple(ids), text, bool(options.get("continue_final_message")), "messages")
 
-        return await self._offload(_size(messages), work)
+        foreign = options.get("chat_template") is not None  # a program from outside: never on the event loop
+        return await self._offload(INLINE_CHARS + 1 if foreign else _size(messages), work)
 
     def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Token sequences that spell these words, at the start of a text and after a space."""
@@ -411,4 +401,6 @@ def _check_truncate(value: int) -> None:
 
 def _size(messages: Messages) -> int:
     """About how many characters the messages hold."""
-    return sum(len(content) for message in messages if isinstance(content := message.get("content"), str))
+    return sum(
+        len(content if isinstance(content := m.get("content"), str) else str(content)) for m in messages
+    )

@@ -73,13 +73,19 @@ class Message(ApiModel):
     refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    thinking: str | None = None
     annotations: Any = None
     audio: Any = None
 
     @model_validator(mode="after")
     def _check(self) -> Message:
         calls = (
-            self.tool_calls or self.function_call or self.refusal or self.reasoning_content or self.reasoning
+            self.tool_calls
+            or self.function_call
+            or self.refusal
+            or self.reasoning_content
+            or self.reasoning
+            or self.thinking
         )
         if self.content is None and not (self.role == "assistant" and calls):
             raise ValueError(f"a message of role {self.role!r} needs content")
