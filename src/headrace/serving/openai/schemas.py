@@ -79,15 +79,9 @@ class Message(ApiModel):
 
     @model_validator(mode="after")
     def _check(self) -> Message:
-        calls = (
-            self.tool_calls
-            or self.function_call
-            or self.refusal
-            or self.reasoning_content
-            or self.reasoning
-            or self.thinking
-        )
-        if self.content is None and not (self.role == "assistant" and calls):
+        thoughts = self.reasoning_content or self.reasoning or self.thinking
+        silent = not (self.tool_calls or self.function_call or self.refusal or thoughts)
+        if self.content is None and (self.role != "assistant" or silent):
             raise ValueError(f"a message of role {self.role!r} needs content")
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"tool_calls belong to the assistant, not to role {self.role!r}")
