@@ -38,7 +38,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         engine = call.model.engine
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        params = sampling_params(body, engine, logprobs=logprobs, limit=limit)
+        params = sampling_params(
+            body, engine, logprobs=logprobs, max_tokens=getattr(body, limit), limit=limit
+        )
         prompt = await render(body, engine, call.state.options.allow_chat_template)
         call.show_prompt(prompt.text)
         return await answer(call, engine, body, [prompt], params, lambda run: ChatAnswer(body, engine, run))

@@ -181,7 +181,7 @@ class CompletionRequest(GenerateFields):
         description="Text, token ids, or a list of either.", json_schema_extra={"effect": "acted on"}
     )
     max_tokens: int | None = acts(
-        16, "Output tokens at most (default 16); 0 only with `echo`.", ge=0, le=INT32
+        None, "Output tokens at most (default 16, or the server's own); 0 only with `echo`.", ge=0, le=INT32
     )
     logprobs: int | None = acts(None, "So many most likely tokens a position.", ge=0, le=20)
     echo: bool | None = acts(None, "Begin the text with the prompt.")
