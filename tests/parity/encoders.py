@@ -68,7 +68,9 @@ def make(
     model = getattr(transformers, f"{stem}{head}")(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.normal_(1.0 if "orm" in name and name.endswith("weight") else 0.0, 0.3)
+            # Larger matrices make the models chaotic: float32 noise would grow beyond what the tests allow.
+            norm = "norm" in name.lower() and name.endswith("weight")
+            weight.normal_(1.0 if norm else 0.0, 0.2)
     model.save_pretrained(folder)
     return model, json.loads((folder / "config.json").read_text())
 

@@ -68,21 +68,25 @@ class EncodeRunner:
         """Results of one task for these requests."""
         model = self.model
         if task in (EncodeTask.EMBED, EncodeTask.CLASSIFY, EncodeTask.SCORE):
-            head = model.embed if task is EncodeTask.EMBED else model.classify
-            values = head(hidden, batch.attention)
+            if task is EncodeTask.EMBED:
+                values = model.embed(hidden, batch.attention)
+            else:
+                values = model.classify(hidden, batch)
             for row in rows:
                 out.add((row, task), values[row])
             return
         starts = np.concatenate(([0], np.cumsum(lengths))).tolist()
         if task is EncodeTask.SPARSE:
-            for row, (ids, weights) in enumerate(model.sparse(hidden, lengths)):
+            for row, (ids, weights) in enumerate(model.sparse(hidden, batch, lengths)):
                 out.add((row, task), weights)
                 out.add((row, "indices"), ids.to(torch.int32).view(torch.float32))
             return
         per_token = model.token_classify if task is EncodeTask.TOKEN_CLASSIFY else model.token_vectors
         values = per_token(hidden)
+        # BGE-M3 gives no vector for its first token, which carries the dense one.
+        skip = 1 if model.card.kind == "m3" else 0
         for row in rows:
-            out.add((row, task), values[starts[row] : starts[row + 1]])
+            out.add((row, task), values[starts[row] + skip : starts[row + 1]])
 
     def _output(
         self, request: Request, row: int, tasks: list[EncodeTask], arrays: dict[object, Array]

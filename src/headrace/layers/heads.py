@@ -58,15 +58,18 @@ class SequenceHead(nn.Module):
     """Logits of a whole sequence.
 
     Args:
-        pooling: how token vectors become one; ``late_mean`` averages the logits of all tokens (EuroBERT).
+        pooling: how token vectors become one; ``late_mean`` averages the logits of all tokens (EuroBERT),
+            ``last_real`` takes the last token that is no padding (causal models).
     """
 
     def __init__(self, pooling: str, chain: Chain) -> None:
         super().__init__()
         self.pooling, self.chain = pooling, chain
 
-    def forward(self, hidden: Tensor, batch: AttentionBatch) -> Tensor:
-        """hidden [T, D] -> float32 [S, C]."""
+    def forward(self, hidden: Tensor, batch: AttentionBatch, last: Tensor) -> Tensor:
+        """hidden [T, D] -> float32 [S, C]. ``last``: int64 [S], the row that ``last_real`` takes."""
+        if self.pooling == "last_real":
+            return self.chain(hidden[last]).float()  # type: ignore[no-any-return]
         if self.pooling == "late_mean":
             return pool(self.chain(hidden), batch, "mean")
         pooled = pool(hidden, batch, self.pooling).to(hidden.dtype)

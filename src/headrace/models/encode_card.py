@@ -63,7 +63,7 @@ class ModuleSpec:
 
     Attributes:
         kind: ``dense``, ``layer_norm`` or ``normalize``.
-        folder: subfolder with its weights; "" for normalize.
+        folder: subfolder with its weights; "": ``linear`` in the model's own files (ColBERT).
         size_in, size_out: features.
         activation: one of ACTIVATIONS.
         per_token: applies to token vectors instead of the pooled one.
@@ -146,13 +146,13 @@ def read_encode_card(path: Path, *, pooling: str | None = None) -> EncodeCard:
             f"pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}{nearest(pooling, POOLINGS)}",
             param="pooling",
         )
-    if "ForSequenceClassification" in architecture:
+    if architecture.endswith(("ForSequenceClassification", "ForRewardModel")):
         return _classifier(path, config, common)
     if "ForTokenClassification" in architecture:
         labels = _labels(path, config)
         return EncodeCard(**common, kind="token_classify", tasks=(EncodeTask.TOKEN_CLASSIFY,), labels=labels)
     if pooling is not None:
-        return _explicit(pooling, config, common)
+        return _explicit(pooling, common)
     return _from_modules(path, config, common)
 
 
@@ -181,7 +181,8 @@ def _common(path: Path, config: dict[str, Any], architecture: str) -> dict[str, 
 
 
 def _classifier(path: Path, config: dict[str, Any], common: dict[str, Any]) -> EncodeCard:
-    labels = _labels(path, config)
+    reward = common["architecture"].endswith("ForRewardModel")
+    labels = ("reward",) if reward and "id2label" not in config else _labels(path, config)
     tasks: tuple[EncodeTask, ...] = (EncodeTask.CLASSIFY,)
     if len(labels) == 1:
         tasks = (EncodeTask.SCORE, EncodeTask.CLASSIFY)
@@ -212,7 +213,7 @@ def _labels(path: Path, config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(named[index] for index in range(len(named)))
 
 
-def _explicit(pooling: str, config: dict[str, Any], common: dict[str, Any]) -> EncodeCard:
+def _explicit(pooling: str, common: dict[str, Any]) -> EncodeCard:
     """The user says how to pool: trust that, and end with unit length."""
     if pooling == "splade":
         return EncodeCard(**common, kind="splade", tasks=(EncodeTask.SPARSE,))
@@ -221,12 +222,7 @@ def _explicit(pooling: str, config: dict[str, Any], common: dict[str, Any]) -> E
     if pooling == "yes_no":
         return EncodeCard(**common, kind="yes_no", tasks=(EncodeTask.SCORE,))
     if pooling == "colbert":
-        size = int(config["hidden_size"])
-        dim = int(config.get("dim") or 128)
-        modules = (
-            ModuleSpec("dense", "", size, dim, bias=False, per_token=True),
-            ModuleSpec("normalize", per_token=True),
-        )
+        modules = (ModuleSpec("dense", per_token=True), ModuleSpec("normalize", per_token=True))
         return EncodeCard(**common, kind="multi_vector", tasks=(EncodeTask.EMBED_ALL,), modules=modules)
     return EncodeCard(
         **common,
@@ -311,7 +307,11 @@ def _read_module(path: Path, type_: str, folder: str, found: dict[str, Any]) -> 
         per_token = config.get("module_input_name") == "token_embeddings"
         found["modules"].append(ModuleSpec("normalize", per_token=per_token))
     elif name == "Dense":
-        found["modules"].append(_dense(where / "config.json", folder))
+        # PyLate's Dense works on token vectors and leaves the normalization to its own encode().
+        pylate = type_.startswith("pylate.")
+        found["modules"].append(_dense(where / "config.json", folder, pylate))
+        if pylate:
+            found["modules"].append(ModuleSpec("normalize", per_token=True))
     elif name == "LayerNorm":
         config = _json(where / "config.json")
         size = int(config["dimension"])
@@ -363,7 +363,7 @@ def _pooling(file: Path) -> tuple[PoolingMode, ...]:
     return modes
 
 
-def _dense(file: Path, folder: str) -> ModuleSpec:
+def _dense(file: Path, folder: str, per_token: bool = False) -> ModuleSpec:
     config = _json(file)
     name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     activation = _TORCH_ACTIVATIONS.get(name.rsplit(".", 1)[-1]) if name.startswith("torch.") else None
@@ -384,7 +384,7 @@ def _dense(file: Path, folder: str) -> ModuleSpec:
         int(config["out_features"]),
         bool(config.get("bias", True)),
         activation,
-        per_token=source == "token_embeddings",
+        per_token=per_token or source == "token_embeddings",
         residual=bool(config.get("use_residual", False)),
     )
 

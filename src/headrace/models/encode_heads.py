@@ -25,8 +25,8 @@ __all__ = ["HeadBuilder", "classifier_steps", "mlm_steps", "token_classifier_ste
 _ROBERTA_LIKE = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 
-def classifier_steps(config: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Pooling and steps of ``*ForSequenceClassification``."""
+def classifier_steps(config: Mapping[str, Any], *, two_layers: bool = False) -> tuple[str, list[str]]:
+    """Pooling and steps of ``*ForSequenceClassification`` and ``*ForRewardModel``."""
     kind = config.get("model_type")
     if kind in _ROBERTA_LIKE:
         return "cls", ["linear classifier.dense", "tanh", "linear classifier.out_proj"]
@@ -44,7 +44,8 @@ def classifier_steps(config: Mapping[str, Any]) -> tuple[str, list[str]]:
         return pooling, ["linear dense", "gelu", "linear classifier"]
     if kind in ("bert", "gte", "new", "nomic_bert"):
         return "cls", ["linear ~pooler.dense", "tanh", "linear classifier"]
-    return "last", ["linear score"]  # causal models
+    # Causal models. Reward models of two layers keep them in a Sequential.
+    return "last_real", ["linear score.0", "relu", "linear score.2"] if two_layers else ["linear score"]
 
 
 def token_classifier_steps(config: Mapping[str, Any]) -> list[str]:
@@ -83,8 +84,8 @@ def mlm_steps(config: Mapping[str, Any]) -> list[str]:
             "vocab lm_head.decoder lm_head.decoder.bias",
         ]
     if kind in ("bert", "nomic_bert"):
-        head = "cls.predictions."
-        transform = [f"linear {head}transform.dense", act, f"norm {head}transform.LayerNorm"]
+        head, norm = "cls.predictions.", "LayerNorm" if kind == "bert" else "layer_norm"
+        transform = [f"linear {head}transform.dense", act, f"norm {head}transform.{norm}"]
         return [*transform, f"vocab {head}decoder {head}bias"]
     raise UnsupportedCheckpoint(f"no masked-LM head is declared for model_type {kind!r}")
 
@@ -138,11 +139,11 @@ class HeadBuilder:
             )
         return Chain(*layers)
 
-    def linear(self, name: str) -> Dense:
+    def linear(self, name: str, dtype: torch.dtype | None = None) -> Dense:
         """A linear map whose sizes and bias are those of the checkpoint."""
         size_out, size_in = self._shape(name)
         bias = f"{name}.bias" in self.known
-        layer = Dense(size_in, size_out, bias=bias, dtype=self.dtype, device=self.device)
+        layer = Dense(size_in, size_out, bias=bias, dtype=dtype or self.dtype, device=self.device)
         load_module(layer, self.checkpoint, name)
         layer.finish()
         return layer
@@ -170,7 +171,9 @@ class HeadBuilder:
         return layer
 
     def module(self, spec: ModuleSpec) -> Projection | LayerNorm:
-        """A sentence-transformers module from its own folder."""
+        """A sentence-transformers module from its own folder, or ColBERT's ``linear`` beside the backbone."""
+        if not spec.folder:
+            return Projection(self.linear("linear", torch.float32), spec.activation, None, False)
         file = self.checkpoint.path / spec.folder / "model.safetensors"
         tensors = _small_safetensors(file)
         if spec.kind == "layer_norm":
@@ -179,11 +182,29 @@ class HeadBuilder:
             assert norm.bias is not None
             norm.bias.data.copy_(tensors["norm.bias"])
             return norm
-        linear = self._dense(file, tensors, "linear", spec.size_in, spec.size_out, spec.bias)
+        linear = self._dense(file, tensors, "linear.", spec.size_in, spec.size_out, spec.bias)
         residual = None
         if spec.residual and spec.size_in != spec.size_out:
-            residual = self._dense(file, tensors, "residual", spec.size_in, spec.size_out, False)
+            residual = self._dense(file, tensors, "residual.", spec.size_in, spec.size_out, False)
         return Projection(linear, spec.activation, residual, spec.residual)
+
+    def beside(self, stem: str, outputs: int | None = None) -> Dense:
+        """BGE-M3's ``sparse_linear`` or ``colbert_linear``, a file of its own with ``weight`` and ``bias``."""
+        file = self.checkpoint.path / f"{stem}.safetensors"
+        pickled = file.with_suffix(".pt")
+        if not file.exists() and pickled.exists():
+            raise UnsupportedCheckpoint(
+                f"{pickled} is a pickle, which may run code when it is read, so it is refused. Convert it once, "
+                f"where you trust it: safetensors.torch.save_file(torch.load('{pickled.name}', "
+                f"weights_only=True), '{file.name}'); or serve the dense vectors alone with --pooling cls"
+            )
+        tensors = _small_safetensors(file)
+        if "weight" not in tensors:
+            raise UnsupportedCheckpoint(f"{file} holds {sorted(tensors)}; expected weight and bias")
+        size_out, size_in = tensors["weight"].shape
+        if outputs is not None and size_out != outputs:
+            raise UnsupportedCheckpoint(f"{file}: weight has {size_out} rows; expected {outputs}")
+        return self._dense(file, tensors, "", size_in, size_out, "bias" in tensors)
 
     def _dense(
         self, file: Path, tensors: dict[str, torch.Tensor], name: str, inputs: int, outputs: int, bias: bool
@@ -191,10 +212,10 @@ class HeadBuilder:
         """Modules after pooling stay in float32: they are small, and vectors leave in float32."""
         layer = Dense(inputs, outputs, bias=bias, dtype=torch.float32, device=self.device)
         for leaf, target in layer.named_parameters():
-            value = tensors.get(f"{name}.{leaf}")
+            value = tensors.get(name + leaf)
             if value is None or value.shape != target.shape:
                 got = "missing" if value is None else f"{list(value.shape)}"
-                raise UnsupportedCheckpoint(f"{file}: {name}.{leaf} is {got}; expected {list(target.shape)}")
+                raise UnsupportedCheckpoint(f"{file}: {name}{leaf} is {got}; expected {list(target.shape)}")
             target.data.copy_(value)
         layer.finish()
         return layer

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from headrace.checkpoints.base import Checkpoint
-from headrace.layers.heads import Chain, Projection, SequenceHead, SpladeHead
+from headrace.errors import UnsupportedCheckpoint
+from headrace.layers.dense import Dense
+from headrace.layers.heads import Chain, Projection, SequenceHead, SpladeHead, lexical_weights
 from headrace.layers.norm import LayerNorm
 from headrace.layers.packed import AttentionBatch, PackedBatch
-from headrace.layers.pooling import pool
+from headrace.layers.pooling import pool, segment_max
+from headrace.models.decoder import DecoderModel
+from headrace.models.encode_backbone import Backbone, load_backbone
 from headrace.models.encode_card import EncodeCard, read_encode_card
 from headrace.models.encode_heads import HeadBuilder, classifier_steps, mlm_steps, token_classifier_steps
-from headrace.models.encoder import EncoderModel
-from headrace.models.encoder_families import encoder_family, read_encoder_config
-from headrace.models.encoder_weights import load_encoder
 
 __all__ = ["EncodeModel", "load_encode_model"]
-
-Backbone = Callable[[PackedBatch], Tensor]
 
 
 class EncodeModel(nn.Module):
@@ -31,27 +31,26 @@ class EncodeModel(nn.Module):
         card: what the checkpoint says about itself.
         max_tokens: longest input.
         causal: tokens see only what stands before them.
+        pad_id: classifiers of causal models look at the last token that is not this one.
+        unused_ids: special tokens, which BGE-M3's sparse vectors leave out.
     """
 
-    def __init__(
-        self,
-        card: EncodeCard,
-        backbone: nn.Module,
-        *,
-        vocab_size: int,
-        hidden_size: int,
-        max_tokens: int,
-        causal: bool,
-    ) -> None:
+    def __init__(self, card: EncodeCard, backbone: Backbone) -> None:
         super().__init__()
-        self.card, self.backbone = card, backbone
-        self.vocab_size, self.hidden_size, self.causal = vocab_size, hidden_size, causal
-        self.max_tokens = min(max_tokens, card.max_tokens or max_tokens)
+        self.card, self.backbone = card, backbone.module
+        self.vocab_size, self.hidden_size = backbone.vocab_size, backbone.hidden_size
+        self.causal = backbone.causal
+        self.max_tokens = min(backbone.max_tokens, card.max_tokens or backbone.max_tokens)
+        self.pad_id: int | None = None
+        self.unused_ids: tuple[int, ...] = ()
         self.pooled_modules = nn.ModuleList()
         self.token_modules = nn.ModuleList()
         self.classifier: SequenceHead | None = None
         self.token_classifier: Chain | None = None
         self.splade: SpladeHead | None = None
+        self.token_weight: Dense | None = None
+        self.token_vector: Dense | None = None
+        self.answers: AnswerLogits | None = None
 
     @property
     def dimensions(self) -> int:
@@ -75,6 +74,8 @@ class EncodeModel(nn.Module):
     def token_vectors(self, hidden: Tensor) -> Tensor:
         """One vector a token, float32 [T, D], through the modules that a multi-vector checkpoint declares."""
         vectors = hidden.float()
+        if self.token_vector is not None:
+            return nn.functional.normalize(self.token_vector(vectors), dim=-1)
         for module in self.token_modules:
             vectors = module(vectors)
         if any(module.kind == "normalize" and module.per_token for module in self.card.modules):
@@ -82,10 +83,21 @@ class EncodeModel(nn.Module):
         return vectors
 
     @torch.inference_mode()
-    def classify(self, hidden: Tensor, batch: AttentionBatch) -> Tensor:
+    def classify(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """Logits, float32 [S, labels]."""
+        if self.answers is not None:
+            return self.answers(hidden, batch.attention)  # type: ignore[no-any-return]
         assert self.classifier is not None
-        return self.classifier(hidden, batch)  # type: ignore[no-any-return]
+        return self.classifier(hidden, batch.attention, self._not_padding(batch))  # type: ignore[no-any-return]
+
+    def _not_padding(self, batch: PackedBatch) -> Tensor:
+        """Last token of each sequence that is not the padding token: where causal classifiers look."""
+        place = torch.arange(batch.num_tokens, device=batch.token_ids.device)
+        if self.pad_id is not None:
+            place = place.masked_fill(batch.token_ids == self.pad_id, 0)
+        starts = batch.attention.query_starts.long()
+        last = segment_max(place.double()[:, None], starts.diff()).squeeze(1).long()
+        return torch.maximum(last, starts[:-1])
 
     @torch.inference_mode()
     def token_classify(self, hidden: Tensor) -> Tensor:
@@ -94,11 +106,39 @@ class EncodeModel(nn.Module):
         return self.token_classifier(hidden).float()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def sparse(self, hidden: Tensor, lengths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """For each sequence token ids int64 [k] and their weights float32 [k], all above zero."""
+    def sparse(
+        self, hidden: Tensor, batch: PackedBatch, lengths: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each sequence token ids int64 [k], ascending, and their weights float32 [k], all above zero."""
+        if self.token_weight is not None:
+            weights = self.token_weight(hidden.float()).squeeze(1).relu()
+            parts = zip(weights.split(list(lengths)), batch.token_ids.split(list(lengths)))
+            return [lexical_weights(part, ids, self.unused_ids) for part, ids in parts]
         assert self.splade is not None
         dense = self.splade(hidden, lengths)
         return [((row > 0).nonzero().squeeze(1), row[row > 0]) for row in dense]
+
+
+class AnswerLogits(nn.Module):
+    """Log-odds of the answer yes at the last token of a generative reranker: logit(yes) - logit(no).
+
+    Keeps two rows of the decoder's head and drops the rest of it.
+    """
+
+    def __init__(self, decoder: DecoderModel, yes: int, no: int | None) -> None:
+        super().__init__()
+        assert decoder.head is not None
+        rows = [yes] if no is None else [yes, no]
+        self.weight = nn.Parameter(decoder.head.weight[rows].clone(), requires_grad=False)
+        self.divisor, self.soft_cap = decoder.config.logits_divisor, decoder.config.logit_soft_cap
+        decoder.head = None
+
+    def forward(self, hidden: Tensor, batch: AttentionBatch) -> Tensor:
+        """hidden [T, D] -> float32 [S, 1]."""
+        logits = pool(hidden, batch, "last") @ self.weight.float().T / self.divisor
+        if self.soft_cap is not None:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return logits if logits.shape[1] == 1 else logits[:, :1] - logits[:, 1:]
 
 
 def load_encode_model(
@@ -108,27 +148,28 @@ def load_encode_model(
     dtype: torch.dtype,
     device: torch.device | str,
     pooling: str | None = None,
+    yes_no: tuple[int, int | None] | None = None,
 ) -> EncodeModel:
     """Read a checkpoint folder.
+
+    Args:
+        yes_no: token ids of a generative reranker's answers, where the checkpoint does not say.
 
     Raises MissingFile, UnsupportedCheckpoint or UnknownArchitecture, naming what is at fault.
     """
     card = read_encode_card(path, pooling=pooling)
-    family = encoder_family(checkpoint.config)
-    config = read_encoder_config(checkpoint.config, family)
-    backbone = EncoderModel(config, dtype=dtype, device=device)
-    prefix = load_encoder(backbone, family, checkpoint)
-    model = EncodeModel(
-        card,
-        backbone,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        max_tokens=config.max_tokens,
-        causal=False,
-    )
-    word = prefix + family.names(config)["word"][0]
+    if card.yes_no is None and yes_no is not None:
+        card = replace(card, yes_no=yes_no)
+    backbone = load_backbone(checkpoint, dtype=dtype, device=device, head=card.kind == "yes_no")
+    model = EncodeModel(card, backbone)
+    model.pad_id = checkpoint.config.get("pad_token_id")
     build = HeadBuilder(
-        checkpoint, prefix=prefix, word=word, norm_eps=config.norm_eps, dtype=dtype, device=device
+        checkpoint,
+        prefix=backbone.prefix,
+        word=backbone.word,
+        norm_eps=backbone.norm_eps,
+        dtype=dtype,
+        device=device,
     )
     _add_heads(model, checkpoint, build)
     return model.eval()
@@ -141,9 +182,22 @@ def _add_heads(model: EncodeModel, checkpoint: Checkpoint, build: HeadBuilder) -
             module: Projection | LayerNorm = build.module(spec)
             (model.token_modules if spec.per_token else model.pooled_modules).append(module)
     if card.kind == "classify":
-        pooling, steps = classifier_steps(config)
+        pooling, steps = classifier_steps(config, two_layers="score.0.weight" in build.known)
         model.classifier = SequenceHead(pooling, build.chain(steps, len(card.labels)))
     elif card.kind == "token_classify":
         model.token_classifier = build.chain(token_classifier_steps(config), len(card.labels))
+    elif card.kind == "m3":
+        model.token_weight = build.beside("sparse_linear", 1)
+        model.token_vector = build.beside("colbert_linear")
+        special = (config.get(f"{name}_token_id") for name in ("bos", "eos", "pad", "unk"))
+        # XLM-RoBERTa's unknown token has id 3, which config.json does not say.
+        model.unused_ids = (*(id for id in special if isinstance(id, int)), 3)
+    elif card.kind == "yes_no":
+        assert isinstance(model.backbone, DecoderModel)
+        if card.yes_no is None:
+            raise UnsupportedCheckpoint(
+                "the token ids of the answers yes and no are not known", param="pooling"
+            )
+        model.answers = AnswerLogits(model.backbone, *card.yes_no)
     elif card.kind == "splade":
         model.splade = SpladeHead(build.chain(mlm_steps(config)), model.vocab_size, *card.splade)

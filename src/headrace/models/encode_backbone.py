@@ -1,0 +1,138 @@
+"""The transformer under the heads: an encoder family, or a decoder without its language-model head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headrace.checkpoints.base import Checkpoint
+from headrace.errors import UnknownArchitecture, nearest
+from headrace.models.encoder import EncoderModel
+from headrace.models.encoder_families import ENCODER_FAMILIES, encoder_family, read_encoder_config
+from headrace.models.encoder_weights import find_prefix, load_encoder
+from headrace.models.loading import load_decoder
+from headrace.models.registry import FAMILIES
+
+__all__ = ["Backbone", "is_causal_family", "load_backbone"]
+
+_TASK = re.compile(
+    r"(Bidirectional)?(Text)?(ForSequenceClassification|ForTokenClassification|ForRewardModel|ForCausalLM|Model)$"
+)
+# Tensors of heads, which the decoder itself has no place for.
+_HEADS = ("score.", "classifier.", "lm_head.", "dropout.", "linear.weight")
+
+
+@dataclass
+class Backbone:
+    """A loaded transformer.
+
+    Attributes:
+        prefix: what stands before its tensors' names in the checkpoint.
+        word: the full name of its word table, without ``.weight``.
+        norm_eps: of its norms.
+    """
+
+    module: nn.Module
+    vocab_size: int
+    hidden_size: int
+    max_tokens: int
+    causal: bool
+    prefix: str
+    word: str
+    norm_eps: float
+
+
+def load_backbone(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, head: bool
+) -> Backbone:
+    """Read a checkpoint's transformer.
+
+    Args:
+        head: keep a decoder's language-model head (for yes/no logits).
+    Raises: UnknownArchitecture, UnsupportedCheckpoint.
+    """
+    if is_causal_family(checkpoint.config):
+        return _decoder(checkpoint, dtype, device, head)
+    family = encoder_family(checkpoint.config)
+    config = read_encoder_config(checkpoint.config, family)
+    model = EncoderModel(config, dtype=dtype, device=device)
+    prefix = load_encoder(model, family, checkpoint)
+    return Backbone(
+        model,
+        config.vocab_size,
+        config.hidden_size,
+        config.max_tokens,
+        False,
+        prefix,
+        prefix + family.names(config)["word"][0],
+        config.norm_eps,
+    )
+
+
+def is_causal_family(config: Mapping[str, Any]) -> bool:
+    """Whether the decoder reads this checkpoint; raises UnknownArchitecture when no model does."""
+    if any(config.get("model_type") in family.model_types for family in ENCODER_FAMILIES):
+        return False
+    return bool(_decoder_architecture(config, head=False))
+
+
+def _decoder_architecture(config: Mapping[str, Any], *, head: bool) -> str:
+    """The registered decoder architecture under ``*ForSequenceClassification`` and the like."""
+    name = str((config.get("architectures") or [""])[0])
+    stem = _TASK.sub("", name)
+    suffixes = ("ForCausalLM",) if head else ("Model", "TextModel")
+    for suffix in suffixes:
+        if stem + suffix in FAMILIES:
+            return stem + suffix
+    encoders = [kind for family in ENCODER_FAMILIES for kind in family.model_types]
+    known = sorted({_TASK.sub("", known) for known in FAMILIES})
+    raise UnknownArchitecture(
+        f"no encoder and no decoder family has architecture {name!r} with model_type {config.get('model_type')!r}"
+        f"{nearest(stem, known)}; encoders: {', '.join(sorted(encoders))}; decoders: {', '.join(known)}",
+        param="architectures",
+    )
+
+
+class _WithoutHeads:
+    """A checkpoint's tensors but those of task heads."""
+
+    def __init__(self, checkpoint: Checkpoint, keep: tuple[str, ...]) -> None:
+        self.checkpoint = checkpoint
+        dropped = tuple(name for name in _HEADS if name not in keep)
+        self._names = [name for name in checkpoint.names() if not name.startswith(dropped)]
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def load(self, name: str) -> Tensor:
+        return self.checkpoint.load(name)
+
+
+def _decoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, head: bool) -> Backbone:
+    config = dict(checkpoint.config)
+    architecture = _decoder_architecture(config, head=head)
+    # How a checkpoint says that every token sees all others.
+    says = config.pop("is_causal", None)
+    bidirectional = says is False or "Bidirectional" in str((config.get("architectures") or [""])[0])
+    config["architectures"] = [architecture]
+    for name in ("matryoshka_dimensions", "pooling", "score_bias", "sentence_transformers"):
+        config.pop(name, None)
+    source = _WithoutHeads(checkpoint, ("lm_head.",) if head else ())
+    model = load_decoder(config, source, dtype=dtype, device=device)
+    known = source.names()
+    prefix = find_prefix("embed_tokens.weight", known, checkpoint)
+    return Backbone(
+        model,
+        model.config.vocab_size,
+        model.config.hidden_size,
+        model.config.max_position_embeddings,
+        model.config.causal and not bidirectional,
+        prefix,
+        prefix + "embed_tokens",
+        model.config.norm_eps,
+    )
