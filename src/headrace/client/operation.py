@@ -232,11 +232,13 @@ class Operation:
         backoff = preference.initial_backoff_ms / 1000.0
         retries = connect_retries = network_faults = 0
         stale = False
+        endpoint: Endpoint | None = None
         while True:
             reply: Reply | None = None
             fault: ConnectionFailed | _TimedOut | None = None
+            endpoint = self._choose(endpoint)
             try:
-                reply = await self._race(job, retries)
+                reply = await self._race(job, endpoint, retries)
                 if reply.ok:
                     reply.seconds = time.perf_counter() - begun
                     return reply
@@ -285,10 +287,9 @@ class Operation:
             f"{fault} ({tries}); request {self.request_id}-{job.index}", connecting=fault.connecting
         )
 
-    async def _race(self, job: Job, retry: int) -> Reply:
+    async def _race(self, job: Job, first: Endpoint | None, retry: int) -> Reply:
         """One attempt; after ``hedge_delay`` a copy races it. A failed racer leaves the race to the other."""
         delay = self.preference.hedge_delay
-        first = self._choose(retry)
         if delay is None or job.sink is not None:
             return await self._attempt(job, first, retry)
         racers = [asyncio.ensure_future(self._attempt(job, first, retry))]
@@ -309,13 +310,14 @@ class Operation:
                 racer.cancel()
             await asyncio.gather(*racers, return_exceptions=True)
 
-    def _choose(self, retry: int) -> Endpoint | None:
+    def _choose(self, failed: Endpoint | None) -> Endpoint | None:
+        """The endpoint of the next attempt: if there is another one than that which just failed, another."""
         pool = self.target.pool
         if pool is None:
             return None
-        if self._pinned is not None and not retry:
+        if self._pinned is not None and failed is None:
             return self._pinned
-        return pool.pick()
+        return pool.pick(avoid=failed)
 
     async def _attempt(self, job: Job, endpoint: Endpoint | None, retry: int) -> Reply:
         loop = asyncio.get_running_loop()

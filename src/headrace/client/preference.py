@@ -58,7 +58,7 @@ class RequestProcessingPreference:
     """Limits and policies of one operation. ``None`` takes the default; values are checked when used.
 
     Args:
-        max_concurrent_requests: requests in flight at most, 1 to 1024; below 512 when ``batch_size`` < 16.
+        max_concurrent_requests: requests in flight at most, 1 to 1024; at most 512 when ``batch_size`` < 16.
         batch_size: items in one request at most, 1 to 1024.
         timeout_s: seconds for one attempt of one request, 0.1 to 3600.
         max_chars_per_request: characters of text in one request at most, 50 to 1,048,576; a longer text
@@ -129,10 +129,10 @@ class RequestProcessingPreference:
         """Raises InvalidArgument for the first field out of range, TypeError for one of the wrong type."""
         _whole("max_concurrent_requests", self.max_concurrent_requests, 1, 1024)
         _whole("batch_size", self.batch_size, 1, 1024)
-        if self.max_concurrent_requests >= 512 and self.batch_size < 16:
+        if self.max_concurrent_requests > 512 and self.batch_size < 16:
             raise InvalidArgument(
                 f"max_concurrent_requests is {self.max_concurrent_requests} with batch_size {self.batch_size}"
-                "; it must be below 512 unless batch_size is at least 16",
+                "; it must be at most 512 unless batch_size is at least 16",
                 param="max_concurrent_requests",
             )
         if self.max_chars_per_request is not None:
