@@ -145,8 +145,13 @@ class _Planner:
         square = self.causal and fresh and query_len > 1 and (self.window is None or key_len <= self.window)
         mask = None if square else self.mask(query_len, key_len, first)
         last = pieces[-1] if pieces else None
-        adjacent = isinstance(last, Span) and last.query + last.query_len * last.count == row
-        if adjacent and isinstance(last, Span) and last.fresh and fresh and last.query_len == query_len:
+        if (
+            isinstance(last, Span)
+            and last.fresh
+            and fresh
+            and last.query_len == query_len
+            and last.query + query_len * last.count == row  # gathered ones may lie between
+        ):
             pieces[-1] = Span(last.query, query_len, last.key, keys, last.count + 1, True, square, mask)
         else:
             pieces.append(Span(row, query_len, start, keys, 1, fresh, square, mask))
