@@ -60,6 +60,8 @@ LENGTHS = {
     "decode": [(1, 9), (1, 1), (1, 30), (1, 250), (1, 31), (1, 400)],
     "decode-one": [(1, 37)],
     "prefill": [(13, 13), (13, 13), (1, 1), (40, 40)],
+    "between": [(5, 5), (1, 40), (5, 5), (5, 5), (1, 1), (1, 300), (1, 1)],
+    "long": [(150, 150), (100, 333), (65, 65), (65, 65), (1, 70)],
     "chunks": [(7, 19), (1, 200), (5, 5), (3, 90), (1, 20)],
 }
 
@@ -114,16 +116,16 @@ def fill_caches(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [None, 3, 70])
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
 def test_attention_without_a_cache(causal: bool, window: int | None, soft_cap: float | None) -> None:
-    lens = [5, 5, 1, 17, 17, 17, 2]
+    lens = [5, 5, 1, 17, 17, 17, 2, 64, 64, 130, 130]
     batch = AttentionBatch(
         query_starts=torch.tensor([0, *lens]).cumsum(0).int(),
         seq_lens=torch.tensor(lens, dtype=torch.int32),
         causal=causal,
-        max_query_len=17,
-        max_seq_len=17,
+        max_query_len=130,
+        max_seq_len=130,
     )
     torch.manual_seed(0)
     q, k, v = torch.randn(sum(lens), 15, 12).split([9, 3, 3], dim=1)
@@ -202,3 +204,20 @@ def test_gates(name: str, dtype: torch.dtype) -> None:
 def test_activations(name: str) -> None:
     x = torch.randn(3, 7)
     close(activation_cpu.activate(x.clone(), name), activation_reference.activate(x, name))
+
+
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 40, 5000])
+def test_long_prompts(window: int | None, soft_cap: float | None) -> None:
+    lens = [1100, 3]
+    starts = torch.tensor([0, *lens]).cumsum(0).int()
+    batch = AttentionBatch(
+        starts, torch.tensor(lens, dtype=torch.int32), max_query_len=1100, max_seq_len=1100
+    )
+    torch.manual_seed(0)
+    q, k, v = torch.randn(sum(lens), 4, 8).split([2, 1, 1], dim=1)
+    ours, theirs = (
+        module.attention(q, k, v, batch, 0, scale=0.5, window=window, soft_cap=soft_cap)
+        for module in (attention_cpu, attention_reference)
+    )
+    close(ours, theirs)

@@ -32,6 +32,9 @@ class ByteTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        return [self.encode(text, add_special_tokens) for text in texts]
+
     def token_bytes(self, token_id: int) -> bytes:
         if token_id < 256:
             return bytes([token_id])
@@ -56,29 +59,21 @@ class ByteDetokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-class LineTemplate:
-    """`role: content` a line; refuses a conversation that begins with the assistant."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    def render(self, messages: Any, *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        self.calls.append({"messages": messages, "add_generation_prompt": add_generation_prompt, **variables})
-        if messages[0]["role"] == "assistant":
-            raise InvalidRequest("conversations begin with the user", param="messages")
-        lines = [f"{message['role']}: {message['content']}" for message in messages]
-        return "\n".join(lines) + ("\nassistant: " if add_generation_prompt else "")
-
-
 class ByteKit:
+    """Renders `role: content` a line; refuses a conversation that begins with the assistant."""
+
     def __init__(self) -> None:
         self.tokenizer = ByteTokenizer()
-        self.template = LineTemplate()
+        self.rendered: list[dict[str, Any]] = []
 
-    def with_template(self, source: str) -> LineTemplate:
-        if "{%" in source:
-            raise InvalidRequest("chat_template does not parse", param="chat_template")
-        return LineTemplate()
+    def render(self, messages: Any, *, add_generation_prompt: bool = True, **options: Any) -> str:
+        self.rendered.append(
+            {"messages": messages, "add_generation_prompt": add_generation_prompt, **options}
+        )
+        if messages[0]["role"] == "assistant":
+            raise InvalidRequest("conversations begin with the user", param="messages")
+        lines = [f"{message['role']}: {message.get('content')}" for message in messages]
+        return "\n".join(lines) + ("\nassistant: " if add_generation_prompt else "")
 
     def detokenizer(self, *, skip_special_tokens: bool, continuing: bool) -> ByteDetokenizer:
         return ByteDetokenizer(self.tokenizer, skip_special_tokens)

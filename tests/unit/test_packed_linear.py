@@ -211,7 +211,7 @@ def test_int4_keeps_constant_groups_and_refuses_odd_columns() -> None:
         quantize_int4(torch.randn(16, 40), 32)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(7, 33), (64, 576), (130, 96)])
+@pytest.mark.parametrize(("rows", "columns"), [(7, 32), (64, 576), (130, 96)])
 def test_int8_rounds_to_nearest(rows: int, columns: int) -> None:
     weight = torch.randn(rows, columns)
     bias = torch.randn(rows)
@@ -221,3 +221,8 @@ def test_int8_rounds_to_nearest(rows: int, columns: int) -> None:
     assert ((kept - weight).abs() <= half_step * 1.001).all()
     for count in (1, 2, 9):
         assert_product(linear, torch.randn(count, columns).bfloat16(), kept, bias.bfloat16())
+
+
+def test_int8_refuses_columns_that_its_kernel_cannot_read() -> None:
+    with pytest.raises(UnsupportedCheckpoint, match=r"multiple of 32 .* \[8, 40\]"):
+        quantize_int8(torch.randn(8, 40))

@@ -1,1 +1,56 @@
-"""The bulk performance client. Knows only types and errors."""
+"""The bulk performance client: knows only types and errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from headrace.client.endpoints import Endpoint, EndpointPool
+from headrace.client.exceptions import BadReply, Cancelled, ConnectionFailed, InvalidArgument
+from headrace.client.performance import PerformanceClient
+from headrace.client.preference import CancellationToken, RequestProcessingPreference, TraceContext
+from headrace.client.responses import (
+    BatchPostResponse,
+    ClassificationResponse,
+    ClassificationResult,
+    OpenAIEmbeddingData,
+    OpenAIEmbeddingsResponse,
+    OpenAIUsage,
+    RerankResponse,
+    RerankResult,
+)
+from headrace.client.transport import HttpClientWrapper
+
+if TYPE_CHECKING:
+    from headrace.client.exceptions import HTTPError, Timeout
+
+__all__ = [
+    "BadReply",
+    "BatchPostResponse",
+    "CancellationToken",
+    "Cancelled",
+    "ClassificationResponse",
+    "ClassificationResult",
+    "ConnectionFailed",
+    "Endpoint",
+    "EndpointPool",
+    "HTTPError",
+    "HttpClientWrapper",
+    "InvalidArgument",
+    "OpenAIEmbeddingData",
+    "OpenAIEmbeddingsResponse",
+    "OpenAIUsage",
+    "PerformanceClient",
+    "RequestProcessingPreference",
+    "RerankResponse",
+    "RerankResult",
+    "Timeout",
+    "TraceContext",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("HTTPError", "Timeout"):  # their bases come from requests, which is slow to import
+        from headrace.client import exceptions
+
+        return getattr(exceptions, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from headrace.errors import ConfigError
 
-__all__ = ["VARIABLES", "home", "log_level", "secrets_folder", "variable"]
+__all__ = ["VARIABLES", "api_keys", "home", "log_level", "secrets_folder", "variable"]
 
 VARIABLES = {
     "HEADRACE_HOME": "Where models and caches are kept; default: `headrace` in the user's cache folder.",
     "HEADRACE_SECRETS_DIR": "Folder of mounted secrets; default: `/secrets`.",
     "HEADRACE_LOG": "Log level: `debug`, `info`, `warning` or `error`; default: `info`.",
+    "HEADRACE_API_KEYS": "API keys of the server, separated by commas.",
     "TRUSS_SECRET_<name>": "A secret; wins over the file of that name.",
     "HF_TOKEN, HUGGING_FACE_HUB_TOKEN": "The secret `hf_access_token`.",
 }
@@ -38,6 +39,12 @@ def log_level() -> str:
     if level not in _LEVELS:
         raise ConfigError(f"HEADRACE_LOG is {level[:40]!r}; expected one of {', '.join(_LEVELS)}")
     return level
+
+
+def api_keys() -> tuple[str, ...]:
+    """``HEADRACE_API_KEYS``: keys that open the server, separated by commas."""
+    given = os.environ.get("HEADRACE_API_KEYS", "")
+    return tuple(key.strip() for key in given.split(",") if key.strip())
 
 
 def variable(name: str) -> str | None:

@@ -13,17 +13,21 @@ from headrace.checkpoints.resolve import open_checkpoint, resolve
 from headrace.config.spec import EngineSpec
 from headrace.engines.encode_build import build_encode
 from headrace.engines.generate import GenerateCore
+from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
 from headrace.engines.memory import kv_block_bytes, num_kv_blocks
-from headrace.engines.select import loop_of
+from headrace.engines.select import select
 from headrace.errors import ConfigError, UnsupportedCheckpoint
+from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.runner import Runner
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
+from headrace.models.encode_card import lists_module
 from headrace.models.loading import load_decoder
 from headrace.scheduling.scheduler import Scheduler
+from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["build", "eos_token_ids"]
 
@@ -42,13 +46,38 @@ def build(spec: EngineSpec) -> tuple[Core, Ready]:
         torch.set_num_threads(spec.num_threads)
     checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
     device = _device(spec)
-    core: Core
-    if loop_of(spec, checkpoint.config, checkpoint.path) == "encode":
-        core, ready = build_encode(spec, checkpoint, device, _dtype(spec, checkpoint, device))
-    else:
-        core, ready = _build_generate(spec, checkpoint, device)
+    make = _build_encode if _encodes(spec, checkpoint) else _build_generate
+    core, ready = make(spec, checkpoint, device)
     ready.summary["seconds"] = round(time.perf_counter() - began, 2)
     return core, ready
+
+
+def _encodes(spec: EngineSpec, checkpoint: Checkpoint) -> bool:
+    """One pass, or token by token: select decides; a generator with a LogitScore module only scores."""
+    if spec.engine == "auto" and lists_module(checkpoint.path, ("LogitScore", "MultiVectorMask")):
+        return True
+    return select(inspect(checkpoint.path), spec).engine in ("bert", "embed")
+
+
+def _build_encode(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
+    dtype = _dtype(spec, checkpoint, device)
+    core, ready = build_encode(spec, checkpoint, device, dtype)
+    ready.summary.update(_summary(checkpoint, core.runner.model, device, dtype))
+    return core, ready
+
+
+def _summary(
+    checkpoint: Checkpoint, model: torch.nn.Module, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Facts for people and logs."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return {
+        "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weight_bytes": sum(t.numel() * t.element_size() for t in tensors),
+    }
 
 
 def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
@@ -88,14 +117,14 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         prefix_caching=spec.prefix_caching,
         prefix_regime=_prefix_regime(model),
     )
+    compiler = ConstraintCompiler(
+        lambda: Tokenizer.from_path(checkpoint.path).backend.to_str(),
+        vocab_size=model.config.vocab_size,
+        eos_ids=eos_token_ids(checkpoint),
+    )
     overlap = device.type == "cuda" if spec.overlap is None else spec.overlap
-    parameters = sum(p.numel() for p in model.parameters())
-    summary: dict[str, Any] = {
-        "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "parameters": parameters,
-        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+    summary = {
+        **_summary(checkpoint, model, device, dtype),
         "kv_bytes": blocks * block_bytes,
         "kv_tokens": (blocks - 1) * spec.block_size,
         "max_num_batched_tokens": step_tokens,
@@ -107,7 +136,7 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         vocab_size=model.config.vocab_size,
         summary=summary,
     )
-    return GenerateCore(runner, scheduler, overlap=overlap), ready
+    return GenerateCore(runner, scheduler, overlap=overlap, compiler=compiler), ready
 
 
 def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:

@@ -36,10 +36,17 @@ class EngineClient(Protocol):
         num_unfinished: requests submitted and not finished, for admission.
     """
 
-    spec: EngineSpec
-    ready: Ready
-    stats: CoreStats
-    num_unfinished: int
+    @property
+    def spec(self) -> EngineSpec: ...
+
+    @property
+    def ready(self) -> Ready: ...
+
+    @property
+    def stats(self) -> CoreStats: ...
+
+    @property
+    def num_unfinished(self) -> int: ...
 
     def generate(self, request: Request) -> AsyncIterator[Output]:
         """Submit and yield every Output up to and including the one with a finish_reason.

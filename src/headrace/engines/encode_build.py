@@ -25,7 +25,7 @@ _CUDA_BATCH_TOKENS = 16384
 
 def build_encode(
     spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> tuple[EncodeCore, Ready]:
+) -> tuple[EncodeCore[EncodeRunner], Ready]:
     """Load an embedder, classifier or reranker and make its core.
 
     Raises ModelError or ConfigError with the way out.
@@ -53,9 +53,6 @@ def build_encode(
     )
     core = EncodeCore(EncodeRunner(model, device), max_tokens=batch_tokens, max_seqs=spec.max_num_seqs)
     summary: dict[str, Any] = {
-        "architecture": model.card.architecture,
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
         "tasks": [task.value for task in model.card.tasks],
         "dimensions": model.dimensions,
         "max_num_batched_tokens": batch_tokens,

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 
 from headrace.errors import HeadraceError
+from headrace.execution.constraints.compiler import ConstraintCompiler
+from headrace.execution.constraints.table import ConstraintTable
 from headrace.execution.runner import Runner, Step, StepResult
 from headrace.kvcache.blocks import AccountError
 from headrace.messages import CoreStats
@@ -28,6 +30,7 @@ __all__ = ["GenerateCore"]
 logger = logging.getLogger("headrace.core")
 
 _T = TypeVar("_T")
+_PAUSE = 0.0005  # seconds
 _SMOOTHING = 0.05  # weight of the newest step in the moving averages
 
 
@@ -59,12 +62,22 @@ class GenerateCore:
         runner: the device.
         scheduler: who runs next.
         overlap: prepare the next step while one runs.
+        compiler: of constraints; None refuses them.
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, *, overlap: bool) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        overlap: bool,
+        compiler: ConstraintCompiler | None = None,
+    ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.overlap = overlap
+        self.constraints = ConstraintTable(compiler, runner.device)
+        scheduler.is_ready = self.constraints.is_ready
         self._device = _Device(threaded=overlap and runner.device.type == "cpu")
         self._previous: tuple[StepPlan, Future[Step]] | None = None
         self._refused: list[Output] = []
@@ -79,7 +92,8 @@ class GenerateCore:
         """Queue requests; one that can never run is answered with an ERROR output by the next step."""
         for request in requests:
             try:
-                self.scheduler.add(request)
+                sequence = self.scheduler.add(request)
+                self.constraints.add(sequence)
             except HeadraceError as error:
                 self._refused.append(
                     Output(request.id, finish_reason=FinishReason.ERROR, error=error.message)
@@ -91,7 +105,11 @@ class GenerateCore:
             sequence = self.scheduler.abort(request_id)
             if sequence is not None:
                 self._counts["aborted"] += sequence.num_output
-                self._prompt_logprobs.pop(request_id, None)
+                self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._prompt_logprobs.pop(sequence.id, None)
+        self.constraints.remove(sequence)
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
@@ -107,8 +125,11 @@ class GenerateCore:
             Output(s.id, finish_reason=FinishReason.ABORT, error="the request's deadline passed")
             for s in self.scheduler.expire()
         ]
+        outputs += self._refuse_constraints()
         plan = self.scheduler.schedule()
         outputs += self._step_overlapped(plan) if self.overlap else self._step_plain(plan)
+        if plan is None and not outputs:
+            time.sleep(_PAUSE)  # all that is here waits for a grammar
         if plan is not None:
             self._counts["steps"] += 1
             self._balanced = False
@@ -126,8 +147,7 @@ class GenerateCore:
         launched = None if plan is None else self._launch(plan, sample=not later)
         outputs = self._finish(*self._previous) if self._previous is not None else []
         if plan is not None and launched is not None and later:
-            forward = launched
-            launched = self._device.submit(lambda: self.runner.sample(forward.result()))
+            launched = self._sample_later(plan, launched)
         self._previous = None if plan is None or launched is None else (plan, launched)
         return outputs
 
@@ -135,9 +155,26 @@ class GenerateCore:
         began = time.perf_counter()
         step = self.runner.prepare(plan)
         self._host_ms += ((time.perf_counter() - began) * 1e3 - self._host_ms) * _SMOOTHING
-        if sample:
-            return self._device.submit(lambda: self.runner.sample(self.runner.run(step)))
-        return self._device.submit(lambda: self.runner.run(step))
+        launched = self._device.submit(lambda: self.runner.run(step))
+        return self._sample_later(plan, launched) if sample else launched
+
+    def _sample_later(self, plan: StepPlan, launched: Future[Step]) -> Future[Step]:
+        """Sampling behind a forward pass; masks are made here, while the device is busy with it."""
+        masks, failed = self.constraints.masks(plan)
+        for sequence, message in failed:
+            self._refused.append(Output(sequence.id, finish_reason=FinishReason.ERROR, error=message))
+            self.scheduler.finish(sequence, FinishReason.ERROR)
+            self._forget(sequence)
+        return self._device.submit(lambda: self.runner.sample(launched.result(), masks))
+
+    def _refuse_constraints(self) -> list[Output]:
+        """Grammars that could not be compiled end their own request."""
+        outputs = []
+        for sequence, message in self.constraints.refused():
+            self.scheduler.finish(sequence, FinishReason.ERROR)
+            self._forget(sequence)
+            outputs.append(Output(sequence.id, finish_reason=FinishReason.ERROR, error=message))
+        return outputs
 
     def _finish(self, plan: StepPlan, launched: Future[Step]) -> list[Output]:
         """Wait for a step and settle it. One that broke costs its own sequences and no others."""
@@ -160,9 +197,12 @@ class GenerateCore:
                 self._prompt_logprobs.setdefault(request_id, {}).update(enumerate(entries, start))
         index = {id(chunk.sequence): i for i, chunk in enumerate(plan.sampling)} if result.logprobs else {}
         outputs = []
-        for sequence in self.scheduler.settle(plan, result.tokens):
+        for sequence in self.scheduler.settle(plan, result.tokens, self.constraints.advance):
+            if sequence.finish_reason is not None:
+                self.constraints.remove(sequence)
             if sequence.finish_reason is FinishReason.ERROR:
-                message = "the model's logits were not finite for this request"
+                constrained = sequence.sampling.constraint is not None
+                message = "the model's logits were not finite" + (" or left the grammar" if constrained else "")
                 outputs.append(Output(sequence.id, finish_reason=FinishReason.ERROR, error=message))
                 continue
             logprobs = result.logprobs.get(index.get(id(sequence), -1))
@@ -186,7 +226,7 @@ class GenerateCore:
             (token,),
             finish_reason=reason,
             logprobs=() if logprobs is None else (logprobs,),
-            stop_token=token if reason is FinishReason.STOP else None,
+            stop_token=token if token in sequence.stop_ids and reason is FinishReason.STOP else None,
             num_cached_tokens=max(sequence.num_cached, 0) if first else 0,
             prompt_logprobs=prompt,
         )
@@ -223,5 +263,6 @@ class GenerateCore:
         )
 
     def close(self) -> None:
-        """Stop the device thread."""
+        """Stop the threads."""
         self._device.close()
+        self.constraints.close()

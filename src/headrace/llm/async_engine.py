@@ -19,7 +19,7 @@ from headrace.llm.choice import Choice, Delta
 from headrace.llm.generation import Generation
 from headrace.llm.protocols import Messages, Prompt, TextKit
 from headrace.llm.results import Completion, Result, collect
-from headrace.llm.stops import StopMatcher
+from headrace.text.stopping import StopMatcher
 from headrace.types import EncodeOutput, EncodeParams, Request, SamplingParams, Usage
 
 __all__ = ["AsyncEngine", "Embeddings", "PromptLike"]
@@ -121,41 +121,35 @@ class AsyncEngine:
         return await self._offload(size, partial(self._prompts, inputs, add_special_tokens))
 
     def _prompts(self, inputs: Sequence[PromptLike], add_special_tokens: bool) -> list[Prompt]:
+        texts = [item for item in inputs if isinstance(item, str)]
+        if len(texts) > 1:
+            encoded = iter(self.kit.tokenizer.encode_batch(texts, add_special_tokens))
+        else:
+            encoded = iter([self.kit.tokenizer.encode(text, add_special_tokens) for text in texts])
         prompts = []
         for item in inputs:
             if isinstance(item, str):
-                ids = self.kit.tokenizer.encode(item, add_special_tokens)
-                prompts.append(Prompt(tuple(ids), item))
+                prompts.append(Prompt(tuple(next(encoded)), item))
             else:
                 prompts.append(item if isinstance(item, Prompt) else Prompt(tuple(item)))
         return prompts
 
     async def chat_prompt(
-        self,
-        messages: Messages,
-        *,
-        add_special_tokens: bool = False,
-        chat_template: str | None = None,
-        **options: Any,
+        self, messages: Messages, *, add_special_tokens: bool = False, **options: Any
     ) -> Prompt:
-        """Render messages with the model's chat template (or the one given) and tokenize the result.
+        """Render messages with the chat template and tokenize the result.
 
-        ``options`` go to the template: ``tools``, ``documents``, ``add_generation_prompt`` and its variables.
+        ``options`` are those of `TextKit.render`: ``tools``, ``documents``, ``add_generation_prompt``...
         """
         kit = self.kit
-        template = kit.template if chat_template is None else kit.with_template(chat_template)
-        if template is None:
-            raise Unprocessable(
-                f"model {self.name!r} has no chat template; use /v1/completions, or start it with one",
-                param="messages",
-            )
 
         def work() -> Prompt:
-            text = template.render(messages, **options)
+            text = kit.render(messages, **options)
             ids = kit.tokenizer.encode(text, add_special_tokens)
             return Prompt(tuple(ids), text, bool(options.get("continue_final_message")), "messages")
 
-        return await self._offload(_size(messages), work)
+        foreign = options.get("chat_template") is not None  # a program from outside: never on the event loop
+        return await self._offload(INLINE_CHARS + 1 if foreign else _size(messages), work)
 
     def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Token sequences that spell these words, at the start of a text and after a space."""
@@ -193,6 +187,11 @@ class AsyncEngine:
                 f"model {self.name!r} makes embeddings and generates no text; use /v1/embeddings",
                 param="model",
             )
+        spec = self.client.spec
+        if spec.stop:
+            params = msgspec.structs.replace(params, stop=(*params.stop, *spec.stop))
+        if params.max_tokens is None and spec.default_max_tokens is not None:
+            params = msgspec.structs.replace(params, max_tokens=spec.default_max_tokens)
         self._check_params(params)
         fitted = [self._fit(prompt, params, truncate_prompt_tokens) for prompt in prompts]
         base = uuid.uuid4().hex
@@ -327,6 +326,8 @@ class AsyncEngine:
                 param="model",
             )
         params = params or EncodeParams()
+        if truncate_prompt_tokens is None and self.client.spec.auto_truncate:
+            truncate_prompt_tokens = -1
         prompts = await self.prompts(inputs, add_special_tokens=add_special_tokens)
         base = uuid.uuid4().hex
         requests = []
@@ -351,7 +352,8 @@ class AsyncEngine:
             _check_truncate(truncate)
             keep = limit if truncate == -1 else min(truncate, limit)
             if len(ids) > keep:
-                ids = (*ids[: keep - 1], ids[-1]) if prompt.text is not None else ids[:keep]
+                end = self._closing(ids)[-keep:] if prompt.text is not None else ()
+                ids = (*ids[: keep - len(end)], *end)
         if not ids:
             raise InvalidRequest(f"input[{place}] is empty: it has no tokens", param=f"input[{place}]")
         if len(ids) > limit:
@@ -362,6 +364,14 @@ class AsyncEngine:
             )
         _check_ids(ids, self.client.ready.vocab_size, f"input[{place}]")
         return ids
+
+    def _closing(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The special tokens that the tokenizer put at the end of a text: they stay when the text is cut."""
+        frame = self.kit.tokenizer.encode("", True)
+        count = 0
+        while count < min(len(frame), len(ids)) and frame[-1 - count] == ids[-1 - count]:
+            count += 1
+        return ids[len(ids) - count :]
 
 
 async def _gather(calls: Sequence[Any]) -> tuple[EncodeOutput, ...]:
@@ -411,4 +421,6 @@ def _check_truncate(value: int) -> None:
 
 def _size(messages: Messages) -> int:
     """About how many characters the messages hold."""
-    return sum(len(content) for message in messages if isinstance(content := message.get("content"), str))
+    return sum(
+        len(content if isinstance(content := m.get("content"), str) else str(content)) for m in messages
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from headrace.errors import EngineError, RequestTimeout
 from headrace.llm.protocols import Detokenizer
-from headrace.llm.stops import StopMatcher
+from headrace.text.stopping import StopMatcher
 from headrace.types import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 
 __all__ = ["Choice", "Delta"]

@@ -89,7 +89,7 @@ class LLM:
         """Complete every prompt (text, token ids, or a list of either); results in the same order."""
         items = as_prompts(prompts)
         calls = [
-            lambda item=item: self.engine.complete(item, params, n=n, best_of=best_of, **options)  # type: ignore[misc]
+            lambda item=item: self.engine.complete(item, params, n=n, best_of=best_of, **options)
             for item in items
         ]
         return self._run_all(calls, "generate", progress)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-__all__ = ["ChatTemplate", "Detokenizer", "Messages", "TextKit", "Tokenizer"]
+__all__ = ["Detokenizer", "Messages", "Prompt", "TextKit", "Tokenizer"]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -20,27 +20,12 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]: ...
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that this token stands for; of a special token its name."""
-        ...
-
-
-class ChatTemplate(Protocol):
-    """A checkpoint's way of turning messages into one prompt."""
-
-    def render(
-        self,
-        messages: Messages,
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> str:
-        """The prompt; raises InvalidRequest (param ``messages``) when the template refuses."""
         ...
 
 
@@ -53,16 +38,29 @@ class Detokenizer(Protocol):
 
 
 class TextKit(Protocol):
-    """Tokenizer, template and detokenizers of one model."""
+    """Tokenizer, template and detokenizers of one model. All methods are safe to call from several threads."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
 
-    @property
-    def template(self) -> ChatTemplate | None: ...
+    def render(
+        self,
+        messages: Messages,
+        *,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt that the model's chat template (or the one given) makes of messages.
 
-    def with_template(self, source: str) -> ChatTemplate:
-        """Another template for the same tokenizer; raises InvalidRequest when it does not parse."""
+        Args:
+            kwargs: further variables of the template.
+
+        Raises InvalidRequest when the template refuses, Unprocessable when there is none.
+        """
         ...
 
     def detokenizer(self, *, skip_special_tokens: bool, continuing: bool) -> Detokenizer:

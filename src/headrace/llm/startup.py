@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from headrace.config.spec import EngineSpec
 from headrace.engines.client import EngineClient
 from headrace.llm.protocols import TextKit
 
-__all__ = ["generation_defaults", "start"]
+__all__ = ["advice", "start"]
 
 _ADVISED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-async def start(spec: EngineSpec) -> tuple[EngineClient, TextKit, Mapping[str, Any]]:
-    """Start the core and read tokenizer, template and sampling advice beside it."""
+async def start(spec: EngineSpec) -> tuple[EngineClient, TextKit, dict[str, Any]]:
+    """Start the core, and read tokenizer, template and sampling advice while it loads.
+
+    Raises what resolving, reading or loading raises; then nothing is left running.
+    """
+    from headrace.checkpoints.resolve import resolve
     from headrace.engines.process import start as start_core
     from headrace.llm.textkit import load_text
 
+    if spec.path is None:
+        path = await asyncio.to_thread(resolve, spec.model, spec.revision)
+        spec = msgspec.structs.replace(spec, path=path)
+    reading = asyncio.create_task(asyncio.to_thread(load_text, spec))
     client = await start_core(spec)
-    return client, load_text(client.spec), generation_defaults(client.spec.path)
+    try:
+        text = await reading
+    except BaseException:
+        await client.close(drain=False)
+        raise
+    return client, text, advice(text.tokenizer.sources.generation_config)
 
 
-def generation_defaults(path: Path | None) -> dict[str, Any]:
-    """The sampling parameters that a checkpoint's ``generation_config.json`` advises; {} without one."""
-    file = path / "generation_config.json" if path is not None and path.is_dir() else None
-    if file is None or not file.is_file():
-        return {}
-    advice = json.loads(file.read_text(encoding="utf-8"))
-    return {key: advice[key] for key in _ADVISED if isinstance(advice.get(key), (int, float))}
+def advice(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling parameters that a checkpoint's ``generation_config.json`` recommends."""
+    found = {key: generation_config.get(key) for key in _ADVISED}
+    return {
+        key: value
+        for key, value in found.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }

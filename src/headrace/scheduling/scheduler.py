@@ -153,12 +153,14 @@ class Scheduler:
         plan.chunks.sort(key=lambda chunk: chunk.count > 1)
         return plan if plan.chunks else None
 
-    def settle(self, plan: StepPlan, tokens: list[int]) -> list[Sequence]:
+    def settle(
+        self, plan: StepPlan, tokens: list[int], on_token: Callable[[Sequence], None] | None = None
+    ) -> list[Sequence]:
         """Take a finished step's tokens, one for each sampling chunk in order.
 
         Returns the sequences that got a token. Those with a finish_reason have ended and own nothing any more;
         those that ended before (aborted while the step ran) are left out. A token of -1 marks a sequence whose
-        logits were not finite: it ends with ERROR.
+        logits were not finite: it ends with ERROR. ``on_token`` may end a sequence by giving it a finish_reason.
         """
         advanced: list[Sequence] = []
         results = iter(tokens)
@@ -174,6 +176,8 @@ class Scheduler:
                     self.finish(sequence, FinishReason.ERROR)
                     continue
                 sequence.append(token)
+                if on_token is not None:
+                    on_token(sequence)
             if sequence.status is Status.RUNNING and sequence.epoch == chunk.epoch and self.prefix_caching:
                 sequence.table.publish(sequence.token_ids, chunk.start + chunk.count)
             if sequence.finish_reason is not None:

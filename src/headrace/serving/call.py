@@ -30,7 +30,20 @@ class Call:
         self.state = state
         self.model = model
         self.deadline = deadline
+        self._timer = asyncio.timeout_at(deadline)
         self.record = Record(state.metrics.model(model.name))
+
+    @property
+    def expired(self) -> bool:
+        """Whether the deadline is what cancels this task."""
+        return self._timer.expired()
+
+    def too_late(self) -> RequestTimeout:
+        """What to answer then."""
+        given = self.request.headers["Request-Timeout-Ms"]
+        return RequestTimeout(
+            f"not finished within the {given} ms of Request-Timeout-Ms", param="Request-Timeout-Ms"
+        )
 
     def show_prompt(self, prompt: object) -> None:
         """Keep the prompt for the log, if this server logs prompts."""
@@ -66,14 +79,13 @@ async def open_call(request: web.Request, name: str, places: int = 1) -> AsyncIt
         call = Call(request, state, model, deadline)
         exchange.record = call.record
         try:
-            async with asyncio.timeout_at(deadline):
+            async with call._timer:
                 yield call
         except TimeoutError as error:
+            if not call.expired:
+                raise
             call.record.fail(error)
-            raise RequestTimeout(
-                f"not finished within the {request.headers['Request-Timeout-Ms']} ms of Request-Timeout-Ms",
-                param="Request-Timeout-Ms",
-            ) from error
+            raise call.too_late() from error
         except BaseException as error:
             call.record.fail(error)
             raise

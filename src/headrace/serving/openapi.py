@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -121,3 +122,21 @@ def _type(row: dict[str, Any]) -> str:
     if row.get("type") == "array":
         return f"list of {_type(row['items'])}"
     return str(row.get("type", "any"))
+
+
+def write_tables(file: Path) -> None:
+    """Put the tables of fields between their marks in a Markdown file."""
+    from headrace.serving.openai.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
+
+    text = file.read_text(encoding="utf-8")
+    for schema in (ChatRequest, CompletionRequest, EmbeddingRequest):
+        begin, end = f"<!-- {schema.__name__} -->\n", "<!-- end -->"
+        before, _, rest = text.partition(begin)
+        text = before + begin + fields_table(schema) + end + rest.partition(end)[2]
+    file.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    import sys
+
+    write_tables(Path(sys.argv[1]))

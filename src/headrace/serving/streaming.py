@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
 from aiohttp import web
 
 from headrace.llm import Delta, Generation
+from headrace.serving.call import Call
 from headrace.serving.errors import error_event, to_error
 from headrace.serving.exchange import current
-from headrace.serving.metrics import Record
 
 __all__ = ["Writer", "send_stream"]
 
@@ -37,9 +38,7 @@ class Writer(Protocol):
         ...
 
 
-async def send_stream(
-    request: web.Request, generation: Generation, writer: Writer, record: Record
-) -> web.StreamResponse:
+async def send_stream(call: Call, generation: Generation, writer: Writer) -> web.StreamResponse:
     """Send a call as events; everything that is there at one moment goes out in one write.
 
     Headers wait for the first delta, so that what fails before it has its proper status code. What fails
@@ -47,24 +46,33 @@ async def send_stream(
     """
     response = web.StreamResponse(headers=_HEADERS | {"x-request-id": current().request_id})
     try:
-        async for deltas in generation:
-            record.tokens(deltas)
-            data = writer.chunks(deltas)
-            if not response.prepared:
-                await response.prepare(request)
-                data = writer.begin() + data
-            if data:
-                await response.write(data)
-        if not response.prepared:
-            await response.prepare(request)
-        await response.write(writer.end())
-    except Exception as error:
-        if not response.prepared:
+        await _send(call, generation, writer, response)
+    except ConnectionResetError:  # noticed while writing, before the handler is cancelled
+        call.record.fail(asyncio.CancelledError())
+        return response
+    except (Exception, asyncio.CancelledError) as error:
+        if not response.prepared or (isinstance(error, asyncio.CancelledError) and not call.expired):
             raise
-        record.fail(error)
+        told = call.too_late() if call.expired else to_error(error)  # type: ignore[arg-type]
+        call.record.fail(told)
         response.force_close()
-        await response.write(error_event(to_error(error)))
+        await response.write(error_event(told))
     finally:
         await generation.aclose()
     await response.write_eof()
     return response
+
+
+async def _send(call: Call, generation: Generation, writer: Writer, response: web.StreamResponse) -> None:
+    async for deltas in generation:
+        call.record.tokens(deltas)
+        data = writer.chunks(deltas)
+        if not response.prepared:
+            await response.prepare(call.request)
+            data = writer.begin() + data
+        if data:
+            await response.write(data)
+    if not response.prepared:
+        await response.prepare(call.request)
+        await response.write(writer.begin())
+    await response.write(writer.end())

@@ -24,7 +24,7 @@ class Detokenizer:
             leading space) do not apply. Completions want this, a chat's reply does not.
     """
 
-    __slots__ = ("_bytes", "_decoder", "_first_bytes", "_skip", "_started", "_strip", "_to_strip")
+    __slots__ = ("_bytes", "_decoder", "_first_bytes", "_known", "_skip", "_started", "_strip", "_to_strip")
 
     def __init__(
         self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continuing: bool = False
@@ -32,6 +32,7 @@ class Detokenizer:
         pieces = tokenizer.pieces
         self._bytes = tokenizer.token_bytes
         self._first_bytes = tokenizer.first_token_bytes
+        self._known = tokenizer.id_to_token
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(pieces.errors)
         self._started = continuing
@@ -46,7 +47,7 @@ class Detokenizer:
                 continue
             if self._started:
                 data += self._bytes(token_id)
-            else:
+            elif self._known(token_id) is not None:
                 data += self._first_bytes(token_id)
                 self._started = True
         return self._stripped(self._decoder.decode(bytes(data)))

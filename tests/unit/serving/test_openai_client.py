@@ -256,15 +256,15 @@ def test_template_gets_tools_documents_and_variables(server: LiveServer) -> None
     }
     status, reply, _ = server.post("/v1/chat/completions", body)
     assert status == 200, reply
-    seen = server.state.models.find("m").engine.kit.template.calls[-1]
+    seen = server.state.models.find("m").engine.kit.rendered[-1]
     assert seen["tools"] == [tool]
     assert seen["documents"] == [{"text": "d"}]
-    assert seen["enable_thinking"] is True
-    assert seen["reasoning_effort"] == "none"
-    assert seen["messages"][0]["content"] == "a\nb"
-    assert seen["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert seen["kwargs"]["enable_thinking"] is True
+    assert seen["kwargs"]["reasoning_effort"] == "none"
+    assert seen["messages"][0]["content"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert seen["messages"][1]["tool_calls"] == [call]
     server.post("/v1/chat/completions", body | {"tool_choice": "none"})
-    assert server.state.models.find("m").engine.kit.template.calls[-1]["tools"] is None
+    assert server.state.models.find("m").engine.kit.rendered[-1]["tools"] is None
 
 
 def test_stream_ends_with_done(server: LiveServer) -> None:

@@ -78,7 +78,7 @@ class ConstraintCompiler:
         self, tokenizer_json: Callable[[], str], *, vocab_size: int, eos_ids: tuple[int, ...], workers: int = 1
     ) -> None:
         self._tokenizer_json = tokenizer_json
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._pool = ThreadPoolExecutor(workers, "headrace-grammar")
         self._tokenizer: Any = None
@@ -122,6 +122,6 @@ class ConstraintCompiler:
             from llguidance import LLTokenizer
 
             self._tokenizer = LLTokenizer(
-                self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=list(self._eos_ids) or None
+                self._tokenizer_json(), n_vocab=self.vocab_size, eos_token=list(self._eos_ids) or None
             )
         return self._tokenizer

@@ -14,7 +14,7 @@ KINDS = ("json_object", "json_schema", "regex", "choice", "grammar", "structural
 MAX_SOURCE_BYTES = 1 << 20
 
 # Bounds on what one grammar may cost: a hostile one errs, it does not stall or swell the process.
-LIMITS: dict[str, int] = {
+LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels.attention.plan import Gather, Plan, Span, additive, make_plan
-from headrace.kernels.attention.reference import visible
 
 if TYPE_CHECKING:
     from headrace.layers.packed import AttentionBatch
@@ -90,7 +89,10 @@ def _run_span(
     rows = work.count * work.query_len
     if rows != q.shape[0]:
         q = q[work.query : work.query + rows]
-    return _attend(q, work.query_len, keys, values, work.mask, work.causal, scale, soft_cap)
+    if work.causal and soft_cap is not None:
+        seen = torch.ones(work.query_len, work.key_len, dtype=torch.bool).tril_()
+        return _attend(q, work.query_len, keys, values, additive(seen, torch.float32), scale, soft_cap)
+    return _attend(q, work.query_len, keys, values, work.mask, scale, soft_cap, causal=work.causal)
 
 
 def _run_gather(
@@ -109,7 +111,7 @@ def _run_gather(
     values = torch.index_select(cache_v, 0, work.index, out=plan.buffer("v", cache_v, rows))
     keys, values = _sequences(keys, 0, work.count, length), _sequences(values, 0, work.count, length)
     queries = q.index_select(0, work.queries)
-    return _attend(queries, work.query_len, keys, values, work.mask, False, scale, soft_cap)
+    return _attend(queries, work.query_len, keys, values, work.mask, scale, soft_cap)
 
 
 def _attend(
@@ -118,9 +120,10 @@ def _attend(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    causal: bool,
     scale: float,
     soft_cap: float | None,
+    *,
+    causal: bool = False,
 ) -> Tensor:
     """Rows q [N * Q, Hq, D] of N sequences over k and v [N, Hkv, L, D]; returns [N * Q, Hq, D]."""
     rows, heads, dim = q.shape
@@ -131,7 +134,7 @@ def _attend(
     if query_len == 1:
         # The heads of a group read the same keys: they are the rows of one small matrix product.
         q = q.view(rows, kv_heads, group, dim)
-        out = _softmax(q, k, v, mask, False, scale, soft_cap)
+        out = _softmax(q, k, v, mask, scale, soft_cap)
         return out.reshape(rows, heads, v.shape[-1])
     q = _sequences(q, 0, count, query_len)
     if group > 1:
@@ -140,31 +143,28 @@ def _attend(
             k, v = (x.transpose(0, 1).expand(-1, group, -1, -1) for x in (k, v))
         else:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    out = _softmax(q, k, v, mask, causal, scale, soft_cap)
+    if causal:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        out = _softmax(q, k, v, mask, scale, soft_cap)
     out = out.reshape(count, heads, query_len, v.shape[-1])
     return out.transpose(1, 2).reshape(rows, heads, v.shape[-1])
 
 
 def _softmax(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, soft_cap: float | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float | None
 ) -> Tensor:
     """Attention of q [N, H, Q, D] over k and v [N, H, L, D]."""
     if soft_cap is not None:
-        return _capped(q, k, v, mask, causal, scale, soft_cap)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+        return _capped(q, k, v, mask, scale, soft_cap)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def _capped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, soft_cap: float
-) -> Tensor:
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float) -> Tensor:
     """The same with soft-capped scores; scores and weights are float32."""
     scores = (
         torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale / soft_cap).tanh_().mul_(soft_cap)
     )
-    if causal:
-        mask = additive(
-            visible(q.shape[2], k.shape[2], causal=True, window=None, device=q.device), torch.float32
-        )
     if mask is not None:
         scores += mask
     return torch.matmul(scores.softmax(-1), v.float()).to(q.dtype)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from headrace.kernels.attention.reference import visible
-
 if TYPE_CHECKING:
     from headrace.layers.packed import AttentionBatch
 
@@ -19,6 +17,10 @@ __all__ = ["GATHER_KEYS", "Gather", "Plan", "Span", "additive", "make_plan"]
 # own; as long as the copy stays in the processor's cache. Measured on shapes of 135M parameters in float32.
 GATHER_KEYS = 192
 GATHER_ROWS = 1024
+# Queries of one call: fewer see fewer keys in vain, more pay Python's price less often.
+QUERY_SLICE = 64
+# Whole prompts longer than this go in one call: it skips most of what is not seen, and needs no mask in memory.
+LONG = 1024
 
 
 @dataclass(slots=True, frozen=True)
@@ -29,8 +31,8 @@ class Span:
         query: first row of q; ``query_len`` rows a sequence.
         key: first row of the keys; ``key_len`` rows a sequence.
         fresh: the keys are rows of this step's k and v, else of the flattened cache.
-        causal: a square causal mask, which attention kernels know by themselves.
         mask: added to the scores, [query_len, key_len], or None.
+        causal: a square causal mask instead, which the attention function knows by itself.
     """
 
     query: int
@@ -39,8 +41,8 @@ class Span:
     key_len: int
     count: int
     fresh: bool
-    causal: bool
     mask: Tensor | None
+    causal: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -105,10 +107,7 @@ class _Planner:
         short: list[tuple[int, int, int, int]] = []  # sequence, its row of q, first key, keys
         row = 0
         for i, (query_len, key_len) in enumerate(zip(self.query_lens, self.seq_lens)):
-            # Keys before the window of the first query are seen by none.
-            first = 0
-            if self.window is not None and self.causal:
-                first = max(0, key_len - query_len - self.window + 1)
+            first, _ = self.seen(key_len - query_len, key_len, key_len)  # earlier keys are seen by none
             fresh = query_len == key_len
             start = row if fresh else self.consecutive(i, first)
             member = (i, row, first, key_len - first)
@@ -117,7 +116,7 @@ class _Planner:
             elif start is None:
                 pieces.append(self.gather([member]))
             else:
-                self.add_span(pieces, member, start)
+                self.add_spans(pieces, member, start)
             row += query_len
         short.sort(key=lambda member: member[3])  # neighbours of like length need little padding
         while short:
@@ -137,27 +136,42 @@ class _Planner:
             return None
         return base * self.block_size + first % self.block_size
 
-    def add_span(self, pieces: list[Span | Gather], member: tuple[int, int, int, int], start: int) -> None:
-        """Append a sequence with its keys in one view, or count it to its like just before it."""
-        sequence, row, first, keys = member
+    def add_spans(self, pieces: list[Span | Gather], member: tuple[int, int, int, int], start: int) -> None:
+        """Append a sequence with its keys in one view, a slice of queries with the keys it sees at a time."""
+        sequence, row, first, _ = member
         query_len, key_len = self.query_lens[sequence], self.seq_lens[sequence]
-        fresh = query_len == key_len
-        square = self.causal and fresh and query_len > 1 and (self.window is None or key_len <= self.window)
-        mask = None if square else self.mask(query_len, key_len, first)
-        last = pieces[-1] if pieces else None
-        if isinstance(last, Span) and last.fresh and fresh and last.query_len == query_len:
-            pieces[-1] = Span(last.query, query_len, last.key, keys, last.count + 1, True, square, mask)
-        else:
-            pieces.append(Span(row, query_len, start, keys, 1, fresh, square, mask))
+        past, fresh = key_len - query_len, query_len == key_len
+        if self.causal and fresh and query_len > LONG and (self.window is None or self.window >= key_len):
+            pieces.append(Span(row, query_len, start, key_len, 1, True, None, causal=True))
+            return
+        step = QUERY_SLICE if self.causal or self.window is not None else query_len
+        for low in range(0, query_len, step):
+            high = min(low + step, query_len)
+            begin, end = self.seen(past + low, past + high, key_len)
+            mask = self.mask(past + low - begin, high - low, end - begin)
+            span = Span(row + low, high - low, start + begin - first, end - begin, 1, fresh, mask)
+            last = pieces[-1] if pieces else None
+            if isinstance(last, Span) and fresh and query_len <= step and _joins(last, span):
+                count = last.count + 1
+                pieces[-1] = Span(last.query, last.query_len, last.key, last.key_len, count, True, last.mask)
+            else:
+                pieces.append(span)
 
-    def mask(self, query_len: int, key_len: int, first: int) -> Tensor | None:
-        """Mask of the keys from ``first`` on, or None where all may be seen; equal shapes share one."""
-        shape = (query_len, key_len, first)
+    def seen(self, low: int, high: int, key_len: int) -> tuple[int, int]:
+        """The range of keys that queries at positions low .. high - 1 see some of."""
+        begin = 0 if self.window is None else max(0, low - self.window + 1)
+        if self.causal:
+            return begin, high
+        return begin, key_len if self.window is None else min(key_len, high + self.window - 1)
+
+    def mask(self, offset: int, queries: int, keys: int) -> Tensor | None:
+        """Mask of queries that begin ``offset`` keys after the first; None where all is seen. Equal ones are one."""
+        shape = (offset, queries, keys)
         if shape not in self.masks:
-            device = torch.device("cpu")
-            allowed = visible(query_len, key_len, causal=self.causal, window=self.window, device=device)[
-                :, first:
-            ]
+            distance = torch.arange(offset, offset + queries)[:, None] - torch.arange(keys)
+            allowed = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+            if self.window is not None:
+                allowed &= distance.abs() < self.window
             self.masks[shape] = None if bool(allowed.all()) else additive(allowed, self.dtype)
         return self.masks[shape]
 
@@ -177,6 +191,12 @@ class _Planner:
             equal = all(member[3] == longest for member in members)
             mask = None if equal else additive(keys < lens, self.dtype)[:, None, None, :]
         else:
-            sequence, _, first, _ = members[0]
-            mask = self.mask(query_len, self.seq_lens[sequence], first)
+            sequence, _, first, count = members[0]
+            mask = self.mask(self.seq_lens[sequence] - query_len - first, query_len, count)
         return Gather(rows.flatten(), query_len, index.flatten(), len(members), mask)
+
+
+def _joins(last: Span, span: Span) -> bool:
+    """Whether two fresh sequences of one shape are neighbours (gathered ones may lie between)."""
+    same = last.fresh and last.query_len == span.query_len and last.key_len == span.key_len
+    return same and last.query + last.query_len * last.count == span.query and last.mask is span.mask

@@ -59,7 +59,8 @@ class Int4Weight:
         self.rows = rows
         self.group = columns // groups
         self.halves = halves
-        assert self.group in GROUPS and self.group * groups == columns
+        assert self.group in GROUPS, self.group
+        assert self.group * groups == columns
         # The second argument is for GPUs only.
         self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
         self.scales = torch.stack((scale.t(), zero.t()), dim=-1).to(torch.bfloat16).contiguous()
@@ -108,7 +109,7 @@ class Int4Weight:
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
+        return int(self.codes.nbytes + self.scales.nbytes)
 
 
 class Int4Linear(PackedLinear):
@@ -134,7 +135,8 @@ class Int4Linear(PackedLinear):
     def product(self, rows: Tensor) -> Tensor:
         if self.halves:
             rows = (rows.view(rows.shape[0], -1, 1, self.halves) * self.powers).flatten(1)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group, self.scales)  # type: ignore[no-any-return]
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group, self.scales)
+        return out
 
     def dequantize(self) -> Tensor:
         columns = self.codes.shape[1] * 2
@@ -152,7 +154,7 @@ class Int4Linear(PackedLinear):
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
+        return int(self.codes.nbytes + self.scales.nbytes)
 
 
 def quantize_int4(weight: Tensor, group: int = 32) -> Int4Weight:

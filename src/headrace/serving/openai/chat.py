@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +38,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         engine = call.model.engine
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        params = sampling_params(body, engine, logprobs=logprobs, limit=limit)
+        params = sampling_params(
+            body, engine, logprobs=logprobs, max_tokens=getattr(body, limit), limit=limit
+        )
         prompt = await render(body, engine, call.state.options.allow_chat_template)
         call.show_prompt(prompt.text)
         return await answer(call, engine, body, [prompt], params, lambda run: ChatAnswer(body, engine, run))
@@ -60,7 +61,7 @@ async def render(body: ChatRequest, engine: AsyncEngine, allow_template: bool) -
         documents=body.documents,
         continue_final_message=bool(body.continue_final_message),
         add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-        **_variables(body),
+        kwargs=_variables(body),
     )
 
 
@@ -98,27 +99,12 @@ def _tools(body: ChatRequest) -> list[dict[str, Any]] | None:
 
 
 def _plain(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: text as one string, arguments of calls as objects."""
-    plain = message.model_dump(exclude_none=True, exclude={"content", "annotations", "audio", "tool_calls"})
+    return message.model_dump(exclude_none=True, exclude={"annotations", "audio"})
+
+
+def _text(message: Message) -> str:
     content = message.content
-    if isinstance(content, list):
-        content = "\n".join(part.content for part in content)
-    plain["content"] = content if content is not None else ""
-    if message.tool_calls:
-        plain["tool_calls"] = [_plain_call(call.model_dump(exclude_none=True)) for call in message.tool_calls]
-    return plain
-
-
-def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
-    """Arguments are JSON text in the API; templates want the object, and get the text when it is no JSON."""
-    arguments = call["function"]["arguments"]
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            parsed = arguments
-        call["function"]["arguments"] = parsed if isinstance(parsed, dict) else arguments
-    return {"type": "function", **call}
+    return "\n".join(part.content for part in content) if isinstance(content, list) else content or ""
 
 
 class ChatAnswer:
@@ -137,7 +123,7 @@ class ChatAnswer:
         self._prefix = ""
         last = body.messages[-1]
         if body.echo and last.role == "assistant":
-            self._prefix = str(_plain(last)["content"])
+            self._prefix = _text(last)
 
     def _chunk(self, choices: list[ChunkChoice]) -> ChatChunk:
         chunk = ChatChunk(self._id, self._created, self._body.model, choices, service_tier=self._tier)

@@ -22,6 +22,8 @@ from headrace.types import SamplingParams
 
 __all__ = ["completions", "inputs_of"]
 
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """Continue texts."""
@@ -50,11 +52,16 @@ def inputs_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str 
 
 def _params(body: CompletionRequest, engine: AsyncEngine) -> SamplingParams:
     """``max_tokens: 0`` (only with echo) runs one token, which the answer then leaves out."""
-    counted = body.model_copy(update={"max_tokens": 1}) if body.max_tokens == 0 else body
-    params = sampling_params(counted, engine, logprobs=body.logprobs, limit="max_tokens")
+    params = sampling_params(body, engine, logprobs=body.logprobs, max_tokens=_limit(body, engine))
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         return msgspec.structs.replace(params, prompt_logprobs=body.logprobs)
     return params
+
+
+def _limit(body: CompletionRequest, engine: AsyncEngine) -> int:
+    if body.max_tokens is not None:
+        return max(1, body.max_tokens)
+    return engine.client.spec.default_max_tokens or DEFAULT_MAX_TOKENS
 
 
 def _with_text(prompt: Prompt, engine: AsyncEngine) -> Prompt:

@@ -58,7 +58,7 @@ async def answer(
     call.record.follow(generation)
     writer = make(generation)
     if body.stream:
-        return await send_stream(call.request, generation, writer, call.record)
+        return await send_stream(call, generation, writer)
     choices = await _collect(generation, call)
     kept: list[Completion] = []
     for place in range(len(prompts)):

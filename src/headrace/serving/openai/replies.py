@@ -99,7 +99,7 @@ class ChatChoice(msgspec.Struct):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatReply(msgspec.Struct):
+class ChatReply(msgspec.Struct, tag_field="object", tag="chat.completion"):
     """The reply to a chat request that does not stream."""
 
     id: str
@@ -107,7 +107,6 @@ class ChatReply(msgspec.Struct):
     model: str
     choices: list[ChatChoice]
     usage: UsageReply
-    object: str = "chat.completion"
     system_fingerprint: str | None = None
     service_tier: str | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
@@ -133,7 +132,7 @@ class ChunkChoice(msgspec.Struct):
     token_ids: tuple[int, ...] | UnsetType = UNSET
 
 
-class ChatChunk(msgspec.Struct):
+class ChatChunk(msgspec.Struct, tag_field="object", tag="chat.completion.chunk"):
     """One event of a chat stream."""
 
     id: str
@@ -141,7 +140,6 @@ class ChatChunk(msgspec.Struct):
     model: str
     choices: list[ChunkChoice]
     usage: UsageReply | UnsetType | None = UNSET
-    object: str = "chat.completion.chunk"
     system_fingerprint: str | None = None
     service_tier: str | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
@@ -169,7 +167,7 @@ class TextChoice(msgspec.Struct):
     prompt_logprobs: list[Any] | UnsetType = UNSET
 
 
-class TextReply(msgspec.Struct):
+class TextReply(msgspec.Struct, tag_field="object", tag="text_completion"):
     """The reply to a completion request, and each event of its stream."""
 
     id: str
@@ -177,5 +175,4 @@ class TextReply(msgspec.Struct):
     model: str
     choices: list[TextChoice]
     usage: UsageReply | UnsetType | None = UNSET
-    object: str = "text_completion"
     system_fingerprint: str | None = None

@@ -30,19 +30,24 @@ _SAME = (
 
 
 def sampling_params(
-    body: GenerateFields, engine: AsyncEngine, *, logprobs: int | None, limit: str
+    body: GenerateFields,
+    engine: AsyncEngine,
+    *,
+    logprobs: int | None,
+    max_tokens: int | None,
+    limit: str = "max_tokens",
 ) -> SamplingParams:
     """Sampling parameters of a request; what it leaves out follows the checkpoint's advice.
 
     Args:
-        limit: name of the field that says how many tokens to make.
+        limit: name of the field that ``max_tokens`` comes from.
 
     Raises InvalidRequest naming the API's field.
     """
     values: dict[str, Any] = dict(engine.sampling_defaults)
     values |= {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     values |= {
-        "max_tokens": getattr(body, limit),
+        "max_tokens": max_tokens,
         "logprobs": logprobs,
         "logit_bias": _logit_bias(body.logit_bias),
         "stop": _texts(body.stop),

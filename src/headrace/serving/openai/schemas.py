@@ -73,15 +73,15 @@ class Message(ApiModel):
     refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    thinking: str | None = None
     annotations: Any = None
     audio: Any = None
 
     @model_validator(mode="after")
     def _check(self) -> Message:
-        calls = (
-            self.tool_calls or self.function_call or self.refusal or self.reasoning_content or self.reasoning
-        )
-        if self.content is None and not (self.role == "assistant" and calls):
+        thoughts = self.reasoning_content or self.reasoning or self.thinking
+        silent = not (self.tool_calls or self.function_call or self.refusal or thoughts)
+        if self.content is None and (self.role != "assistant" or silent):
             raise ValueError(f"a message of role {self.role!r} needs content")
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"tool_calls belong to the assistant, not to role {self.role!r}")
@@ -181,7 +181,7 @@ class CompletionRequest(GenerateFields):
         description="Text, token ids, or a list of either.", json_schema_extra={"effect": "acted on"}
     )
     max_tokens: int | None = acts(
-        16, "Output tokens at most (default 16); 0 only with `echo`.", ge=0, le=INT32
+        None, "Output tokens at most (default 16, or the server's own); 0 only with `echo`.", ge=0, le=INT32
     )
     logprobs: int | None = acts(None, "So many most likely tokens a position.", ge=0, le=20)
     echo: bool | None = acts(None, "Begin the text with the prompt.")

@@ -1,0 +1,1 @@
+"""Measurements that print JSON; see docs/benchmarks.md."""

@@ -1,0 +1,306 @@
+"""Kernels against the device's ceilings and against torch: linear maps of few rows, decode and prefill attention.
+
+    python -m benchmarks.kernels --what linear decode prefill --record
+    python -m benchmarks.kernels --tune     # writes src/headrace/kernels/linear/tuned/<gpu>.json
+
+Every figure is the median of replays of one CUDA graph that walks over enough different weights, or caches, not
+to fit the L2 cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from benchmarks.common import Recorder, arguments, ceilings, device_name, model_config
+from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
+from headrace.kernels.attention.triton_prefill import prefill_attention
+from headrace.kernels.linear import triton as linear
+from headrace.kernels.linear import tuning
+from headrace.kernels.linear.tuning import GemvShape, SkinnyShape
+
+DEVICE = torch.device("cuda")
+DTYPE = torch.bfloat16
+SPREAD = 256 << 20  # bytes that one graph walks over
+
+
+def graph_seconds(run: Callable[[int], object], count: int, replays: int = 15) -> float:
+    """Seconds of run(i), i = 0 .. count - 1 in one graph, by call."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(min(count, 2)):
+            run(i)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        for i in range(count):
+            run(i)
+        graph.capture_end()
+        times = []
+        for _ in range(replays + 2):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3 / count)
+    return statistics.median(times[2:])
+
+
+# --- linear maps -------------------------------------------------------------------------------------
+
+
+class Case:
+    """One linear map of a decode step: [norm] x @ w.T [gate] [residual] or argmax."""
+
+    def __init__(self, n: int, k: int, *, norm: bool, gate: bool = False, residual: bool = False, head: bool = False):
+        self.n, self.k, self.norm, self.gate, self.residual, self.head = n, k, norm, gate, residual, head
+        self.bytes = 2 * n * k
+
+    def make(self, rows: int) -> Callable[[int], object]:
+        copies = self.copies
+        weights = torch.randn(copies, self.n, self.k, dtype=DTYPE, device=DEVICE) * 0.02
+        x = torch.randn(rows, self.k, dtype=DTYPE, device=DEVICE)
+        options: dict[str, Any] = {}
+        if self.norm:
+            options["norm"] = (torch.ones(self.k, dtype=DTYPE, device=DEVICE), 1e-6)
+        if self.head:
+            return lambda i: linear.argmax_linear(x, weights[i], **options)
+        if self.gate:
+            options["gate"] = "silu"
+        if self.residual:
+            options["residual"] = torch.randn(rows, self.n, dtype=DTYPE, device=DEVICE)
+        self.torch_run = lambda i: F.linear(x, weights[i])
+        return lambda i: linear.small_linear(x, weights[i], **options)
+
+    @property
+    def copies(self) -> int:
+        return max(2, min(32, SPREAD // self.bytes))
+
+
+def cases_of(name: str) -> list[Case]:
+    c = model_config(name)
+    hidden, inner = c["hidden_size"], c["intermediate_size"]
+    heads, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
+    return [
+        Case(heads + 2 * kv, hidden, norm=True),
+        Case(hidden, heads, norm=False, residual=True),
+        Case(2 * inner, hidden, norm=True, gate=True),
+        Case(hidden, inner, norm=False, residual=True),
+        Case(c["vocab_size"], hidden, norm=True, head=True),
+    ]
+
+
+def candidates(rows: int, case: Case) -> list[GemvShape | SkinnyShape]:
+    """Shapes worth trying."""
+    found: list[GemvShape | SkinnyShape] = []
+    if rows == 1:
+        for bn, bk, warps in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048), (4, 8)):
+            per_thread = bn * bk // (32 * warps) * (2 if case.gate else 1)
+            if 16 <= per_thread <= 64 and bk <= case.k and not (case.head and bn < 4):
+                found.append(GemvShape(bn, bk, warps, 1))
+        return found
+    widths = [(64, 4), (32, 2), (16, 1)] if rows == 16 else [(64, 4), (32, 2)] if rows == 32 else [(64, 4)]
+    for (bn, warps), bk, splits, stages in itertools.product(widths, (64, 128, 256), (1, 2, 4, 8), (3, 4, 6)):
+        tiles = -(-case.n // (2 * bn if case.gate else bn))
+        shared = stages * (bn * (2 if case.gate else 1) + rows) * bk * 2
+        fits = 20_000 <= shared <= (110_000 if bn > 16 else 70_000)
+        steps = case.k // (splits * bk)
+        programs = tiles * splits
+        if fits and steps >= 2 and (100 <= programs <= 800 or (splits == 1 and programs > 60)):
+            found.append(SkinnyShape(rows, bn, bk, splits, warps, stages))
+    return found
+
+
+_compiling = threading.local()
+_original_run = triton.runtime.jit.JITFunction.run
+
+
+def _run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    return _original_run(self, *args, grid=grid, warmup=warmup or getattr(_compiling, "on", False), **kwargs)
+
+
+def compile_all(jobs: list[Callable[[], object]]) -> None:
+    """Compile what the jobs would launch, in threads, without launching it."""
+    triton.runtime.jit.JITFunction.run = _run
+
+    def work(job: Callable[[], object]) -> None:
+        _compiling.on = True
+        try:
+            job()
+        except Exception as error:  # a shape that does not compile is no candidate
+            print("does not compile:", type(error).__name__, str(error)[:100], flush=True)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, jobs))
+
+
+def tune(models: list[str], row_counts: list[int], limit: int) -> dict[str, list[int]]:
+    """The fastest shape of every (rows, case), and what it reached."""
+    table: dict[str, list[int]] = {}
+    chosen = threading.local()
+    rule = linear._shape
+    linear._shape = lambda *args: getattr(chosen, "shape", None) or rule(*args)
+    for name, rows in itertools.product(models, row_counts):
+        prepared = [(case, case.make(rows), candidates(rows, case)[:limit]) for case in cases_of(name)]
+
+        def compile_job(run: Callable[[int], object], shape: Any) -> Callable[[], None]:
+            def job() -> None:
+                chosen.shape = shape
+                run(0)
+
+            return job
+
+        compile_all([compile_job(run, shape) for _, run, shapes in prepared for shape in shapes])
+        for case, run, shapes in prepared:
+            results = []
+            for shape in shapes:
+                chosen.shape = shape
+                try:
+                    results.append((graph_seconds(run, case.copies, 7), shape))
+                except Exception as error:
+                    print("failed:", shape, type(error).__name__, str(error)[:100], flush=True)
+                    torch.cuda.synchronize()
+            results.sort()
+            chosen.shape = None
+            (best, shape), key = results[0], tuning._key(rows, case.n, case.k, case.gate)
+            table[key] = list(shape)
+            base = graph_seconds(run, case.copies, 7)
+            top = " ".join(f"{'/'.join(map(str, s))}={t * 1e6:.1f}" for t, s in results[:4])
+            print(f"{key:22s} rule {base * 1e6:7.1f} us, best {best * 1e6:7.1f} us "
+                  f"{case.bytes / best / 1e12:.2f} TB/s | {top}", flush=True)  # fmt: skip
+        del prepared
+        torch.cuda.empty_cache()
+    linear._shape = rule
+    return table
+
+
+def bench_linear(recorder: Recorder, models: list[str]) -> None:
+    """All linear maps of a step in one graph, ours and cuBLAS's."""
+    rates = ceilings()
+    for name in models:
+        cases, layers = cases_of(name), model_config(name)["num_hidden_layers"]
+        for rows in (1, 4, 16, 32, 64):
+            runs = [case.make(rows) for case in cases]
+            total = sum(c.bytes for c in cases[:4]) * layers + cases[4].bytes
+
+            def step(_: int, runs: Any = runs, cases: Any = cases, layers: int = layers) -> None:
+                for layer in range(layers):
+                    for run, case in zip(runs[:4], cases[:4]):
+                        run(layer % case.copies)
+                runs[4](0)
+
+            def plain(_: int, cases: Any = cases, layers: int = layers) -> None:
+                for layer in range(layers):
+                    for case in cases[:4]:
+                        case.torch_run(layer % case.copies)
+
+            floor = None if rates is None else total / rates[0]
+            recorder.row(model=name, precision="bf16", case=f"linears of a step, {rows} rows", metric="seconds",
+                         value=graph_seconds(step, 1), floor=floor)  # fmt: skip
+            recorder.row(model=name, precision="bf16", case=f"cuBLAS without head, {rows} rows", metric="seconds",
+                         value=graph_seconds(plain, 1),
+                         floor=None if rates is None else (total - cases[4].bytes) / rates[0])  # fmt: skip
+            del runs
+            torch.cuda.empty_cache()
+
+
+# --- attention ---------------------------------------------------------------------------------------
+
+
+def bench_decode(recorder: Recorder, settings: list[tuple[int, int]]) -> None:
+    rates = ceilings()
+    for name in ("qwen3-0.6b", "qwen3-8b"):
+        c = model_config(name)
+        heads, kv, dim = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+        for count, length in settings:
+            per = -(-length // 16)
+            size = 4 * count * length * kv * dim
+            copies = max(1, min(8, SPREAD // size))
+            caches = [torch.randn(2, count * per + 1, 16, kv, dim, dtype=DTYPE, device=DEVICE) for _ in range(copies)]
+            tables = (torch.randperm(count * per, device=DEVICE).int() + 1).view(count, per)
+            lens = torch.full((count,), length, dtype=torch.int32, device=DEVICE)
+            q = torch.randn(count, heads, dim, dtype=DTYPE, device=DEVICE)
+            space = DecodeWorkspace.allocate(count, heads, kv, dim, DEVICE)
+
+            def run(i: int, caches: Any = caches, tables: Tensor = tables, lens: Tensor = lens, q: Tensor = q,
+                    space: Any = space) -> None:  # fmt: skip
+                decode_attention(q, caches[i][0], caches[i][1], tables, lens, space, scale=0.088)
+
+            seconds = graph_seconds(run, copies)
+            recorder.row(model=f"{heads}/{kv} heads of {dim}", precision="bf16", case=f"decode {count}x{length}",
+                         metric="bytes_s", value=size / seconds, floor=rates[0] if rates else None,
+                         us=round(seconds * 1e6, 1))  # fmt: skip
+            del caches
+            torch.cuda.empty_cache()
+
+
+def bench_prefill(recorder: Recorder, settings: list[tuple[int, int]]) -> None:
+    """Causal attention of equal prompts over the paged cache, beside SDPA on contiguous keys."""
+    rates = ceilings()
+    for (heads, kv, dim), (count, length) in itertools.product([(16, 8, 128), (32, 8, 128)], settings):
+        per = -(-length // 16)
+        cache = torch.randn(2, count * per + 1, 16, kv, dim, dtype=DTYPE, device=DEVICE)
+        tables = (torch.randperm(count * per, device=DEVICE).int() + 1).view(count, per)
+        lens = torch.full((count,), length, dtype=torch.int32, device=DEVICE)
+        starts = torch.arange(count + 1, dtype=torch.int32, device=DEVICE) * length
+        q = torch.randn(count * length, heads, dim, dtype=DTYPE, device=DEVICE)
+        out = torch.empty_like(q)
+        flops = 2 * count * length * length * heads * dim
+
+        def run(_: int, q: Tensor = q, cache: Tensor = cache, starts: Tensor = starts, lens: Tensor = lens,
+                tables: Tensor = tables, out: Tensor = out) -> None:  # fmt: skip
+            prefill_attention(q, cache[0], cache[1], starts, lens, scale=0.088, causal=True, tables=tables, out=out)
+
+        k = torch.randn(count, kv, length, dim, dtype=DTYPE, device=DEVICE)
+        qs = torch.randn(count, heads, length, dim, dtype=DTYPE, device=DEVICE)
+
+        def sdpa(_: int, k: Tensor = k, qs: Tensor = qs) -> None:
+            F.scaled_dot_product_attention(qs, k, k, is_causal=True, enable_gqa=True)
+
+        for label, function in (("prefill", run), ("sdpa", sdpa)):
+            recorder.row(model=f"{heads}/{kv} heads of {dim}", precision="bf16", case=f"{label} {count}x{length}",
+                         metric="flop_s", value=flops / graph_seconds(function, 2),
+                         floor=rates[1] if rates else None)  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--what", nargs="+", default=["linear", "decode", "prefill"])
+    parser.add_argument("--models", nargs="+", default=["qwen3-0.6b", "qwen3-8b"])
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 32, 64])
+    parser.add_argument("--limit", type=int, default=40, help="candidates of one case at most")
+    parser.add_argument("--tuned", help="file to write, instead of the one in the package")
+    args = parser.parse_args()
+    recorder = Recorder("kernels", args)
+    if args.tune:
+        table = tune(args.models, args.rows, args.limit)
+        name = device_name().lower().replace(" ", "-")
+        path = Path(args.tuned or Path(tuning.__file__).parent / "tuned" / f"{name}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = json.loads(path.read_text()) if path.exists() else {}
+        rows = (f'  {json.dumps(key)}: {json.dumps(value)}' for key, value in sorted({**old, **table}.items()))
+        path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+        tuning._tuned.cache_clear()
+    if "linear" in args.what:
+        bench_linear(recorder, args.models)
+    if "decode" in args.what:
+        bench_decode(recorder, [(1, 512), (1, 8192), (1, 32768), (16, 512), (64, 1024), (256, 1024), (256, 4096)])
+    if "prefill" in args.what:
+        bench_prefill(recorder, [(1, 4096), (8, 1024), (16, 512)])
+
+
+if __name__ == "__main__":
+    main()

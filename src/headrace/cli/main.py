@@ -1,0 +1,89 @@
+"""The `headrace` command. Imports nothing heavy: each command brings what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+__all__ = ["COMMANDS", "main"]
+
+CONFIG_ERROR, RUNTIME_ERROR, INTERRUPTED = 2, 1, 130
+
+COMMANDS = {
+    "serve": "serve one or more models over HTTP (OpenAI's API)",
+    "chat": "talk to a model in the terminal",
+    "models": "list the models that are here, and those that can be fetched by name",
+}
+
+_TOP = """\
+usage: headrace COMMAND [options]
+
+Open, self-hosted inference: give it a model, it serves it fast.
+
+commands:
+{commands}
+
+first steps:
+  headrace models                    what can be served by name
+  headrace serve smollm2-135m        serve it on http://127.0.0.1:8000
+  headrace chat                      talk to what is served there
+
+Every command explains itself: headrace COMMAND --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the value is the exit code: 0, 2 for a wrong configuration, 1 for what fails at run time."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    name = args[0] if args else "--help"
+    if name in ("-h", "--help", "help"):
+        rows = "\n".join(f"  {command:<10} {text}" for command, text in COMMANDS.items())
+        print(_TOP.format(commands=rows), end="")
+        return 0
+    if name in ("-V", "--version"):
+        from headrace import __version__
+
+        print(f"headrace {__version__}")
+        return 0
+    if name not in COMMANDS:
+        from headrace.errors import nearest
+
+        print(f"headrace: no command {name!r}{nearest(name, COMMANDS)}; see headrace --help", file=sys.stderr)
+        return CONFIG_ERROR
+    return _run(name, args[1:])
+
+
+def _run(name: str, args: list[str]) -> int:
+    from headrace.errors import EngineError, HeadraceError
+
+    module = importlib.import_module(f"headrace.cli.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"headrace {name}",
+        description=module.__doc__,
+        epilog=module.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    try:
+        code: int = module.run(parser.parse_args(args))
+        return code
+    except HeadraceError as error:
+        print(f"headrace {name}: {error.message}", file=sys.stderr)
+        return RUNTIME_ERROR if isinstance(error, EngineError) else CONFIG_ERROR
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("headrace"):
+            raise
+        print(
+            f'headrace {name}: the package {error.name!r} is missing; pip install "headrace[serve]"',
+            file=sys.stderr,
+        )
+        return CONFIG_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Serve one or more models over HTTP with OpenAI's API: LLMs and embedding models side by side."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from typing import TYPE_CHECKING
+
+from headrace.cli.options import add_model_arguments, api_keys, specs
+
+if TYPE_CHECKING:
+    from headrace.config.spec import EngineSpec
+    from headrace.llm import AsyncEngine
+    from headrace.serving.server import Server
+
+EXAMPLES = """\
+examples:
+  headrace serve smollm2-135m minilm            a chat model and an embedding model, by name
+  headrace serve ./Qwen3-0.6B --dtype bfloat16  a Hugging Face folder
+  headrace serve model-q4_k_m.gguf --port 9000  a GGUF file
+  headrace serve chat=./big embed=./small       under names of your own
+  headrace serve smollm2-135m --api-key "$KEY"  clients must send 'Authorization: Bearer KEY'
+
+environment:
+  HEADRACE_API_KEYS   keys, separated by commas     HEADRACE_HOME   where models are kept
+  HEADRACE_LOG        debug, info, warning, error
+
+exit codes: 0 after SIGTERM and draining; 2 for a wrong option or model; 1 when the engine fails.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this command."""
+    parser.add_argument(
+        "models", nargs="+", metavar="[NAME=]MODEL", help="name, folder, .gguf file or hub id"
+    )
+    add = parser.add_argument_group("server").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default 127.0.0.1)")
+    add("--port", type=int, default=8000, help="port; 0 lets the system choose (default 8000)")
+    add(
+        "--served-model-name", nargs="+", metavar="NAME", help="names of the only model; the first is its own"
+    )
+    add("--api-key", action="append", default=[], metavar="KEY", help="may be given several times")
+    add("--api-key-file", action="append", default=[], metavar="FILE", help="one key a line")
+    add("--max-body-bytes", type=int, default=8 * 2**20, metavar="N", help="larger bodies get 413 (8 MiB)")
+    add("--drain-seconds", type=float, default=30.0, metavar="S", help="time to finish after SIGTERM (30)")
+    add("--allow-chat-template", action="store_true", help="let requests bring templates (they are programs)")
+    add("--log-prompts", action="store_true", help="write what clients send into the log")
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C."""
+    chosen = specs(args, args.models)
+    keys = api_keys(args)
+    from headrace.config import env
+    from headrace.serving import logs
+    from headrace.serving.server import Server, serve
+    from headrace.serving.state import Model, ServerOptions
+
+    logs.configure(env.log_level())
+    options = ServerOptions(
+        host=args.host,
+        port=args.port,
+        api_keys=keys,
+        max_body_bytes=args.max_body_bytes,
+        drain_seconds=args.drain_seconds,
+        allow_chat_template=args.allow_chat_template,
+        log_prompts=args.log_prompts,
+    )
+    server = Server([Model(spec) for spec in chosen], options, start_engine=_start)
+    asyncio.run(serve(server, _listening, _ready))
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _listening(server: Server) -> None:
+    from headrace import __version__
+
+    names = ", ".join(model.name for model in server.state.models.all)
+    _say(f"headrace {__version__} on {server.url}\nloading {names} ...")
+
+
+async def _start(spec: EngineSpec) -> AsyncEngine:
+    from headrace.llm import AsyncEngine
+
+    begin = time.perf_counter()
+    engine = await AsyncEngine.start(spec)
+    ready = engine.client.ready
+    _say(
+        f"  {spec.name}: {ready.engine} engine, context {ready.max_model_len}, "
+        f"{ready.max_num_seqs} sequences a step, {time.perf_counter() - begin:.1f} s"
+    )
+    return engine
+
+
+def banner(server: Server) -> str:
+    """What to do now."""
+    key = ' -H "Authorization: Bearer $KEY"' if server.state.options.api_keys else ""
+    lines = [f"\nready: {server.url}/v1   docs: {server.url}/docs   health: {server.url}/health\n"]
+    seen = set()
+    for model in server.state.models.all:
+        kind = "embed" if model.engine.embeds else "chat"
+        if kind in seen:
+            continue
+        seen.add(kind)
+        body: dict[str, object] = {"model": model.name}
+        if kind == "embed":
+            path = "embeddings"
+            body |= {"input": ["Hello!"]}
+        else:
+            path = "chat/completions"
+            body |= {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": True}
+        curl = f"curl {server.url}/v1/{path}{key} -H 'Content-Type: application/json'"
+        lines.append(f"  {curl} \\\n    -d '{json.dumps(body)}'\n")
+    return "\n".join(lines)
+
+
+def _ready(server: Server) -> None:
+    _say(banner(server))

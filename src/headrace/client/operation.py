@@ -1,0 +1,411 @@
+"""One operation: many requests under one preference, with retries, hedging, deadlines and cancellation.
+
+Everything here runs on the background loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import itertools
+import math
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from headrace.client.endpoints import Endpoint, EndpointPool
+from headrace.client.exceptions import Cancelled, ConnectionFailed, ErrorResponse, InvalidArgument
+from headrace.client.http1 import Reply, Sink
+from headrace.client.preference import RequestProcessingPreference
+from headrace.client.transport import HttpClientWrapper, Origin, split_url
+
+__all__ = ["Job", "Operation", "Target"]
+
+R = TypeVar("R")
+
+_RETRYABLE = {408, 409, 429}
+_MAX_BACKOFF_S = 45.0
+_CONNECT_RETRIES = 2
+
+
+@dataclass(slots=True)
+class Job:
+    """One request. ``items`` of the caller's inputs from ``offset`` on travel in it."""
+
+    index: int
+    path: str
+    body: bytes | None
+    offset: int = 0
+    items: int = 1
+    method: str = "POST"
+    sink: Sink | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a client's requests go: one base URL or a pool."""
+
+    base_url: str
+    wrapper: HttpClientWrapper
+    api_key: str
+    pool: EndpointPool | None = None
+
+
+class _TimedOut(Exception):
+    """One attempt was not answered in ``timeout_s``."""
+
+
+class _Budget:
+    """At most ``max(floor, 1 + ceil(share x requests))``; with ``total`` unknown, of the requests so far."""
+
+    def __init__(self, share: float, floor: int, total: int | None) -> None:
+        self.share, self.floor, self.total = share, floor, total
+        self.spent = 0
+
+    def take(self, started: int) -> bool:
+        requests = started if self.total is None else self.total
+        limit = max(self.floor, 1 + math.ceil(requests * self.share)) if self.share or self.floor else 0
+        if self.spent >= limit:
+            return False
+        self.spent += 1
+        return True
+
+
+class _Feed(Generic[R]):
+    """Takes from an iterator; in a thread, some at a time, when the iterator is the caller's own code."""
+
+    def __init__(self, source: Iterator[R], in_thread: bool) -> None:
+        self._source = source
+        self._in_thread = in_thread
+        self._ready: collections.deque[R] = collections.deque()
+        self._lock = asyncio.Lock()
+        self._done = False
+
+    async def next(self) -> R | None:
+        if not self._in_thread:
+            return next(self._source, None)
+        if not self._ready and not self._done:
+            async with self._lock:
+                if not self._ready and not self._done:
+                    loop = asyncio.get_running_loop()
+                    some = await loop.run_in_executor(None, list, itertools.islice(self._source, 64))
+                    self._ready.extend(some)
+                    self._done = not some
+        return self._ready.popleft() if self._ready else None
+
+
+class Operation:
+    """Sends jobs to a target.
+
+    Args:
+        total: how many jobs there will be, if known; the budgets are shares of it.
+        headers: beside those of the preference.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        preference: RequestProcessingPreference,
+        total: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        preference.check()
+        self.preference = preference
+        self.target = target
+        self.wrapper = target.wrapper
+        prefix = os.environ.get("PERFORMANCE_CLIENT_REQUEST_ID_PREFIX") or "perfclient"
+        self.request_id = f"{prefix}-{os.urandom(5).hex()}"
+        self._id = self.request_id.encode("latin-1")
+        self._headers = self._common_headers(headers or {})
+        self._lanes: dict[tuple[str, str, str], tuple[Origin, bytes]] = {}
+        self._hedges = _Budget(preference.hedge_budget_pct, 0, total)
+        self._retries = _Budget(preference.retry_budget_pct, 2, total)
+        self._started = 0
+        self._deadline: float | None = None
+        self._error: BaseException | None = None
+        self._news = asyncio.Event()
+        self._pinned: Endpoint | None = None
+        if target.pool is not None:
+            target.pool.watch()
+            if preference.pin_initial_endpoint_once:
+                self._pinned = target.pool.pick()
+
+    # -- many -----------------------------------------------------------------------------------------
+
+    async def stream(
+        self,
+        jobs: Iterable[Job],
+        parse: Callable[[Job, Reply], R],
+        *,
+        width: int,
+        ahead: int | None = None,
+        in_thread: bool = False,
+    ) -> AsyncIterator[R]:
+        """Parsed replies in the order of the jobs, whose ``index`` counts from 0.
+
+        Args:
+            width: requests in flight at most.
+            ahead: finished and running jobs before the one that is waited for, at most; None: no limit.
+            in_thread: take jobs from the iterator in a thread.
+
+        Raises: the first failure of any job, at once; then nothing is left running.
+        """
+        loop = asyncio.get_running_loop()
+        feed: _Feed[Job] = _Feed(iter(jobs), in_thread)
+        done: dict[int, R] = {}
+        room = asyncio.Event()
+        state = {"wanted": 0, "running": width}
+
+        async def worker() -> None:
+            try:
+                while (job := await feed.next()) is not None:
+                    while ahead is not None and job.index >= state["wanted"] + ahead:
+                        room.clear()
+                        await room.wait()
+                    done[job.index] = parse(job, await self.send(job))
+                    if job.index == state["wanted"]:
+                        self._news.set()
+            except Exception as error:
+                self._fail(error)
+            finally:
+                state["running"] -= 1
+                self._news.set()
+
+        token = self.preference.cancel_token
+        total_s = self.preference.total_timeout_s
+        timer = None
+        if total_s is not None:
+            self._deadline = loop.time() + total_s
+            timer = loop.call_at(self._deadline, self._out_of_time, total_s)
+
+        def on_cancel() -> None:
+            loop.call_soon_threadsafe(self._fail, Cancelled("the operation was cancelled by its token"))
+
+        if token is not None:
+            if token.is_cancelled():
+                raise Cancelled("the operation's token was cancelled before it began")
+            token._subscribe(on_cancel)
+        workers = [asyncio.ensure_future(worker()) for _ in range(width)]
+        try:
+            for wanted in itertools.count():
+                state["wanted"] = wanted
+                room.set()
+                while wanted not in done:
+                    if self._error is not None:
+                        raise self._error
+                    if not state["running"]:
+                        return
+                    self._news.clear()
+                    await self._news.wait()
+                if self._error is not None:
+                    raise self._error
+                yield done.pop(wanted)
+        finally:
+            for task in workers:
+                task.cancel()
+            if timer is not None:
+                timer.cancel()
+            if token is not None:
+                token._unsubscribe(on_cancel)
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = error
+        self._news.set()
+
+    def _out_of_time(self, seconds: float) -> None:
+        from headrace.client.exceptions import Timeout
+
+        self._fail(Timeout(f"Local timeout: the whole operation was not done in {seconds:g} s", "local"))
+
+    # -- one ------------------------------------------------------------------------------------------
+
+    async def send(self, job: Job) -> Reply:
+        """One job to its 2xx reply, through retries. Raises HTTPError, Timeout, ConnectionFailed."""
+        preference = self.preference
+        begun = time.perf_counter()
+        self._started += 1
+        backoff = preference.initial_backoff_ms / 1000.0
+        retries = connect_retries = network_faults = 0
+        stale = False
+        endpoint: Endpoint | None = None
+        while True:
+            reply: Reply | None = None
+            fault: ConnectionFailed | _TimedOut | None = None
+            endpoint = self._choose(endpoint)
+            try:
+                reply = await self._race(job, endpoint, retries)
+                if reply.ok:
+                    reply.seconds = time.perf_counter() - begun
+                    return reply
+                again = self._retryable(reply.status)
+            except ConnectionFailed as error:
+                if error.stale and not stale:
+                    stale = True  # an idle connection died under us: not the server's answer to this request
+                    continue
+                fault = error
+                network_faults += 1
+                connect_retries += error.connecting
+                again = connect_retries <= _CONNECT_RETRIES and (
+                    network_faults == 1 or self._retries.take(self._started)
+                )
+            except _TimedOut as error:
+                fault = error
+                again = self._retries.take(self._started)
+            if not again or retries >= preference.max_retries:
+                raise self._verdict(job, reply, fault, retries)
+            await asyncio.sleep(_pause(backoff, reply))
+            backoff = min(backoff * 4, _MAX_BACKOFF_S)
+            retries += 1
+
+    def _retryable(self, status: int) -> bool:
+        if status in self.preference.non_retryable_status_codes:
+            return False
+        return status in _RETRYABLE or 500 <= status < 600
+
+    def _verdict(
+        self, job: Job, reply: Reply | None, fault: BaseException | None, retries: int
+    ) -> BaseException:
+        tries = f"after {retries + 1} attempts" if retries else "at the first attempt"
+        if reply is not None:
+            from headrace.client.exceptions import HTTPError
+
+            url = self.target.base_url + job.path
+            return HTTPError(ErrorResponse(reply.status, reply.headers, reply.body, url))
+        if isinstance(fault, _TimedOut):
+            from headrace.client.exceptions import Timeout
+
+            limit = f"{self.preference.timeout_s:g} s"
+            text = f"Remote timeout: no reply within {limit} ({tries}); request {self.request_id}-{job.index}"
+            return Timeout(text, "remote")
+        assert isinstance(fault, ConnectionFailed)
+        return ConnectionFailed(
+            f"{fault} ({tries}); request {self.request_id}-{job.index}", connecting=fault.connecting
+        )
+
+    async def _race(self, job: Job, first: Endpoint | None, retry: int) -> Reply:
+        """One attempt; after ``hedge_delay`` a copy races it. A failed racer leaves the race to the other."""
+        delay = self.preference.hedge_delay
+        if delay is None or job.sink is not None:
+            return await self._attempt(job, first, retry)
+        racers = [asyncio.ensure_future(self._attempt(job, first, retry))]
+        try:
+            await asyncio.wait(racers, timeout=delay)
+            if not racers[0].done() and self._hedges.take(self._started):
+                other = self.target.pool.pick(avoid=first) if self.target.pool else None
+                racers.append(asyncio.ensure_future(self._attempt(job, other, retry)))
+            pending = set(racers)
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for racer in done:
+                    if racer.exception() is None and racer.result().ok:
+                        return racer.result()
+            return racers[0].result()  # all failed: the original's failure counts
+        finally:
+            for racer in racers:
+                racer.cancel()
+            await asyncio.gather(*racers, return_exceptions=True)
+
+    def _choose(self, failed: Endpoint | None) -> Endpoint | None:
+        """The endpoint of the next attempt: if there is another one than that which just failed, another."""
+        pool = self.target.pool
+        if pool is None:
+            return None
+        if self._pinned is not None and failed is None:
+            return self._pinned
+        return pool.pick(avoid=failed)
+
+    async def _attempt(self, job: Job, endpoint: Endpoint | None, retry: int) -> Reply:
+        loop = asyncio.get_running_loop()
+        timeout = self.preference.timeout_s
+        origin, head = self._lane(job, endpoint)
+        if self._deadline is not None:
+            timeout = max(0.001, min(timeout, self._deadline - loop.time()))
+        milliseconds = int(timeout * 1000)
+        body = job.body
+        data = b"%b%b-%d-%d\r\nrequest-timeout-ms: %d\r\nrequest-deadline-ms: %d\r\n" % (
+            head,
+            self._id,
+            job.index,
+            retry,
+            milliseconds,
+            int(time.time() * 1000) + milliseconds,
+        )
+        data += b"\r\n" if body is None else b"content-length: %d\r\n\r\n%b" % (len(body), body)
+        began = loop.time()
+        connection = self.wrapper.take(origin)
+        if connection is None:
+            try:
+                async with asyncio.timeout(timeout):
+                    connection = await self.wrapper.connect(origin)
+            except TimeoutError:
+                raise _TimedOut from None
+        timer = loop.call_at(began + timeout, connection.abort, _TimedOut())
+        try:
+            reply = await connection.request(data, head_only=job.method == "HEAD", sink=job.sink)
+        except asyncio.CancelledError:
+            connection.abort()
+            raise
+        finally:
+            timer.cancel()
+        self.wrapper.give_back(origin, connection)
+        return reply
+
+    # -- the bytes before the body ----------------------------------------------------------------------
+
+    def _lane(self, job: Job, endpoint: Endpoint | None) -> tuple[Origin, bytes]:
+        """Origin and all of the head that does not change from request to request."""
+        base = self.target.base_url if endpoint is None else endpoint.base_url
+        key = (base, job.path, job.method)
+        lane = self._lanes.get(key)
+        if lane is None:
+            origin, path = split_url(base + job.path)
+            target, extra = self.wrapper.target(origin, path)
+            lines = "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
+            if job.body is None:
+                lines = lines.replace("content-type: application/json\r\n", "")
+            head = (
+                f"{job.method} {target} HTTP/1.1\r\nhost: {origin.netloc}\r\n{extra}{lines}"
+                "x-baseten-customer-request-id: "
+            )
+            lane = self._lanes[key] = origin, head.encode("latin-1")
+        return lane
+
+    def _common_headers(self, more: dict[str, str]) -> dict[str, str]:
+        from headrace import __version__
+
+        preference = self.preference
+        headers = {
+            "authorization": f"Bearer {preference.primary_api_key_override or self.target.api_key}",
+            "content-type": "application/json",
+            "accept": "application/json, application/msgpack",
+            "accept-encoding": "identity",  # say "gzip" in extra_headers for slow links
+            "user-agent": f"headrace-client/{__version__}",
+        }
+        if preference.trace_context is not None:
+            headers["traceparent"] = preference.trace_context.traceparent
+            if preference.trace_context.tracestate is not None:
+                headers["tracestate"] = preference.trace_context.tracestate
+        for extra in (more, preference.extra_headers or {}):
+            headers.update({name.lower(): value for name, value in extra.items()})
+        try:
+            "".join(headers.values()).encode("latin-1")
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"a header value holds a character outside Latin-1: {error}") from None
+        if any(c in value for value in headers.values() for c in "\r\n\0"):
+            raise InvalidArgument("a header value or the API key holds a line break", param="api_key")
+        return headers
+
+
+def _pause(backoff: float, reply: Reply | None) -> float:
+    """Seconds before the next attempt; a server's Retry-After is respected up to 45 s."""
+    pause = backoff + random.randrange(100) / 1000.0
+    if reply is not None and reply.status in (429, 503):
+        asked = reply.headers.get("retry-after", "")
+        if asked.isdigit():
+            pause = max(pause, min(float(asked), _MAX_BACKOFF_S))
+    return pause

@@ -1,0 +1,130 @@
+"""A checkpoint's headers as the facts that planning and selection read. No torch, no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from headrace.checkpoints.base import Checkpoint
+from headrace.checkpoints.resolve import open_checkpoint
+from headrace.config.plan.facts import Facts, Quantized, Tensor
+from headrace.errors import UnsupportedCheckpoint
+
+__all__ = ["inspect"]
+
+_MAX_FILES = 2000
+_MAX_JSON = 16 << 20
+
+
+def inspect(path: Path) -> Facts:
+    """Read headers of a folder or GGUF file.
+
+    A folder with config.json and no weights at all gives facts without tensors; anything else that
+    ``open_checkpoint`` refuses is refused here too.
+    """
+    if path.is_dir() and (path / "config.json").is_file() and not _has_weights(path):
+        return _folder(path, _json(path / "config.json"), {}, "config")
+    checkpoint = open_checkpoint(path)
+    tensors = {}
+    for name in checkpoint.names():
+        info = checkpoint.info(name)
+        tensors[name] = Tensor(tuple(info.shape), info.dtype, info.nbytes)
+    if checkpoint.path.is_dir():
+        return _folder(checkpoint.path, checkpoint.config, tensors, "safetensors")
+    return _gguf(checkpoint, tensors)
+
+
+def _has_weights(path: Path) -> bool:
+    endings = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+    return any(entry.name.endswith(endings) for entry in path.iterdir())
+
+
+def _gguf(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Facts:
+    header: Any = getattr(checkpoint, "header", None)
+    metadata = {} if header is None else header.metadata
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    main = max(sizes, key=lambda kind: sizes[kind]) if sizes else ""
+    packed = main not in ("F32", "F16", "BF16", "")
+    return Facts(
+        where=str(checkpoint.path),
+        config=checkpoint.config,
+        tensors=tensors,
+        container="gguf",
+        chat_template=bool(metadata.get("tokenizer.chat_template")),
+        quantized=Quantized("gguf" if packed else "", "", main) if packed else Quantized(),
+    )
+
+
+def _folder(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], container: str) -> Facts:
+    files = _files(path)
+    modules = _json(path / "modules.json", list) if "modules.json" in files else []
+    pooling = _json(path / "1_Pooling/config.json") if "1_Pooling/config.json" in files else {}
+    return Facts(
+        where=str(path),
+        config=config,
+        tensors=tensors,
+        files=files,
+        container=container,
+        modules=tuple(str(entry.get("type", "")) for entry in modules if isinstance(entry, dict)),
+        pooling=pooling,
+        chat_template=_has_template(path, files),
+        quantized=_quantized(path, config, files),
+    )
+
+
+def _files(path: Path) -> frozenset[str]:
+    found = []
+    for entry in sorted(path.rglob("*"))[:_MAX_FILES]:
+        if entry.is_file():
+            found.append(entry.relative_to(path).as_posix())
+    return frozenset(found)
+
+
+def _has_template(path: Path, files: frozenset[str]) -> bool:
+    if "chat_template.jinja" in files or "chat_template.json" in files:
+        return True
+    if "tokenizer_config.json" not in files:
+        return False
+    return bool(_json(path / "tokenizer_config.json").get("chat_template"))
+
+
+def _quantized(path: Path, config: dict[str, Any], files: frozenset[str]) -> Quantized:
+    """From config.json (compressed-tensors, fp8, AWQ, GPTQ, mxfp4) or hf_quant_config.json (ModelOpt)."""
+    own = config.get("quantization_config")
+    if isinstance(own, dict):
+        method = str(own.get("quant_method", "")).lower()
+        kv = own.get("kv_cache_scheme")
+        named = str(own.get("quant_algo", own.get("format", method))).lower()
+        return Quantized(
+            _short(named if method in ("modelopt", "compressed-tensors") else method),
+            "fp8" if kv else "",
+            "config.json",
+        )
+    if "hf_quant_config.json" in files:
+        inner = _json(path / "hf_quant_config.json").get("quantization", {})
+        algorithm = str(inner.get("quant_algo") or "") if isinstance(inner, dict) else ""
+        kv = str(inner.get("kv_cache_quant_algo") or "") if isinstance(inner, dict) else ""
+        return Quantized(_short(algorithm.lower()), kv.lower(), "hf_quant_config.json")
+    return Quantized()
+
+
+def _short(name: str) -> str:
+    for word in ("nvfp4", "mxfp4", "fp8", "float-quantized", "awq", "gptq", "int8", "int4", "pack-quantized"):
+        if word in name:
+            return {"float-quantized": "fp8", "pack-quantized": "int4"}.get(word, word)
+    return name
+
+
+def _json(file: Path, kind: type = dict) -> Any:
+    try:
+        if file.stat().st_size > _MAX_JSON:
+            raise UnsupportedCheckpoint(f"{file} is over {_MAX_JSON >> 20} MiB, too much for settings")
+        value = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedCheckpoint(f"{file} is no valid JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise UnsupportedCheckpoint(f"{file} holds a JSON {type(value).__name__}; expected {kind.__name__}")
+    return value

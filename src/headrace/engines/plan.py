@@ -1,0 +1,101 @@
+"""The plan for a specification: headers read, engine selected, bytes counted. Under two seconds, without torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import msgspec
+
+from headrace.checkpoints.resolve import resolve
+from headrace.config.accelerators import ACCELERATORS, GpuCount, parse_accelerator
+from headrace.config.plan.plan import Machine, Plan, draw_plan
+from headrace.config.spec import EngineSpec
+from headrace.engines.inspect import inspect
+from headrace.engines.select import select
+from headrace.errors import ConfigError
+
+__all__ = ["cpu_machine", "gpu_machine", "local_machine", "plan_for"]
+
+_SMI_SECONDS = 1.0
+
+
+def plan_for(spec: EngineSpec, machine: Machine | None = None, *, prompt: int = 1024) -> Plan:
+    """Plan a specification, for this machine unless another is named.
+
+    Raises ConfigError for a wrong engine, context or rank count; ModelError for a checkpoint that cannot be
+    served or found. A plan that does not fit is returned, not raised: see Plan.check_fits.
+    """
+    path = spec.path if spec.path is not None else resolve(spec.model, spec.revision)
+    facts = inspect(Path(path))
+    chosen = select(facts, spec)
+    machine = machine or local_machine(spec)
+    if machine.cuda and machine.count > spec.tensor_parallel_size == 1 and chosen.engine in ("dense", "moe"):
+        spec = msgspec.structs.replace(spec, tensor_parallel_size=machine.count)
+    return draw_plan(spec, facts, machine, engine=chosen.engine, reason=chosen.reason, prompt=prompt)
+
+
+def gpu_machine(text: str) -> Machine:
+    """``H100:2`` as a machine. Raises ConfigError for an unknown type or one without public data."""
+    try:
+        wanted = parse_accelerator(text)
+    except ValueError as error:
+        raise ConfigError(f"gpu: {error}", param="gpu") from None
+    return _machine(wanted)
+
+
+def _machine(wanted: GpuCount, memory: int | None = None) -> Machine:
+    gpu = wanted.gpu
+    if gpu is None or not gpu.known:
+        known = ", ".join(name for name, entry in ACCELERATORS.items() if entry.known)
+        raise ConfigError(f"gpu: no data on {wanted.name}; known: {known}", param="gpu")
+    return Machine(name=str(wanted), memory=memory or gpu.memory, cuda=True, gpu=gpu, count=wanted.count)
+
+
+def cpu_machine() -> Machine:
+    """This machine without GPUs; memory is what Linux says can be taken now."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        available = max(available, int(fields["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):
+        pass  # not Linux: free pages are all that is known
+    return Machine(name="cpu", memory=available, cuda=False)
+
+
+def local_machine(spec: EngineSpec) -> Machine:
+    """What this machine has: NVIDIA GPUs by nvidia-smi, else the CPU."""
+    smi = None if spec.device == "cpu" else shutil.which("nvidia-smi")
+    if smi is None:
+        return cpu_machine()
+    try:
+        command = [smi, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        listed = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return cpu_machine()
+    rows = [line.rsplit(",", 1) for line in listed.splitlines() if "," in line]
+    if not rows:
+        return cpu_machine()
+    name, mib = rows[0][0].strip(), int(rows[0][1])
+    count = min(len(rows), spec.tensor_parallel_size)
+    kind = _known_gpu(name, mib)
+    if kind is None:
+        return Machine(name=name, memory=mib * 1024**2, cuda=True, count=count)
+    return _machine(GpuCount(kind, count), mib * 1024**2)
+
+
+def _known_gpu(name: str, mib: int) -> str | None:
+    """Our name for what the driver calls a GPU."""
+    words = name.upper().replace("-", " ").split()
+    if "PRO" in words and "6000" in words and "BLACKWELL" in words:
+        return "RTX_PRO_6000"
+    for kind in ("GB300", "B300", "B200", "H200", "H100", "A100", "L40S", "A10G", "V100", "L4", "T4"):
+        if kind in words:
+            small = {"H100": ("H100_40GB", 45_000), "A100": ("A100_40GB", 45_000)}.get(kind)
+            return small[0] if small and mib < small[1] else kind
+    return None

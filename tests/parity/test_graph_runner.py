@@ -1,0 +1,152 @@
+"""Decode steps as graphs give the tokens of the plain Runner: fused and plain, greedy and sampled, any company.
+
+Without a GPU the captured function runs directly, the fused one under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from triton_device import DEVICE, ON_GPU
+
+from headrace.engines.generate import GenerateCore
+from headrace.execution.graphs import GraphRunner
+from headrace.execution.runner import Runner
+from headrace.kvcache.blocks import BlockPool
+from headrace.kvcache.pool import allocate_caches
+from headrace.models.decoder import DecoderModel
+from headrace.models.decoder_fast import reason_against
+from headrace.models.loading import random_weights
+from headrace.models.registry import read_config
+from headrace.scheduling.scheduler import Scheduler
+from headrace.types import Request, SamplingParams
+
+VOCAB = 203
+BLOCK = 4
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+CONFIGS = {
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "tie_word_embeddings": True},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "tie_word_embeddings": False},
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 9,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 16,
+        "rope_local_base_freq": 100.0,
+    },
+}
+
+
+def build_model(name: str) -> DecoderModel:
+    model = random_weights(read_config({**TINY, **CONFIGS[name]}), dtype=torch.float32, device=DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():  # enough for every part to show in the tokens
+        noise = torch.randn(parameter.shape, generator=generator).to(DEVICE)
+        parameter.data += noise * (0.1 if parameter.dim() > 1 else 0.3)
+    for module in model.modules():
+        if hasattr(module, "stacked"):
+            module.finish()
+    return model
+
+
+def build_core(model: DecoderModel, *, graphs: bool, fast: bool = True, overlap: bool = False, chunk: int = 64) -> GenerateCore:
+    num_blocks = 120
+    layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
+    caches = allocate_caches(layout, num_blocks, BLOCK, torch.float32, DEVICE)
+    for cache in caches:
+        cache.k.fill_(torch.nan)
+        cache.v.fill_(torch.nan)
+    sizes = {"device": DEVICE, "block_size": BLOCK, "max_num_seqs": 6, "max_model_len": 128}
+    runner = GraphRunner(model, caches, fast=fast, **sizes) if graphs else Runner(model, caches, **sizes)
+    scheduler = Scheduler(
+        BlockPool(num_blocks), block_size=BLOCK, max_num_seqs=6, max_num_batched_tokens=chunk, max_model_len=128
+    )
+    return GenerateCore(runner, scheduler, overlap=overlap)
+
+
+def requests(count: int, output: int, sampled: bool) -> list[Request]:
+    rng = random.Random(count)
+    made = []
+    shared = tuple(rng.randrange(VOCAB) for _ in range(8))
+    for i in range(count):
+        prompt = shared[: rng.choice([0, 8])] + tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 14)))
+        kind = i % 4 if sampled else 0
+        options = [
+            {"temperature": 0.0},
+            {"temperature": 1.0, "seed": i},
+            {"temperature": 0.0, "repetition_penalty": 1.3},
+            {"temperature": 0.8, "top_k": 5, "seed": i, "logprobs": 2},
+        ][kind]
+        params = SamplingParams(max_tokens=rng.randint(2, output), ignore_eos=True, **options)
+        made.append(Request(id=str(i), token_ids=prompt, sampling=params))
+    return made
+
+
+def drain(core: GenerateCore, work: list[Request]) -> dict[str, list[int]]:
+    core.add(work)
+    tokens: dict[str, list[int]] = {}
+    while core.has_work():
+        for output in core.step():
+            assert not output.error
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    core.scheduler.check()
+    return tokens
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "mixed"])
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
+def test_unfused_graphs(overlap: bool, sampled: bool) -> None:
+    model = build_model("gemma3")
+    assert reason_against(model) == "norm"
+    work = requests(9, 24, sampled)
+    expected = drain(build_core(model, graphs=False), work)
+    core = build_core(model, graphs=True, overlap=overlap, chunk=16)
+    assert drain(core, work) == expected
+    again = [Request(id=r.id, token_ids=r.token_ids, sampling=r.sampling) for r in work]
+    assert drain(core, again) == expected  # a warm prefix cache admits rows into decode steps
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "mixed"])
+def test_fused_graphs(name: str, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(name)
+    assert reason_against(model) is None
+    count, length = (9, 40) if ON_GPU else (4, 5)
+    work = requests(count, length, sampled)
+    expected = drain(build_core(model, graphs=False), work)
+    core = build_core(model, graphs=True, overlap=True)
+    assert drain(core, work) == expected
+    monkeypatch.setattr("headrace.models.decoder_fast.SMALL_ROWS", 1)
+    assert drain(build_core(model, graphs=True), work) == expected
+
+
+def test_a_broken_row_ends_alone() -> None:
+    """A row with logits that are not finite ends with an error; the others never notice."""
+    model = build_model("qwen2")
+    model.embed.weight.data[7] = torch.nan
+    work = [
+        Request(id=str(i), token_ids=(t, 3), sampling=SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True))
+        for i, t in enumerate([5, 7, 9])
+    ]
+    core = build_core(model, graphs=True, fast=ON_GPU, overlap=True)
+    core.add(work)
+    ended = {}
+    while core.has_work():
+        for output in core.step():
+            if output.finish_reason is not None:
+                ended[output.request_id] = output.finish_reason
+    assert ended == {"0": "length", "1": "error", "2": "length"}
