@@ -125,6 +125,11 @@ class EncodeText:
             out.append(self._encoded(encoding, False, _place(param, place, len(pairs))))
         return out
 
+    def raw(self, texts: Sequence[str], param: str) -> list[Encoded]:
+        """Tokens of texts that hold their special tokens already, of any length."""
+        found = self._batch(self.tokenizer.backend.encode_batch_fast, list(texts), False, param)
+        return [Encoded(tuple(encoding.ids)) for encoding in found]
+
     def ids(self, ids: Sequence[int], truncate: Truncate | None, param: str) -> Encoded:
         """Token ids from the caller, taken as they are; cut from one end if asked for."""
         limit = self._limit(truncate)
