@@ -35,7 +35,10 @@ TEXTS = [
     "العربية עברית ไทย हिन्दी 한국어 日本語",
     "x" + " " * 70 + "y\n\n\n\n\n",
 ]
-NAMES = ["smollm2-135m", "qwen2.5-coder-0.5b", pytest.param("gemma3-270m", marks=pytest.mark.slow)]
+NAMES = [
+    "smollm2-135m",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2.5-coder-0.5b", "gemma3-270m")),
+]
 
 
 @pytest.fixture(scope="module")
