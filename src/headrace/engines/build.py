@@ -25,6 +25,8 @@ from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
 from headrace.models.encode_model import load_encode_model
 from headrace.models.loading import load_decoder
+from headrace.quantization.linear import PackedLinear
+from headrace.quantization.registry import keeps_packed, quantizer
 from headrace.scheduling.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer
 
@@ -65,7 +67,9 @@ def _build_encode(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device
     dtype = _dtype(spec, checkpoint, device)
     model = load_encode_model(checkpoint.path, checkpoint, dtype=dtype, device=device, pooling=spec.pooling)
     runner = EncodeRunner(model, device)
-    step_tokens = spec.max_num_batched_tokens or (_CUDA_ENCODE_TOKENS if device.type == "cuda" else _CPU_ENCODE_TOKENS)
+    step_tokens = spec.max_num_batched_tokens or (
+        _CUDA_ENCODE_TOKENS if device.type == "cuda" else _CPU_ENCODE_TOKENS
+    )
     summary = {**_summary(checkpoint, model, device, dtype), "max_num_batched_tokens": step_tokens}
     ready = Ready(
         engine="embed" if model.causal else "bert",
@@ -82,18 +86,31 @@ def _summary(
 ) -> dict[str, Any]:
     """Facts for people and logs."""
     tensors = [*model.parameters(), *model.buffers()]
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     return {
         "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "weight_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "parameters": sum(p.numel() for p in model.parameters())
+        + sum(module.in_features * module.out_features for module in packed),
+        "weight_bytes": sum(t.numel() * t.element_size() for t in tensors) + sum(m.nbytes for m in packed),
+        "packed_linears": len(packed),
     }
 
 
 def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
-    dtype = _dtype(spec, checkpoint, device)
-    model = load_decoder(checkpoint.config, checkpoint, dtype=dtype, device=device)
+    quantize = quantizer(spec.quantization, device) if spec.quantization else None
+    dtype = _dtype(spec, checkpoint, device, packs=True)
+    model = load_decoder(
+        checkpoint.config,
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        transform=None
+        if quantize is None
+        else lambda _, linear: quantize(linear.weight, linear.bias, linear.parts),
+        keep_packed=quantize is None and keeps_packed(checkpoint, dtype, device),
+    )
     if model.config.headless:
         raise UnsupportedCheckpoint(
             f"{spec.model}: {checkpoint.config.get('architectures')} has no language-model head; "
@@ -179,13 +196,19 @@ def _device(spec: EngineSpec) -> torch.device:
     return torch.device(spec.device)
 
 
-def _dtype(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """What was asked for; else float32 on a CPU (its 16-bit products are slower) and the checkpoint's on a GPU."""
+def _dtype(
+    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, *, packs: bool = False
+) -> torch.dtype:
+    """What was asked for; else what is fast and as right as the weights are.
+
+    On a CPU that is bfloat16 over weights kept in few bits (``packs``: this engine can), and float32 over others.
+    """
     if spec.dtype != "auto":
         dtype: torch.dtype = getattr(torch, spec.dtype)
         return dtype
     if device.type == "cpu":
-        return torch.float32
+        packed = packs and (spec.quantization or keeps_packed(checkpoint, torch.bfloat16, device))
+        return torch.bfloat16 if packed else torch.float32
     stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     return torch.float16 if stored == "float16" else torch.bfloat16
 

@@ -202,7 +202,9 @@ class GenerateCore:
                 self.constraints.remove(sequence)
             if sequence.finish_reason is FinishReason.ERROR:
                 constrained = sequence.sampling.constraint is not None
-                message = "the model's logits were not finite" + (" or left the grammar" if constrained else "")
+                message = "the model's logits were not finite" + (
+                    " or left the grammar" if constrained else ""
+                )
                 outputs.append(Output(sequence.id, finish_reason=FinishReason.ERROR, error=message))
                 continue
             logprobs = result.logprobs.get(index.get(id(sequence), -1))
