@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.checkpoints.fetch import installed
 from headrace.types import EncodeParams
 from parity.encoders import add_pooling, array, encode, make, runner, sequences
 
@@ -74,10 +73,8 @@ def test_dense_modules_and_matryoshka(tmp_path: Path) -> None:
 
 
 @pytest.mark.models
-def test_the_packaged_model_equals_sentence_transformers() -> None:
-    folder = installed("minilm")
-    if folder is None:
-        pytest.skip("the packaged model minilm is not here; headrace fetch minilm")
+def test_the_packaged_model_equals_sentence_transformers(minilm_path: Path) -> None:
+    folder = minilm_path
     from sentence_transformers import SentenceTransformer
     from tokenizers import Tokenizer
 

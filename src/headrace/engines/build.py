@@ -11,19 +11,20 @@ import torch
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.resolve import open_checkpoint, resolve
 from headrace.config.spec import EngineSpec
-from headrace.engines.encode import EncodeCore
+from headrace.engines.encode_build import build_encode
 from headrace.engines.generate import GenerateCore
+from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
 from headrace.engines.memory import kv_block_bytes, num_kv_blocks
-from headrace.errors import ConfigError, UnsupportedCheckpoint
+from headrace.engines.select import select
+from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.constraints.compiler import ConstraintCompiler
-from headrace.execution.encode_runner import EncodeRunner
 from headrace.execution.runner import Runner
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
-from headrace.models.encode_model import load_encode_model
+from headrace.models.encode_card import lists_module
 from headrace.models.loading import load_decoder
 from headrace.quantization.linear import PackedLinear
 from headrace.quantization.registry import keeps_packed, quantizer
@@ -34,8 +35,6 @@ __all__ = ["build", "eos_token_ids"]
 
 _CPU_STEP_TOKENS = 512
 _CUDA_STEP_TOKENS = 8192
-_CPU_ENCODE_TOKENS = 4096
-_CUDA_ENCODE_TOKENS = 32768
 _ACTIVATION_BYTES = 1 << 30
 
 
@@ -56,29 +55,17 @@ def build(spec: EngineSpec) -> tuple[Core, Ready]:
 
 
 def _encodes(spec: EngineSpec, checkpoint: Checkpoint) -> bool:
-    """One pass, or token by token: as the spec says, else as the checkpoint's architecture does."""
-    if spec.engine != "auto":
-        return spec.engine in ("bert", "embed")
-    architecture = (checkpoint.config.get("architectures") or [""])[0]
-    return not architecture.endswith(("ForCausalLM", "ForConditionalGeneration"))
+    """One pass, or token by token: select decides; a generator with a LogitScore module only scores."""
+    if spec.engine == "auto" and lists_module(checkpoint.path, ("LogitScore", "MultiVectorMask")):
+        return True
+    return select(inspect(checkpoint.path), spec).engine in ("bert", "embed")
 
 
 def _build_encode(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
     dtype = _dtype(spec, checkpoint, device)
-    model = load_encode_model(checkpoint.path, checkpoint, dtype=dtype, device=device, pooling=spec.pooling)
-    runner = EncodeRunner(model, device)
-    step_tokens = spec.max_num_batched_tokens or (
-        _CUDA_ENCODE_TOKENS if device.type == "cuda" else _CPU_ENCODE_TOKENS
-    )
-    summary = {**_summary(checkpoint, model, device, dtype), "max_num_batched_tokens": step_tokens}
-    ready = Ready(
-        engine="embed" if model.causal else "bert",
-        max_model_len=runner.max_tokens,
-        max_num_seqs=spec.max_num_seqs,
-        vocab_size=runner.vocab_size,
-        summary=summary,
-    )
-    return EncodeCore(runner, max_tokens=step_tokens, max_seqs=spec.max_num_seqs), ready
+    core, ready = build_encode(spec, checkpoint, device, dtype)
+    ready.summary.update(_summary(checkpoint, core.runner.model, device, dtype))
+    return core, ready
 
 
 def _summary(
@@ -117,6 +104,8 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
             "serve it as an embedder, or give a *ForCausalLM checkpoint",
             param="engine",
         )
+    tokenizer = _tokenizer(checkpoint)
+    eos_ids = eos_token_ids(checkpoint, tokenizer)
     max_model_len = _max_model_len(spec, model)
     step_tokens = spec.max_num_batched_tokens or (
         _CUDA_STEP_TOKENS if device.type == "cuda" else _CPU_STEP_TOKENS
@@ -132,7 +121,7 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         block_size=spec.block_size,
         max_num_seqs=spec.max_num_seqs,
         max_model_len=max_model_len,
-        rope_by_length=model.config.rope.length_dependent,
+        rope_by_length=model.config.rope_boundary is not None,
     )
     scheduler = Scheduler(
         BlockPool(blocks),
@@ -140,16 +129,16 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=step_tokens,
         max_model_len=max_model_len,
-        eos_ids=eos_token_ids(checkpoint),
+        eos_ids=eos_ids,
         fingerprint=f"{checkpoint.fingerprint}/{dtype}",
         prefix_caching=spec.prefix_caching,
         prefix_regime=_prefix_regime(model),
     )
-    compiler = ConstraintCompiler(
-        lambda: Tokenizer.from_path(checkpoint.path).backend.to_str(),
-        vocab_size=model.config.vocab_size,
-        eos_ids=eos_token_ids(checkpoint),
-    )
+    compiler = None
+    if tokenizer is not None:
+        compiler = ConstraintCompiler(
+            tokenizer.backend.to_str, vocab_size=model.config.vocab_size, eos_ids=eos_ids
+        )
     overlap = device.type == "cuda" if spec.overlap is None else spec.overlap
     summary = {
         **_summary(checkpoint, model, device, dtype),
@@ -169,21 +158,30 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
 
 def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:
     """What keys depend on besides tokens, by prompt length: nothing, but for length-dependent rope."""
-    rope = model.config.rope
-    if rope.kind == "longrope":
-        return lambda num_prompt: "long" if num_prompt > rope.original_length else "short"
-    if rope.length_dependent:
-        return lambda num_prompt: str(max(num_prompt, rope.original_length))
-    return lambda num_prompt: ""
+    boundary = model.config.rope_boundary
+    if boundary is None:
+        return lambda num_prompt: ""
+    if model.config.rope.kind == "dynamic":
+        return lambda num_prompt: str(max(num_prompt, boundary))
+    return lambda num_prompt: "long" if num_prompt > boundary else "short"
 
 
-def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Tokens that end an answer: those of generation_config.json, else of config.json."""
+def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Tokens that end an answer: those of generation_config.json and config.json, and the tokenizer's own."""
+    ids: dict[int, None] = dict.fromkeys(tokenizer.eos_ids if tokenizer is not None else ())
     for source in (checkpoint.generation_config, checkpoint.config):
         found = source.get("eos_token_id")
         if found is not None:
-            return (found,) if isinstance(found, int) else tuple(found)
-    return ()
+            ids.update(dict.fromkeys((found,) if isinstance(found, int) else found))
+    return tuple(ids)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The core needs one for end tokens and grammars only; token ids can be served without."""
+    try:
+        return Tokenizer.from_path(checkpoint.path)
+    except MissingFile:
+        return None
 
 
 def _device(spec: EngineSpec) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -40,7 +40,10 @@ class Pass(Protocol):
         ...
 
 
-class EncodeCore:
+P = TypeVar("P", bound=Pass)
+
+
+class EncodeCore(Generic[P]):
     """Requests in, results out, one batch a step. Not thread-safe: one loop owns it.
 
     Args:
@@ -49,7 +52,7 @@ class EncodeCore:
         max_seqs: sequences of one batch.
     """
 
-    def __init__(self, runner: Pass, *, max_tokens: int, max_seqs: int) -> None:
+    def __init__(self, runner: P, *, max_tokens: int, max_seqs: int) -> None:
         self.runner = runner
         self._queue = TokenBudgetQueue(max_tokens, max_seqs)
         self._requests: dict[str, Request] = {}
@@ -131,7 +134,8 @@ class EncodeCore:
             return [EncodeOutput(batch[0].id, error=f"the pass failed: {type(error).__name__}: {error}")]
 
     def _check(self, request: Request) -> None:
-        runner, params = self.runner, request.encode
+        runner: Pass = self.runner
+        params = request.encode
         if params is None:
             raise Unprocessable("this model encodes and does not generate; set encode, not sampling")
         for task in (params.task, *params.also):

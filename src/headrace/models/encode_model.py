@@ -53,6 +53,11 @@ class EncodeModel(nn.Module):
         self.answers: AnswerLogits | None = None
 
     @property
+    def decoder(self) -> bool:
+        """Whether the backbone is of a decoder family, causal or not."""
+        return isinstance(self.backbone, DecoderModel)
+
+    @property
     def dimensions(self) -> int:
         """Size of the pooled vectors; 0 if there are none."""
         sizes = [spec.size_out for spec in self.card.modules if spec.kind == "dense" and not spec.per_token]

@@ -1,0 +1,84 @@
+"""From a checkpoint to a loaded encode core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from headrace.checkpoints.base import Checkpoint
+from headrace.config.spec import EngineSpec
+from headrace.engines.encode import EncodeCore
+from headrace.errors import ConfigError, UnsupportedCheckpoint
+from headrace.execution.encode_runner import EncodeRunner
+from headrace.messages import Ready
+from headrace.models.encode_card import read_encode_card
+from headrace.models.encode_model import EncodeModel, load_encode_model
+from headrace.text.tokenizer import Tokenizer
+
+__all__ = ["build_encode"]
+
+# On a CPU a few hundred rows keep the cores busy; more only delays the first result and leaves the caches.
+_CPU_BATCH_TOKENS = 2048
+_CUDA_BATCH_TOKENS = 16384
+
+
+def build_encode(
+    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> tuple[EncodeCore[EncodeRunner], Ready]:
+    """Load an embedder, classifier or reranker and make its core.
+
+    Raises ModelError or ConfigError with the way out.
+    """
+    path = checkpoint.path
+    if not path.is_dir():
+        raise UnsupportedCheckpoint(
+            f"{path}: embedders are read from folders with config.json and safetensors"
+        )
+    if spec.quantization:
+        raise ConfigError(
+            f"quantization is {spec.quantization!r}; encoders run in float32, bfloat16 or float16 so far",
+            param="quantization",
+        )
+    yes_no = None
+    card = read_encode_card(path, pooling=spec.pooling)
+    if card.kind == "yes_no" and card.yes_no is None:
+        yes_no = _answers(Tokenizer.from_path(path))
+    model = load_encode_model(
+        path, checkpoint, dtype=dtype, device=device, pooling=spec.pooling, yes_no=yes_no
+    )
+    model.max_tokens = _max_tokens(spec, model)
+    batch_tokens = spec.max_num_batched_tokens or (
+        _CUDA_BATCH_TOKENS if device.type == "cuda" else _CPU_BATCH_TOKENS
+    )
+    core = EncodeCore(EncodeRunner(model, device), max_tokens=batch_tokens, max_seqs=spec.max_num_seqs)
+    summary: dict[str, Any] = {
+        "tasks": [task.value for task in model.card.tasks],
+        "dimensions": model.dimensions,
+        "max_num_batched_tokens": batch_tokens,
+    }
+    engine = "embed" if model.decoder else "bert"
+    return core, Ready(engine, model.max_tokens, spec.max_num_seqs, model.vocab_size, summary)
+
+
+def _answers(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Token ids of the answers of a generative reranker."""
+    yes, no = tokenizer.token_to_id("yes"), tokenizer.token_to_id("no")
+    if yes is None or no is None:
+        raise UnsupportedCheckpoint(
+            "--pooling yes_no needs the answers yes and no to be single tokens, and this tokenizer has none",
+            param="pooling",
+        )
+    return yes, no
+
+
+def _max_tokens(spec: EngineSpec, model: EncodeModel) -> int:
+    if spec.max_model_len is None:
+        return model.max_tokens
+    if spec.max_model_len > model.max_tokens:
+        raise ConfigError(
+            f"max_model_len is {spec.max_model_len}; this checkpoint takes {model.max_tokens} tokens "
+            "(config.json max_position_embeddings, or max_seq_length of sentence_bert_config.json)",
+            param="max_model_len",
+        )
+    return spec.max_model_len
