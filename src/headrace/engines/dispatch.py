@@ -28,12 +28,7 @@ __all__ = ["DispatchClient", "error_of"]
 
 def error_of(failed: Failed) -> errors.HeadraceError:
     """The exception that a core's Failed message stands for."""
-    known = (getattr(errors, name) for name in errors.__all__)
-    classes = {
-        cls.code: cls for cls in known if isinstance(cls, type) and issubclass(cls, errors.HeadraceError)
-    }
-    cls = classes.get(failed.code, errors.EngineDead)
-    return cls(failed.message)
+    return errors.from_code(failed.code, failed.message, default=errors.EngineDead)
 
 
 class DispatchClient:
@@ -95,7 +90,8 @@ class DispatchClient:
         finally:
             self._encoding.pop(request.id, None)
         if output.error:
-            raise errors.EngineDead(output.error) if self._failure else errors.EngineError(output.error)
+            code = errors.EngineDead.code if self._failure else output.error_code
+            raise errors.from_code(code, output.error, output.error_param or None)
         return output
 
     def abort(self, request_ids: Sequence[str]) -> None:
