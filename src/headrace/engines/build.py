@@ -24,7 +24,6 @@ from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
-from headrace.models.encode_card import lists_module
 from headrace.models.loading import load_decoder
 from headrace.quantization.linear import PackedLinear
 from headrace.quantization.registry import keeps_packed, quantizer
@@ -55,9 +54,7 @@ def build(spec: EngineSpec) -> tuple[Core, Ready]:
 
 
 def _encodes(spec: EngineSpec, checkpoint: Checkpoint) -> bool:
-    """One pass, or token by token: select decides; a generator with a LogitScore module only scores."""
-    if spec.engine == "auto" and lists_module(checkpoint.path, ("LogitScore", "MultiVectorMask")):
-        return True
+    """One pass, or token by token."""
     return select(inspect(checkpoint.path), spec).engine in ("bert", "embed")
 
 

@@ -16,7 +16,7 @@ import msgspec
 from headrace.errors import MissingFile, UnsupportedCheckpoint, nearest
 from headrace.types import EncodeTask
 
-__all__ = ["ACTIVATIONS", "POOLINGS", "EncodeCard", "ModuleSpec", "lists_module", "read_encode_card"]
+__all__ = ["ACTIVATIONS", "POOLINGS", "EncodeCard", "ModuleSpec", "read_encode_card"]
 
 PoolingMode = Literal["cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last"]
 Kind = Literal["embed", "classify", "token_classify", "splade", "multi_vector", "m3", "yes_no"]
@@ -154,14 +154,6 @@ def read_encode_card(path: Path, *, pooling: str | None = None) -> EncodeCard:
     if pooling is not None:
         return _explicit(pooling, common)
     return _from_modules(path, config, common)
-
-
-def lists_module(path: Path, names: tuple[str, ...]) -> bool:
-    """Whether `modules.json` of a folder lists a module of one of these types; False without the file."""
-    file = path / "modules.json"
-    if not file.is_file():
-        return False
-    return any(str(entry.get("type", "")).rsplit(".", 1)[-1] in names for entry in _json_list(file))
 
 
 def _common(path: Path, config: dict[str, Any], architecture: str) -> dict[str, Any]:
