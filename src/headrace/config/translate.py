@@ -9,13 +9,13 @@ from headrace.config.foreign import ENGINE_OPTIONS
 from headrace.config.schema.own import OWN
 from headrace.config.schema.rules import ENCODERS, stack
 from headrace.config.schema.view import View
+from headrace.config.schema.weights import MODEL_CACHE_ROOT
 from headrace.config.spec import lookahead_draft_length
 
-__all__ = ["MODEL_CACHE_ROOT", "own_settings"]
+__all__ = ["own_settings"]
 
 Setting = tuple[str, Any, str]
 
-MODEL_CACHE_ROOT = "/app/model_cache"
 _B = "trt_llm.build"
 _R = "trt_llm.runtime"
 _P = "trt_llm.runtime.patch_kwargs"
@@ -328,6 +328,7 @@ def _bis(view: View) -> Iterator[Setting]:
         view, _C, {"tool_call_parser": "tool_call_parser", "reasoning_parser": "reasoning_parser"}
     )
     yield from _drafter(view, f"{_C}.speculative_config")
+    yield from _mounted(view, f"{_C}.engine_config.model_path")
     yield from _mounted(view, f"{_C}.model_path")
 
 
