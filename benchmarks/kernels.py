@@ -64,7 +64,9 @@ def graph_seconds(run: Callable[[int], object], count: int, replays: int = 15) -
 class Case:
     """One linear map of a decode step: [norm] x @ w.T [gate] [residual] or argmax."""
 
-    def __init__(self, n: int, k: int, *, norm: bool, gate: bool = False, residual: bool = False, head: bool = False):
+    def __init__(
+        self, n: int, k: int, *, norm: bool, gate: bool = False, residual: bool = False, head: bool = False
+    ):
         self.n, self.k, self.norm, self.gate, self.residual, self.head = n, k, norm, gate, residual, head
         self.bytes = 2 * n * k
 
@@ -228,7 +230,10 @@ def bench_decode(recorder: Recorder, settings: list[tuple[int, int]]) -> None:
             per = -(-length // 16)
             size = 4 * count * length * kv * dim
             copies = max(1, min(8, SPREAD // size))
-            caches = [torch.randn(2, count * per + 1, 16, kv, dim, dtype=DTYPE, device=DEVICE) for _ in range(copies)]
+            caches = [
+                torch.randn(2, count * per + 1, 16, kv, dim, dtype=DTYPE, device=DEVICE)
+                for _ in range(copies)
+            ]
             tables = (torch.randperm(count * per, device=DEVICE).int() + 1).view(count, per)
             lens = torch.full((count,), length, dtype=torch.int32, device=DEVICE)
             q = torch.randn(count, heads, dim, dtype=DTYPE, device=DEVICE)
@@ -261,7 +266,9 @@ def bench_prefill(recorder: Recorder, settings: list[tuple[int, int]]) -> None:
 
         def run(_: int, q: Tensor = q, cache: Tensor = cache, starts: Tensor = starts, lens: Tensor = lens,
                 tables: Tensor = tables, out: Tensor = out) -> None:  # fmt: skip
-            prefill_attention(q, cache[0], cache[1], starts, lens, scale=0.088, causal=True, tables=tables, out=out)
+            prefill_attention(
+                q, cache[0], cache[1], starts, lens, scale=0.088, causal=True, tables=tables, out=out
+            )
 
         k = torch.randn(count, kv, length, dim, dtype=DTYPE, device=DEVICE)
         qs = torch.randn(count, heads, length, dim, dtype=DTYPE, device=DEVICE)
@@ -291,13 +298,17 @@ def main() -> None:
         path = Path(args.tuned or Path(tuning.__file__).parent / "tuned" / f"{name}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         old = json.loads(path.read_text()) if path.exists() else {}
-        rows = (f'  {json.dumps(key)}: {json.dumps(value)}' for key, value in sorted({**old, **table}.items()))
+        rows = (
+            f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted({**old, **table}.items())
+        )
         path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
         tuning._tuned.cache_clear()
     if "linear" in args.what:
         bench_linear(recorder, args.models)
     if "decode" in args.what:
-        bench_decode(recorder, [(1, 512), (1, 8192), (1, 32768), (16, 512), (64, 1024), (256, 1024), (256, 4096)])
+        bench_decode(
+            recorder, [(1, 512), (1, 8192), (1, 32768), (16, 512), (64, 1024), (256, 1024), (256, 4096)]
+        )
     if "prefill" in args.what:
         bench_prefill(recorder, [(1, 4096), (8, 1024), (16, 512)])
 

@@ -49,6 +49,7 @@ __all__ = [
     "UnknownArchitecture",
     "Unprocessable",
     "UnsupportedCheckpoint",
+    "from_code",
     "http_status",
     "nearest",
 ]
@@ -228,6 +229,17 @@ def http_status(error: BaseException) -> int:
         if cls in HTTP_STATUS:
             return HTTP_STATUS[cls]
     return 500
+
+
+def from_code(
+    code: str, message: str, param: str | None = None, default: type[HeadraceError] = EngineError
+) -> HeadraceError:
+    """The exception whose class has this code, for errors that crossed a process border as text."""
+    classes: list[type[HeadraceError]] = [HeadraceError]
+    for cls in classes:  # grows while it is read: the whole tree
+        classes += cls.__subclasses__()
+    found = {cls.code: cls for cls in classes}.get(code, default)
+    return found(message, param=param)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -225,6 +225,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
         num_cached_tokens: prompt tokens found in the prefix cache (first Output only).
         prompt_logprobs: one entry a prompt token from the second on (first Output only).
         error: why the request failed, with FinishReason.ERROR.
+        error_code, error_param: ``code`` and ``param`` of the exception it stands for; "": the engine's fault.
     """
 
     request_id: str
@@ -235,13 +236,15 @@ class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str = ""
+    error_code: str = ""
+    error_param: str = ""
 
 
 class EncodeOutput(msgspec.Struct, frozen=True, array_like=True):
     """Result of one pass: a float32 array as little-endian bytes, row-major, and its shape.
 
-    ``indices`` is set for sparse vectors (uint32 token ids, little-endian), ``error`` when it failed,
-    ``also`` when EncodeParams.also asked for more, in its order.
+    ``indices`` is set for sparse vectors (uint32 token ids, little-endian), ``error`` when it failed (with
+    ``error_code`` and ``error_param`` as in Output), ``also`` when EncodeParams.also asked for more, in its order.
     """
 
     request_id: str
@@ -250,6 +253,8 @@ class EncodeOutput(msgspec.Struct, frozen=True, array_like=True):
     indices: bytes = b""
     error: str = ""
     also: tuple[EncodeOutput, ...] = ()
+    error_code: str = ""
+    error_param: str = ""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

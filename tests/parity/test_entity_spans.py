@@ -21,7 +21,26 @@ from headrace.text.tokenizer import Tokenizer
 from headrace.types import EncodeParams, EncodeTask, Request
 from parity.encoders import array, runner
 
-WORDS = "Apple buys a U.K. startup for $1 billion, says Tim Cook in Berlin. Größe München naïve l'été x-ray".split(" ")
+WORDS = [
+    "Apple",
+    "buys",
+    "a",
+    "U.K.",
+    "startup",
+    "for",
+    "$1",
+    "billion,",
+    "says",
+    "Tim",
+    "Cook",
+    "in",
+    "Berlin.",
+    "Größe",
+    "München",
+    "naïve",
+    "l'été",
+    "x-ray",
+]
 LABELS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "LOC"]
 
 

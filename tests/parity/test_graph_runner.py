@@ -9,7 +9,6 @@ import random
 
 import pytest
 import torch
-from triton_device import DEVICE, ON_GPU
 
 from headrace.engines.generate import GenerateCore
 from headrace.execution.graphs import GraphRunner
@@ -22,6 +21,7 @@ from headrace.models.loading import random_weights
 from headrace.models.registry import read_config
 from headrace.scheduling.scheduler import Scheduler
 from headrace.types import Request, SamplingParams
+from triton_device import DEVICE, ON_GPU
 
 VOCAB = 203
 BLOCK = 4
@@ -63,7 +63,9 @@ def build_model(name: str) -> DecoderModel:
     return model
 
 
-def build_core(model: DecoderModel, *, graphs: bool, fast: bool = True, overlap: bool = False, chunk: int = 64) -> GenerateCore:
+def build_core(
+    model: DecoderModel, *, graphs: bool, fast: bool = True, overlap: bool = False, chunk: int = 64
+) -> GenerateCore:
     num_blocks = 120
     layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
     caches = allocate_caches(layout, num_blocks, BLOCK, torch.float32, DEVICE)
@@ -73,7 +75,11 @@ def build_core(model: DecoderModel, *, graphs: bool, fast: bool = True, overlap:
     sizes = {"device": DEVICE, "block_size": BLOCK, "max_num_seqs": 6, "max_model_len": 128}
     runner = GraphRunner(model, caches, fast=fast, **sizes) if graphs else Runner(model, caches, **sizes)
     scheduler = Scheduler(
-        BlockPool(num_blocks), block_size=BLOCK, max_num_seqs=6, max_num_batched_tokens=chunk, max_model_len=128
+        BlockPool(num_blocks),
+        block_size=BLOCK,
+        max_num_seqs=6,
+        max_num_batched_tokens=chunk,
+        max_model_len=128,
     )
     return GenerateCore(runner, scheduler, overlap=overlap)
 
@@ -139,7 +145,11 @@ def test_a_broken_row_ends_alone() -> None:
     model = build_model("qwen2")
     model.embed.weight.data[7] = torch.nan
     work = [
-        Request(id=str(i), token_ids=(t, 3), sampling=SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True))
+        Request(
+            id=str(i),
+            token_ids=(t, 3),
+            sampling=SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True),
+        )
         for i, t in enumerate([5, 7, 9])
     ]
     core = build_core(model, graphs=True, fast=ON_GPU, overlap=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from headrace.client.chat import Answer
 from headrace.client.endpoints import Endpoint, EndpointPool
 from headrace.client.exceptions import BadReply, Cancelled, ConnectionFailed, InvalidArgument
+from headrace.client.jobs import BatchCounts
 from headrace.client.performance import PerformanceClient
 from headrace.client.preference import CancellationToken, RequestProcessingPreference, TraceContext
 from headrace.client.responses import (
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from headrace.client.exceptions import HTTPError, Timeout
 
 __all__ = [
+    "Answer",
     "BadReply",
+    "BatchCounts",
     "BatchPostResponse",
     "CancellationToken",
     "Cancelled",

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-__all__ = ["async_face", "loop", "run", "start", "sync_face"]
+__all__ = ["async_face", "describe", "loop", "run", "start", "sync_face"]
 
 S = TypeVar("S")
 P = ParamSpec("P")
@@ -90,7 +90,7 @@ def sync_face(method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]]) -> Ca
     def face(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return run(method(self, *args, **kwargs))
 
-    _describe(face, method, "")
+    describe(face, method, "")
     return face
 
 
@@ -102,11 +102,11 @@ def async_face(
     async def face(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await asyncio.wrap_future(start(method(self, *args, **kwargs)))
 
-    _describe(face, method, "async_")
+    describe(face, method, "async_")
     return face
 
 
-def _describe(face: Any, method: Any, prefix: str) -> None:
+def describe(face: Any, method: Any, prefix: str) -> None:
     face.__doc__ = method.__doc__
     face.__name__ = prefix + method.__name__.lstrip("_")
     face.__wrapped__ = method  # inspect.signature and help() show the real arguments

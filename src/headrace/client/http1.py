@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from headrace.client.exceptions import BadReply, ConnectionFailed
 
@@ -24,13 +24,14 @@ Sink = Callable[[bytes], None]
 class Reply:
     """A whole reply. ``body`` is decoded from any content-encoding."""
 
-    __slots__ = ("body", "head", "seconds", "status")
+    __slots__ = ("body", "head", "seconds", "status", "stream")
 
     def __init__(self, status: int, head: bytes, body: bytes) -> None:
         self.status = status
         self.head = head
         self.body = body
         self.seconds = 0.0
+        self.stream: Any = None  # what took a streamed body
 
     @property
     def ok(self) -> bool:

@@ -14,21 +14,30 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from headrace.client.endpoints import Endpoint, EndpointPool
 from headrace.client.exceptions import Cancelled, ConnectionFailed, ErrorResponse, InvalidArgument
-from headrace.client.http1 import Reply, Sink
+from headrace.client.http1 import Reply
+from headrace.client.limiter import AdaptiveLimit
 from headrace.client.preference import RequestProcessingPreference
 from headrace.client.transport import HttpClientWrapper, Origin, split_url
 
-__all__ = ["Job", "Operation", "Target"]
+__all__ = ["Job", "Operation", "StreamSink", "Target"]
 
 R = TypeVar("R")
 
 _RETRYABLE = {408, 409, 429}
 _MAX_BACKOFF_S = 45.0
 _CONNECT_RETRIES = 2
+
+
+class StreamSink(Protocol):
+    """Takes a streamed body; a new one for each attempt."""
+
+    complete: bool
+
+    def feed(self, data: bytes) -> None: ...
 
 
 @dataclass(slots=True)
@@ -41,7 +50,7 @@ class Job:
     offset: int = 0
     items: int = 1
     method: str = "POST"
-    sink: Sink | None = None
+    sink: Callable[[], StreamSink] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,8 @@ class Operation:
     Args:
         total: how many jobs there will be, if known; the budgets are shares of it.
         headers: beside those of the preference.
+        limit: adapts the number of requests in flight to the server; a 429 then waits without counting as a
+            retry, for ``timeout_s`` at most.
     """
 
     def __init__(
@@ -111,8 +122,10 @@ class Operation:
         preference: RequestProcessingPreference,
         total: int | None = None,
         headers: dict[str, str] | None = None,
+        limit: AdaptiveLimit | None = None,
     ) -> None:
         preference.check()
+        self._limit = limit
         self.preference = preference
         self.target = target
         self.wrapper = target.wrapper
@@ -143,6 +156,7 @@ class Operation:
         width: int,
         ahead: int | None = None,
         in_thread: bool = False,
+        on_error: Callable[[Job, Exception], R] | None = None,
     ) -> AsyncIterator[R]:
         """Parsed replies in the order of the jobs, whose ``index`` counts from 0.
 
@@ -150,6 +164,7 @@ class Operation:
             width: requests in flight at most.
             ahead: finished and running jobs before the one that is waited for, at most; None: no limit.
             in_thread: take jobs from the iterator in a thread.
+            on_error: makes a result of a job's failure, which then ends nothing.
 
         Raises: the first failure of any job, at once; then nothing is left running.
         """
@@ -165,7 +180,12 @@ class Operation:
                     while ahead is not None and job.index >= state["wanted"] + ahead:
                         room.clear()
                         await room.wait()
-                    done[job.index] = parse(job, await self.send(job))
+                    try:
+                        done[job.index] = parse(job, await self._admitted(job))
+                    except Exception as error:
+                        if on_error is None:
+                            raise
+                        done[job.index] = on_error(job, error)
                     if job.index == state["wanted"]:
                         self._news.set()
             except Exception as error:
@@ -224,6 +244,12 @@ class Operation:
 
     # -- one ------------------------------------------------------------------------------------------
 
+    async def _admitted(self, job: Job) -> Reply:
+        if self._limit is None:
+            return await self.send(job)
+        async with self._limit:
+            return await self.send(job)
+
     async def send(self, job: Job) -> Reply:
         """One job to its 2xx reply, through retries. Raises HTTPError, Timeout, ConnectionFailed."""
         preference = self.preference
@@ -243,6 +269,11 @@ class Operation:
                     reply.seconds = time.perf_counter() - begun
                     return reply
                 again = self._retryable(reply.status)
+                patient = self._limit is not None and reply.status == 429 and again
+                if patient and time.perf_counter() - begun < preference.timeout_s:
+                    await asyncio.sleep(_pause(backoff, reply))
+                    backoff = min(backoff * 2, _MAX_BACKOFF_S)
+                    continue
             except ConnectionFailed as error:
                 if error.stale and not stale:
                     stale = True  # an idle connection died under us: not the server's answer to this request
@@ -345,14 +376,26 @@ class Operation:
             except TimeoutError:
                 raise _TimedOut from None
         timer = loop.call_at(began + timeout, connection.abort, _TimedOut())
+        sink = job.sink() if job.sink is not None else None
         try:
-            reply = await connection.request(data, head_only=job.method == "HEAD", sink=job.sink)
-        except asyncio.CancelledError:
-            connection.abort()
+            reply = await connection.request(
+                data, head_only=job.method == "HEAD", sink=None if sink is None else sink.feed
+            )
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                connection.abort()
+            elif self._limit is not None:
+                self._limit.saw(0, loop.time() - began)
             raise
         finally:
             timer.cancel()
         self.wrapper.give_back(origin, connection)
+        if self._limit is not None:
+            self._limit.saw(reply.status, loop.time() - began)
+        if sink is not None and reply.ok:
+            if not sink.complete:
+                raise ConnectionFailed("the stream ended before its last event")
+            reply.stream = sink
         return reply
 
     # -- the bytes before the body ----------------------------------------------------------------------

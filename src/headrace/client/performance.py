@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any
 
 from headrace.client import responses
 from headrace.client.background import async_face, sync_face
-from headrace.client.endpoints import EndpointPool
 from headrace.client.exceptions import InvalidArgument
-from headrace.client.http1 import Reply
-from headrace.client.operation import Job, Operation, Target
-from headrace.client.payloads import check_texts, encode, split
+from headrace.client.generation import GenerationMethods
+from headrace.client.jobs import BatchMethods
+from headrace.client.operation import Job
+from headrace.client.payloads import check_texts, encode
 from headrace.client.preference import RequestProcessingPreference, check_headers
-from headrace.client.transport import HttpClientWrapper
+from headrace.client.pump import async_iterator, sync_iterator
 
 __all__ = ["PerformanceClient"]
 
-R = TypeVar("R")
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 _WITHOUT_BODY = ("GET", "HEAD", "DELETE", "OPTIONS")
 
 
-class PerformanceClient:
+class PerformanceClient(GenerationMethods, BatchMethods):
     """Sends many inputs as fast as a server takes them.
 
     Args:
@@ -40,42 +38,6 @@ class PerformanceClient:
     requests library's, and ConnectionFailed, BadReply and Cancelled (ValueErrors). A failing request fails
     the whole operation, and whatever else was in flight is cancelled first.
     """
-
-    def __init__(
-        self,
-        base_url: str,
-        api_key: str | None = None,
-        http_version: int = 1,
-        client_wrapper: HttpClientWrapper | None = None,
-        proxy: str | None = None,
-        endpoint_pool: EndpointPool | None = None,
-    ) -> None:
-        names = ("HEADRACE_API_KEY", "BASETEN_API_KEY", "OPENAI_API_KEY")
-        if api_key is None:
-            api_key = next((os.environ[name] for name in names if os.environ.get(name)), None)
-        if api_key is None:
-            raise InvalidArgument(
-                f"there is no API key: give api_key or set one of {', '.join(names)}", param="api_key"
-            )
-        wrapper = client_wrapper or HttpClientWrapper(http_version, proxy)
-        self._target = Target(base_url.rstrip("/"), wrapper, api_key, endpoint_pool)
-        if endpoint_pool is not None:
-            endpoint_pool.watch()
-
-    @property
-    def api_key(self) -> str:
-        return self._target.api_key
-
-    @property
-    def base_url(self) -> str:
-        return self._target.base_url
-
-    def get_client_wrapper(self) -> HttpClientWrapper:
-        """The connection pool, for another client's ``client_wrapper``."""
-        return self._target.wrapper
-
-    def __repr__(self) -> str:
-        return f"PerformanceClient({self.base_url!r})"
 
     async def _embed(
         self,
@@ -93,7 +55,7 @@ class PerformanceClient:
             dimensions: leading dimensions to keep, for Matryoshka models.
         """
         texts = check_texts("input", input, empty="Input list cannot be empty")
-        fields = embedding_fields(model, encoding_format, dimensions, user)
+        fields = _embedding_fields(model, encoding_format, dimensions, user)
         begun = time.perf_counter()
         parts = await self._batches(
             "/v1/embeddings", texts, lambda b: {"input": b, **fields}, responses.parse_embeddings, preference
@@ -208,6 +170,48 @@ class PerformanceClient:
         """One POST to ``/v1/systemone`` for each ``{"state": ..., "questions": ...}``."""
         return await self._batch_post("/v1/systemone", requests, None, preference)
 
+    async def _embed_stream(
+        self,
+        input: Iterable[str],
+        model: str,
+        encoding_format: str | None = None,
+        dimensions: int | None = None,
+        user: str | None = None,
+        preference: RequestProcessingPreference | None = None,
+    ) -> AsyncIterator[responses.OpenAIEmbeddingsResponse]:
+        """Vectors of any number of texts in constant memory: one response a request, in order.
+
+        Indices count over all inputs. The texts are taken from the iterable in a thread, as they are needed.
+        """
+        fields = _embedding_fields(model, encoding_format, dimensions, user)
+        parts = self._flow(
+            "/v1/embeddings", input, lambda b: {"input": b, **fields}, responses.parse_embeddings, preference
+        )
+        async for part in parts:
+            yield responses.OpenAIEmbeddingsResponse(part[1].seconds, [part])
+
+    async def _classify_stream(
+        self,
+        inputs: Iterable[str],
+        model: str | None = None,
+        raw_scores: bool = False,
+        truncate: bool = False,
+        truncation_direction: str = "Right",
+        preference: RequestProcessingPreference | None = None,
+    ) -> AsyncIterator[list[responses.ClassificationResult]]:
+        """The labels of each text, for any number of texts in constant memory, in order."""
+        fields = _scoring(model, raw_scores, truncate, truncation_direction)
+        parts = self._flow(
+            "/predict",
+            inputs,
+            lambda batch: {"inputs": [[text] for text in batch], **fields},
+            responses.parse_classify,
+            preference,
+        )
+        async for groups, _ in parts:
+            for group in groups:
+                yield group
+
     embed = sync_face(_embed)
     async_embed = async_face(_embed)
     rerank = sync_face(_rerank)
@@ -218,46 +222,13 @@ class PerformanceClient:
     async_batch_post = async_face(_batch_post)
     batch_system_one = sync_face(_batch_system_one)
     async_batch_system_one = async_face(_batch_system_one)
-
-    async def _batches(
-        self,
-        path: str,
-        texts: list[str],
-        payload: Callable[[list[str]], dict[str, Any]],
-        parse: Callable[[Job, Reply], R],
-        preference: RequestProcessingPreference | None,
-    ) -> list[R]:
-        preference = preference or RequestProcessingPreference()
-        preference.check()
-        groups = list(split(texts, preference.batch_size, preference.max_chars_per_request))
-        return await self._all(batch_jobs(path, iter(groups), payload), len(groups), parse, preference)
-
-    async def _all(
-        self,
-        jobs: Iterator[Job],
-        count: int,
-        parse: Callable[[Job, Reply], R],
-        preference: RequestProcessingPreference | None,
-        headers: dict[str, str] | None = None,
-    ) -> list[R]:
-        preference = preference or RequestProcessingPreference()
-        operation = Operation(self._target, preference, count, headers)
-        width = min(preference.max_concurrent_requests, count)
-        return [part async for part in operation.stream(jobs, parse, width=width)]
+    embed_stream = sync_iterator(_embed_stream)
+    async_embed_stream = async_iterator(_embed_stream)
+    classify_stream = sync_iterator(_classify_stream)
+    async_classify_stream = async_iterator(_classify_stream)
 
 
-def batch_jobs(
-    path: str, groups: Iterator[list[str]], payload: Callable[[list[str]], dict[str, Any]]
-) -> Iterator[Job]:
-    """Bodies are encoded when their turn comes, so that they never lie in memory together."""
-    offset = 0
-    for index, group in enumerate(groups):
-        body = encode(payload(group), f"the text at {offset} or one of the {len(group) - 1} after it")
-        yield Job(index, path, body, offset, len(group))
-        offset += len(group)
-
-
-def embedding_fields(
+def _embedding_fields(
     model: str, encoding_format: str | None, dimensions: int | None, user: str | None
 ) -> dict[str, Any]:
     if not isinstance(model, str):

@@ -98,7 +98,10 @@ def make_spec(
     """
     reading = Reading(report)
     sources = origins or {}
-    node = _node(dict(values))
+    given = dict(values)
+    if isinstance(given.get("environment"), tuple):  # as EngineSpec holds it
+        given["environment"] = dict(given["environment"])
+    node = _node(given)
     for name in node.value:
         node.key_places[name] = Place(sources.get(name, origin))
         node.value[name].place = node.key_places[name]
@@ -132,8 +135,6 @@ def _node(value: Any) -> Node:
         node.key_places = dict.fromkeys(node.value, Place())
         return node
     if isinstance(value, (list, tuple)):
-        if value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
-            return _node(dict(value))
         return Node([_node(item) for item in value], Place())
     return Node(value, Place(), "" if value is None else str(value))
 

@@ -9,13 +9,13 @@ from headrace.config.foreign import ENGINE_OPTIONS
 from headrace.config.schema.own import OWN
 from headrace.config.schema.rules import ENCODERS, stack
 from headrace.config.schema.view import View
+from headrace.config.schema.weights import MODEL_CACHE_ROOT
 from headrace.config.spec import lookahead_draft_length
 
-__all__ = ["MODEL_CACHE_ROOT", "own_settings"]
+__all__ = ["own_settings"]
 
 Setting = tuple[str, Any, str]
 
-MODEL_CACHE_ROOT = "/app/model_cache"
 _B = "trt_llm.build"
 _R = "trt_llm.runtime"
 _P = "trt_llm.runtime.patch_kwargs"
@@ -117,10 +117,10 @@ def _build_v1(view: View) -> Iterator[Setting]:
     base = view.get(f"{_B}.base_model", "decoder")
     encoder = base in ENCODERS
     yield "max_num_seqs", view.get(f"{_B}.max_batch_size", 256), f"{_B}.max_batch_size"
-    tokens = view.get(f"{_B}.max_num_tokens", 8192)
-    if base == "encoder" and not view.given(f"{_B}.max_num_tokens"):
-        tokens = 16384
-    yield "max_num_batched_tokens", tokens, f"{_B}.max_num_tokens"
+    # Absent it follows the device, which on a GPU is the hosted default.
+    if base == "encoder" or view.given(f"{_B}.max_num_tokens"):
+        tokens = view.get(f"{_B}.max_num_tokens") if view.given(f"{_B}.max_num_tokens") else 16384
+        yield "max_num_batched_tokens", tokens, f"{_B}.max_num_tokens"
     if not encoder:
         yield from _copy(
             view, _B, {"max_seq_len": "max_model_len", "tensor_parallel_count": "tensor_parallel_size"}
@@ -170,11 +170,7 @@ def _adapters(view: View) -> Iterator[Setting]:
     yield from _copy(view, f"{_B}.lora_configuration", {"max_lora_rank": "max_lora_rank"})
 
 
-_COMMON = {
-    "max_seq_len": "max_model_len",
-    "max_batch_size": "max_num_seqs",
-    "max_num_tokens": "max_num_batched_tokens",
-}
+_COMMON = {"max_seq_len": "max_model_len", "max_batch_size": "max_num_seqs"}
 
 
 def _runtime_v1(view: View) -> Iterator[Setting]:
@@ -204,6 +200,8 @@ def _runtime_v2(view: View) -> Iterator[Setting]:
     if view.get(_R) is None or stack(view) != "v2":
         return
     yield from _copy(view, _R, _COMMON)
+    if view.given(f"{_R}.max_num_tokens"):
+        yield from _copy(view, _R, {"max_num_tokens": "max_num_batched_tokens"})
     yield from _copy(
         view,
         _R,
@@ -330,6 +328,7 @@ def _bis(view: View) -> Iterator[Setting]:
         view, _C, {"tool_call_parser": "tool_call_parser", "reasoning_parser": "reasoning_parser"}
     )
     yield from _drafter(view, f"{_C}.speculative_config")
+    yield from _mounted(view, f"{_C}.engine_config.model_path")
     yield from _mounted(view, f"{_C}.model_path")
 
 

@@ -17,7 +17,7 @@ import yaml
 from headrace.config.report import Place, Report
 from headrace.errors import ConfigError
 
-__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_NODES", "Node", "load_text", "read_file"]
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_NODES", "Node", "load_text", "read_file", "scalar"]
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PURE = _Loader is yaml.SafeLoader
@@ -340,3 +340,11 @@ def _base60(digits: str) -> float:
     for part in digits.split(":"):
         value = value * 60 + float(part)
     return value
+
+
+def scalar(text: str) -> Any:
+    """What a bare word means, for flags: ``8192`` an integer, ``0.9`` a number, ``yes`` true; else text."""
+    try:
+        return _construct(text, _guess_tag(text))
+    except (ValueError, OverflowError):
+        return text

@@ -17,7 +17,7 @@ from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
 from headrace.engines.memory import kv_block_bytes, num_kv_blocks
 from headrace.engines.select import select
-from headrace.errors import ConfigError, UnsupportedCheckpoint
+from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.runner import Runner
 from headrace.kvcache.blocks import BlockPool
@@ -25,6 +25,8 @@ from headrace.kvcache.pool import allocate_caches
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
 from headrace.models.loading import load_decoder
+from headrace.quantization.linear import PackedLinear
+from headrace.quantization.registry import keeps_packed, quantizer
 from headrace.scheduling.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer
 
@@ -68,24 +70,39 @@ def _summary(
 ) -> dict[str, Any]:
     """Facts for people and logs."""
     tensors = [*model.parameters(), *model.buffers()]
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     return {
         "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "weight_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "parameters": sum(p.numel() for p in model.parameters())
+        + sum(module.in_features * module.out_features for module in packed),
+        "weight_bytes": sum(t.numel() * t.element_size() for t in tensors) + sum(m.nbytes for m in packed),
+        "packed_linears": len(packed),
     }
 
 
 def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
-    dtype = _dtype(spec, checkpoint, device)
-    model = load_decoder(checkpoint.config, checkpoint, dtype=dtype, device=device)
+    quantize = quantizer(spec.quantization, device) if spec.quantization else None
+    dtype = _dtype(spec, checkpoint, device, packs=True)
+    model = load_decoder(
+        checkpoint.config,
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        transform=None
+        if quantize is None
+        else lambda _, linear: quantize(linear.weight, linear.bias, linear.parts),
+        keep_packed=quantize is None and keeps_packed(checkpoint, dtype, device),
+    )
     if model.config.headless:
         raise UnsupportedCheckpoint(
             f"{spec.model}: {checkpoint.config.get('architectures')} has no language-model head; "
             "serve it as an embedder, or give a *ForCausalLM checkpoint",
             param="engine",
         )
+    tokenizer = _tokenizer(checkpoint)
+    eos_ids = eos_token_ids(checkpoint, tokenizer)
     max_model_len = _max_model_len(spec, model)
     step_tokens = spec.max_num_batched_tokens or (
         _CUDA_STEP_TOKENS if device.type == "cuda" else _CPU_STEP_TOKENS
@@ -101,7 +118,7 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         block_size=spec.block_size,
         max_num_seqs=spec.max_num_seqs,
         max_model_len=max_model_len,
-        rope_by_length=model.config.rope.length_dependent,
+        rope_by_length=model.config.rope_boundary is not None,
     )
     scheduler = Scheduler(
         BlockPool(blocks),
@@ -109,16 +126,16 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=step_tokens,
         max_model_len=max_model_len,
-        eos_ids=eos_token_ids(checkpoint),
+        eos_ids=eos_ids,
         fingerprint=f"{checkpoint.fingerprint}/{dtype}",
         prefix_caching=spec.prefix_caching,
         prefix_regime=_prefix_regime(model),
     )
-    compiler = ConstraintCompiler(
-        lambda: Tokenizer.from_path(checkpoint.path).backend.to_str(),
-        vocab_size=model.config.vocab_size,
-        eos_ids=eos_token_ids(checkpoint),
-    )
+    compiler = None
+    if tokenizer is not None:
+        compiler = ConstraintCompiler(
+            tokenizer.backend.to_str, vocab_size=model.config.vocab_size, eos_ids=eos_ids
+        )
     overlap = device.type == "cuda" if spec.overlap is None else spec.overlap
     summary = {
         **_summary(checkpoint, model, device, dtype),
@@ -138,21 +155,30 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
 
 def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:
     """What keys depend on besides tokens, by prompt length: nothing, but for length-dependent rope."""
-    rope = model.config.rope
-    if rope.kind == "longrope":
-        return lambda num_prompt: "long" if num_prompt > rope.original_length else "short"
-    if rope.length_dependent:
-        return lambda num_prompt: str(max(num_prompt, rope.original_length))
-    return lambda num_prompt: ""
+    boundary = model.config.rope_boundary
+    if boundary is None:
+        return lambda num_prompt: ""
+    if model.config.rope.kind == "dynamic":
+        return lambda num_prompt: str(max(num_prompt, boundary))
+    return lambda num_prompt: "long" if num_prompt > boundary else "short"
 
 
-def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Tokens that end an answer: those of generation_config.json, else of config.json."""
+def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Tokens that end an answer: those of generation_config.json and config.json, and the tokenizer's own."""
+    ids: dict[int, None] = dict.fromkeys(tokenizer.eos_ids if tokenizer is not None else ())
     for source in (checkpoint.generation_config, checkpoint.config):
         found = source.get("eos_token_id")
         if found is not None:
-            return (found,) if isinstance(found, int) else tuple(found)
-    return ()
+            ids.update(dict.fromkeys((found,) if isinstance(found, int) else found))
+    return tuple(ids)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The core needs one for end tokens and grammars only; token ids can be served without."""
+    try:
+        return Tokenizer.from_path(checkpoint.path)
+    except MissingFile:
+        return None
 
 
 def _device(spec: EngineSpec) -> torch.device:
@@ -165,13 +191,19 @@ def _device(spec: EngineSpec) -> torch.device:
     return torch.device(spec.device)
 
 
-def _dtype(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """What was asked for; else float32 on a CPU (its 16-bit products are slower) and the checkpoint's on a GPU."""
+def _dtype(
+    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, *, packs: bool = False
+) -> torch.dtype:
+    """What was asked for; else what is fast and as right as the weights are.
+
+    On a CPU that is bfloat16 over weights kept in few bits (``packs``: this engine can), and float32 over others.
+    """
     if spec.dtype != "auto":
         dtype: torch.dtype = getattr(torch, spec.dtype)
         return dtype
     if device.type == "cpu":
-        return torch.float32
+        packed = packs and (spec.quantization or keeps_packed(checkpoint, torch.bfloat16, device))
+        return torch.bfloat16 if packed else torch.float32
     stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     return torch.float16 if stored == "float16" else torch.bfloat16
 

@@ -28,12 +28,7 @@ __all__ = ["DispatchClient", "error_of"]
 
 def error_of(failed: Failed) -> errors.HeadraceError:
     """The exception that a core's Failed message stands for."""
-    known = (getattr(errors, name) for name in errors.__all__)
-    classes = {
-        cls.code: cls for cls in known if isinstance(cls, type) and issubclass(cls, errors.HeadraceError)
-    }
-    cls = classes.get(failed.code, errors.EngineDead)
-    return cls(failed.message)
+    return errors.from_code(failed.code, failed.message, default=errors.EngineDead)
 
 
 class DispatchClient:
@@ -104,7 +99,8 @@ class DispatchClient:
                 self._encoding.pop(id, None)
         for output in outputs:
             if output.error:
-                raise errors.EngineDead(output.error) if self._failure else errors.EngineError(output.error)
+                code = errors.EngineDead.code if self._failure else output.error_code
+                raise errors.from_code(code, output.error, output.error_param or None)
         return outputs
 
     def abort(self, request_ids: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from headrace.errors import HeadraceError, InvalidRequest, Unprocessable
+from headrace.errors import HeadraceError, InvalidRequest, RequestTimeout, Unprocessable
 from headrace.messages import CoreStats
 from headrace.scheduling.token_budget import TokenBudgetQueue, Waiting
 from headrace.types import EncodeOutput, EncodeTask, Request
@@ -66,7 +66,10 @@ class EncodeCore(Generic[P]):
             try:
                 self._check(request)
             except HeadraceError as error:
-                self._refused.append(EncodeOutput(request.id, error=error.message))
+                code, param = type(error).code, error.param or ""
+                self._refused.append(
+                    EncodeOutput(request.id, error=error.message, error_code=code, error_param=param)
+                )
                 continue
             self._requests[request.id] = request
             self._queue.add(Waiting(request.id, len(request.token_ids), request.priority, request.deadline))
@@ -90,7 +93,9 @@ class EncodeCore(Generic[P]):
         ids, expired = self._queue.next_batch(time.monotonic())
         for id in expired:
             del self._requests[id]
-            outputs.append(EncodeOutput(id, error="the request's deadline passed"))
+            outputs.append(
+                EncodeOutput(id, error="the request's deadline passed", error_code=RequestTimeout.code)
+            )
         if not ids:
             return outputs
         batch = [self._requests.pop(id) for id in ids]

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, InvalidRequest
 from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.constraints.table import ConstraintTable
 from headrace.execution.runner import Runner, Step, StepResult
@@ -96,7 +96,13 @@ class GenerateCore:
                 self.constraints.add(sequence)
             except HeadraceError as error:
                 self._refused.append(
-                    Output(request.id, finish_reason=FinishReason.ERROR, error=error.message)
+                    Output(
+                        request.id,
+                        finish_reason=FinishReason.ERROR,
+                        error=error.message,
+                        error_code=type(error).code,
+                        error_param=error.param or "",
+                    )
                 )
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -173,7 +179,10 @@ class GenerateCore:
         for sequence, message in self.constraints.refused():
             self.scheduler.finish(sequence, FinishReason.ERROR)
             self._forget(sequence)
-            outputs.append(Output(sequence.id, finish_reason=FinishReason.ERROR, error=message))
+            code = InvalidRequest.code
+            outputs.append(
+                Output(sequence.id, finish_reason=FinishReason.ERROR, error=message, error_code=code)
+            )
         return outputs
 
     def _finish(self, plan: StepPlan, launched: Future[Step]) -> list[Output]:
@@ -202,7 +211,9 @@ class GenerateCore:
                 self.constraints.remove(sequence)
             if sequence.finish_reason is FinishReason.ERROR:
                 constrained = sequence.sampling.constraint is not None
-                message = "the model's logits were not finite" + (" or left the grammar" if constrained else "")
+                message = "the model's logits were not finite" + (
+                    " or left the grammar" if constrained else ""
+                )
                 outputs.append(Output(sequence.id, finish_reason=FinishReason.ERROR, error=message))
                 continue
             logprobs = result.logprobs.get(index.get(id(sequence), -1))

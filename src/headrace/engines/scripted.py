@@ -31,7 +31,7 @@ class Step(msgspec.Struct, frozen=True):
         tokens: ids given out together.
         delay: seconds to wait first; 0 only yields to the event loop.
         stop: this step's last token is a stop token: the sequence ends with reason ``stop``.
-        error: the engine fails the sequence with this message.
+        error: the engine fails the sequence with this message; ``code`` says as which kind of error.
         dies: the whole engine dies with this message.
     """
 
@@ -39,6 +39,7 @@ class Step(msgspec.Struct, frozen=True):
     delay: float = 0.0
     stop: bool = False
     error: str = ""
+    code: str = ""
     dies: str = ""
 
 
@@ -152,7 +153,8 @@ class ScriptedEngine:
 
     def _output(self, request: Request, params: SamplingParams, step: Step, given: int) -> Output:
         if step.error:
-            return Output(request.id, finish_reason=FinishReason.ERROR, error=step.error)
+            failed = FinishReason.ERROR
+            return Output(request.id, finish_reason=failed, error=step.error, error_code=step.code)
         self._counts["steps"] += 1
         room = (params.max_tokens or self.ready.max_model_len - len(request.token_ids)) - given
         tokens = step.tokens[:room]

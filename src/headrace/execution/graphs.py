@@ -25,7 +25,31 @@ from headrace.scheduling.sequence import Sequence
 
 __all__ = ["LADDER", "DecodeStep", "GraphRunner"]
 
-LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+LADDER = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    160,
+    192,
+    224,
+    256,
+    320,
+    384,
+    448,
+    512,
+    640,
+    768,
+    896,
+    1024,
+)
 _STAGES = 4  # pinned buffers in turn; at most two steps are in flight
 
 
@@ -80,7 +104,12 @@ class GraphRunner(Runner):
         fast: bool = True,
     ) -> None:
         super().__init__(
-            model, caches, device=device, block_size=block_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+            model,
+            caches,
+            device=device,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
         )
         self.decoder = model
         self.max_model_len = max_model_len
@@ -237,7 +266,12 @@ class GraphRunner(Runner):
         """The step itself: tokens int64 [B], or logits float32 [B, V]."""
         model = self.decoder
         inputs = begin_step(
-            packed, self._device_tables, self._last_tokens, model.embed.weight, model.embed.scale, self.block_size
+            packed,
+            self._device_tables,
+            self._last_tokens,
+            model.embed.weight,
+            model.embed.scale,
+            self.block_size,
         )
         rows = packed[0]
         if self._fast is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from headrace.errors import EngineError, RequestTimeout
+from headrace.errors import EngineError, RequestTimeout, from_code
 from headrace.llm.protocols import Detokenizer
 from headrace.text.stopping import StopMatcher
 from headrace.types import FinishReason, Output, Request, SamplingParams, TokenLogprobs
@@ -62,7 +62,8 @@ class Choice:
         """
         reason = output.finish_reason
         if reason is FinishReason.ERROR:
-            raise EngineError(output.error or "the engine failed this request")
+            message = output.error or "the engine failed this request"
+            raise from_code(output.error_code, message, output.error_param or None)
         if output.num_cached_tokens:
             self.num_cached = output.num_cached_tokens
         if output.prompt_logprobs:

@@ -183,6 +183,11 @@ class Encoder:
             for place, encoded in enumerate(inputs)
         ]
         outputs = await self.client.encode_all(requests)
+        if params.dimensions is not None and outputs and outputs[0].shape[-1] != params.dimensions:
+            raise InvalidRequest(
+                f"dimensions is {params.dimensions}, but this model makes {outputs[0].shape[-1]}",
+                param="dimensions",
+            )
         return Embeddings(tuple(outputs), Usage(prompt_tokens=sum(len(encoded.ids) for encoded in inputs)))
 
     def _check_dimensions(self, params: EncodeParams) -> None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace.config.spec import EngineSpec
-from headrace.errors import InvalidRequest
+from headrace.errors import ConfigError, InvalidRequest, nearest
 from headrace.llm.async_engine import AsyncEngine, PromptLike
 from headrace.llm.protocols import Messages, Prompt
 from headrace.llm.results import Result
@@ -168,8 +168,17 @@ async def _start(model: Any, options: dict[str, Any]) -> AsyncEngine:
     if callable(model):
         made: AsyncEngine = await model()
         return made
-    spec = model if isinstance(model, EngineSpec) else EngineSpec(model=model, **options)
+    spec = model if isinstance(model, EngineSpec) else EngineSpec(model=model, **_known(options))
     return await AsyncEngine.start(spec)
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, or ConfigError naming the first that EngineSpec does not have."""
+    fields = EngineSpec.__struct_fields__
+    for name in options:
+        if name not in fields:
+            raise ConfigError(f"LLM has no option {name!r}{nearest(name, fields)}", param=name)
+    return options
 
 
 def as_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.checkpoints import resolve
+from headrace.checkpoints.resolve import resolve
 from headrace.config.spec import EngineSpec
 from headrace.llm.protocols import Messages
 from headrace.text.detokenizer import Detokenizer

@@ -144,8 +144,8 @@ class DecoderModel(nn.Module):
 
     def finish(self) -> None:
         """Called once, when the weights are there: what follows from them and from their device."""
-        device = self.embed.weight.device
-        if self.config.tied and not self.config.headless:
+        device = next(self.parameters()).device
+        if self.config.tied and not self.config.headless and self.head is None:
             vocab, hidden = self.embed.weight.shape
             self.head = Linear(hidden, vocab, dtype=self.embed.weight.dtype, device="meta")
             self.head.weight = self.embed.weight

@@ -109,9 +109,7 @@ class FastDecoder:
     def workspace(self, num_seqs: int) -> DecodeWorkspace:
         """Scratch for steps of up to ``num_seqs`` sequences."""
         c = self.config
-        return DecodeWorkspace.allocate(
-            num_seqs, c.num_heads, c.num_kv_heads, c.head_dim, self.head.device
-        )
+        return DecodeWorkspace.allocate(num_seqs, c.num_heads, c.num_kv_heads, c.head_dim, self.head.device)
 
     def tokens(self, batch: DecodeBatch, last_tokens: Tensor) -> Tensor:
         """The most likely next tokens, int64 [B] (-1: not finite), also written to last_tokens[rows]."""
@@ -124,7 +122,9 @@ class FastDecoder:
     def logits(self, batch: DecodeBatch) -> Tensor:
         """float32 [B, V], as DecoderModel.logits."""
         if batch.embedded.shape[0] <= SMALL_ROWS:
-            logits = small_linear(self._small(batch), self.head, norm=self.final_norm, out_dtype=torch.float32)
+            logits = small_linear(
+                self._small(batch), self.head, norm=self.final_norm, out_dtype=torch.float32
+            )
             return self.model.adjust_logits(logits)
         return self.model.logits(self._large(batch))
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from headrace.errors import UnsupportedCheckpoint
-from headrace.layers.linear import Linear, parameter
+from headrace.layers.linear import Embedding, Linear, parameter
 from headrace.models.declaration import DecoderConfig
 from headrace.models.decoder import DecoderModel
 from headrace.models.family import WeightNames
 from headrace.models.registry import family_of, read_config
+from headrace.quantization.ggml import PackedEmbedding, packed_linear
+from headrace.quantization.registry import PackedSource, can_keep
 
 __all__ = ["Progress", "Transform", "WeightSource", "load_decoder", "random_weights"]
 
@@ -45,6 +47,7 @@ def load_decoder(
     device: torch.device | str,
     progress: Progress | None = None,
     transform: Transform | None = None,
+    keep_packed: bool = False,
 ) -> DecoderModel:
     """Build the decoder that `config.json` declares and fill it from a checkpoint.
 
@@ -54,6 +57,7 @@ def load_decoder(
         config: `config.json`, parsed.
         transform: replaces each linear layer as soon as it is loaded (quantization), before the next one
             takes memory. A tied head is not one of them.
+        keep_packed: matrices that the checkpoint stores in blocks stay so (quantization/ggml.py), on the CPU.
 
     Raises:
         UnknownArchitecture, UnsupportedCheckpoint: see read_config; or a tensor is missing, has no place, or
@@ -64,6 +68,9 @@ def load_decoder(
     model = DecoderModel(declared, dtype=dtype, device="meta")
     loader = _Loader(model, weights, family.names, architecture, torch.device(device))
     loader.check_names(family.ignored)
+    if keep_packed:
+        assert isinstance(weights, PackedSource)
+        loader.keep_packed(weights)
     loader.fill(progress, transform)
     _finish(model)
     return model
@@ -159,6 +166,31 @@ class _Loader:
                     "has no place; it was made by another model, or config.json is not its own",
                     param=name,
                 )
+
+    def keep_packed(self, weights: PackedSource) -> None:
+        """Swap every matrix that is stored in blocks; ``fill`` then finds only the others."""
+        for path, module in list(self.model.named_modules()):
+            sources = self.sources.get(f"{path}.weight", ())
+            matrix = isinstance(module, (Linear, Embedding))
+            if not matrix or not sources or not all(can_keep(weights.info(name)) for name in sources):
+                continue
+            shell = self.model.get_parameter(f"{path}.weight")
+            tensors = [weights.load_packed(name) for name in sources]
+            shape = [sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:]]
+            if shape != list(shell.shape) or any(tensor.shape[1] != shape[1] for tensor in tensors):
+                raise UnsupportedCheckpoint(
+                    f"tensors {', '.join(sources)} have shapes {[list(tensor.shape) for tensor in tensors]}; "
+                    f"{list(shell.shape)} is expected by config.json of {self.architecture}",
+                    param=sources[0],
+                )
+            if isinstance(module, Linear):
+                biases = [self.weights.load(name) for name in self.sources.get(f"{path}.bias", ())]
+                kept: nn.Module = packed_linear(tensors, bias=torch.cat(biases) if biases else None)
+            else:
+                kept = PackedEmbedding(tensors[0], scale=module.scale, dtype=shell.dtype)
+                if self.model.config.tied and not self.model.config.headless:
+                    self.model.head = packed_linear(tensors)  # type: ignore[assignment]
+            self.model.set_submodule(path, kept)
 
     def fill(self, progress: Progress | None, transform: Transform | None) -> None:
         """Read every tensor once, module by module."""

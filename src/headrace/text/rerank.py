@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from headrace.errors import InvalidRequest, Unprocessable
+from headrace.errors import ContextLengthExceeded, InvalidRequest
 from headrace.text.encoding import Encoded, EncodeText, Truncate
 from headrace.text.template import ChatTemplate
 
@@ -98,7 +98,7 @@ class RerankTemplate:
                 if room >= 0
                 else "the query and the template alone do not fit"
             )
-            raise Unprocessable(
+            raise ContextLengthExceeded(
                 f"{name} has {len(head) + len(body) + len(tail)} tokens with its prompt and this model "
                 f"takes {limit}; {fix}",
                 param=name,

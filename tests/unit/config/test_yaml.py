@@ -60,10 +60,13 @@ block: |
     assert ours == yaml.safe_load(text)
 
 
+NAMES = st.text(string.ascii_letters, min_size=2)
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=20),
-        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(string.ascii_letters, min_size=2), inner, max_size=4),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4),
         max_leaves=20,
     )
 )  # fmt: skip
@@ -147,8 +150,8 @@ def test_empty_and_marked_files(tmp_path: Path) -> None:
     assert check_text("").report.ok
     assert not check_text("just text").report.ok
     assert not check_text("[]").report.ok
+    (tmp_path / "config.yml").write_text("a: 1")
     with pytest.raises(ConfigError, match=r"there is config\.yml beside it"):
-        (tmp_path / "config.yml").write_text("a: 1")
         check_file(tmp_path / "config.yaml")
 
 
@@ -174,7 +177,23 @@ def test_garbage_never_crashes(text: str | bytes) -> None:
 
 
 def _mutate(text: str, rng: random.Random) -> str:
-    values = ["", "null", "[]", "{}", "-1", "1e999", ".nan", "yes", "'x'", "&a *a", "*a", "!!str 1", "12:30", "\t", "x" * 500, "\u202e", "[[[[", "0x", "9" * 400]  # fmt: skip
+    values = [
+        "",
+        "null",
+        "[]",
+        "{}",
+        "-1",
+        "1e999",
+        ".nan",
+        "yes",
+        "'x'",
+        "&a *a",
+        "*a",
+        "!!str 1",
+        "12:30",
+        "\t",
+    ]
+    values += ["x" * 500, "\u202e", "[[[[", "0x", "9" * 400]
     lines = text.splitlines()
     for _ in range(rng.randint(1, 4)):
         index = rng.randrange(len(lines))

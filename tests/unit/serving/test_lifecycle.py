@@ -208,6 +208,14 @@ def test_a_failed_request_fails_alone() -> None:
         assert server.request("GET", "/health")[0] == 200
 
 
+def test_what_the_core_refuses_is_the_clients_error() -> None:
+    with live(scripted_model(failing(0, error="the grammar is too large", code="invalid_value"))) as server:
+        for stream in (False, True):
+            status, body, _ = server.post("/v1/chat/completions", ASK | {"stream": stream})
+            assert status == 400
+            assert body["error"]["message"] == "the grammar is too large"
+
+
 def test_failure_in_a_stream_is_an_error_event_and_openai_raises_it() -> None:
     with live(scripted_model(failing(3, error="bad cell"))) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

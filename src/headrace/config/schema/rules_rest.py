@@ -6,11 +6,13 @@ from typing import Any
 
 from headrace.config.foreign import ENGINE_OPTIONS, TRT_TO_VLLM
 from headrace.config.schema.view import Rule, View, rule
-from headrace.config.schema.weights import AUTH_METHODS
+from headrace.config.schema.weights import AUTH_METHODS, MODEL_CACHE_ROOT
 
 __all__ = ["REST_RULES"]
 
 REST_RULES: list[Rule] = []
+_PATCH = "trt_llm.runtime.patch_kwargs"
+_BIS_OPTIONS = "bis_llm.config.engine_config"
 _ROLE_KEYS = tuple(
     name for method, names in AUTH_METHODS.items() if method != "CUSTOM_SECRET" for name in names
 )
@@ -59,6 +61,18 @@ def mounts_are_unique(view: View) -> None:
 
 
 @rule(REST_RULES)
+def mounts_are_read(view: View) -> None:
+    """Differs: files of `weights` and `model_cache` that no `model_path` lies under are not fetched."""
+    paths = [view.get(f"{block}.model_path", "") for block in (_PATCH, "bis_llm.config", _BIS_OPTIONS)]
+    for where, entry in (*_entries(view, "weights"), *_entries(view, "model_cache")):
+        mount = entry.get("mount_location") or f"{MODEL_CACHE_ROOT}/{entry.get('volume_folder') or ''}"
+        if isinstance(mount, str) and not any(
+            path == mount or path.startswith(f"{mount}/") for path in paths
+        ):
+            view.notice("differs", where, "is not fetched: no model_path of an engine block lies under it")
+
+
+@rule(REST_RULES)
 def weight_credentials(view: View) -> None:
     """`auth_secret_name` stands beside or inside `auth`, not both; each method needs its own keys only."""
     for where, entry in _entries(view, "weights"):
@@ -69,6 +83,9 @@ def weight_credentials(view: View) -> None:
             view.error(f"{where}.auth_secret_name", "is given twice, also inside auth; keep one of them")
         method = auth.get("auth_method")
         if isinstance(method, str):
+            if method != "CUSTOM_SECRET":
+                note = "roles belong to the hosted system; here the machine's own credentials are used"
+                view.notice("differs", f"{where}.auth.auth_method", note)
             _method_keys(
                 view, f"{where}.auth", auth, method, AUTH_METHODS[method], ("auth_secret_name", *_ROLE_KEYS)
             )
@@ -157,7 +174,7 @@ def reserved_variables(view: View) -> None:
 @rule(REST_RULES)
 def drafters_are_complete(view: View) -> None:
     """`speculative_config`: Eagle needs `speculative_model_dir`, MTP needs `num_nextn_predict_layers`."""
-    for path in ("trt_llm.runtime.patch_kwargs.speculative_config", "bis_llm.config.speculative_config"):
+    for path in (f"{_PATCH}.speculative_config", "bis_llm.config.speculative_config"):
         needed = {"EAGLE": "speculative_model_dir", "MTP": "num_nextn_predict_layers"}
         name = needed.get(str(view.get(f"{path}.decoding_type")))
         if name and view.get(f"{path}.{name}") is None and not view.invalid(f"{path}.{name}"):
@@ -197,7 +214,7 @@ def disaggregation_is_declared(view: View) -> None:
 @rule(REST_RULES, "bis_llm.config", when="bis_llm.config.engine_config")
 def engine_options_mean_something(view: View) -> None:
     """`engine_config` may use either backend's names; lifted: TensorRT-LLM's names on the vLLM backend."""
-    path = "bis_llm.config.engine_config"
+    path = _BIS_OPTIONS
     backend = view.get("bis_llm.config.engine_backend", "trtllm")
     for name in view.get(path, {}):
         option = ENGINE_OPTIONS.get(name)

@@ -12,11 +12,13 @@ __all__ = [
     "BDN",
     "EXTERNAL_DATA",
     "MODEL_CACHE",
+    "MODEL_CACHE_ROOT",
     "TRAINING_CHECKPOINTS",
     "WEIGHTS",
     "auth_fields",
 ]
 
+MODEL_CACHE_ROOT = "/app/model_cache"
 _BUCKETS = ("s3", "gs", "azure", "r2", "cw")
 SCHEMES = ("azure://", "bt://", "cw://", "gs://", "hf://", "https://", "r2://", "s3://")
 

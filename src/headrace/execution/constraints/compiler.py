@@ -49,7 +49,9 @@ class Constraint:
         """Write the bits of allowed tokens into ``mask``, int32 [ceil(V / 32)], little-endian bits."""
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
-            raise HeadraceError(f"the grammar gave up: {self._matcher.get_error().strip()}", code="constraint_failed")
+            raise HeadraceError(
+                f"the grammar gave up: {self._matcher.get_error().strip()}", code="constraint_failed"
+            )
 
     def advance(self, token: int) -> None:
         """Take a sampled token. Raises HeadraceError when the grammar does not allow it: a bug."""
@@ -75,7 +77,12 @@ class ConstraintCompiler:
     """
 
     def __init__(
-        self, tokenizer_json: Callable[[], str], *, vocab_size: int, eos_ids: tuple[int, ...], workers: int = 1
+        self,
+        tokenizer_json: Callable[[], str],
+        *,
+        vocab_size: int,
+        eos_ids: tuple[int, ...],
+        workers: int = 1,
     ) -> None:
         self._tokenizer_json = tokenizer_json
         self.vocab_size = vocab_size

@@ -31,7 +31,9 @@ def grammar_of(spec: ConstraintSpec) -> str:
     from llguidance import LLMatcher
 
     if len(spec.text) > MAX_SOURCE_BYTES:
-        raise _invalid(f"the {spec.kind} is {len(spec.text)} characters long; at most {MAX_SOURCE_BYTES} are taken")
+        raise _invalid(
+            f"the {spec.kind} is {len(spec.text)} characters long; at most {MAX_SOURCE_BYTES} are taken"
+        )
     match spec.kind:
         case "json_object":
             return str(LLMatcher.grammar_from_json_schema({"type": "object"}))
@@ -47,7 +49,11 @@ def grammar_of(spec: ConstraintSpec) -> str:
             return str(LLMatcher.grammar_from_regex(spec.text))
         case "choice":
             choices = _json(spec)
-            if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
+            if (
+                not isinstance(choices, list)
+                or not choices
+                or not all(isinstance(c, str) and c for c in choices)
+            ):
                 raise _invalid("a choice is a list of one or more strings, none of them empty")
             return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in choices)))
         case "grammar":
@@ -63,7 +69,9 @@ def check_grammar(spec: ConstraintSpec) -> list[str]:
 
     grammar = grammar_of(spec)
     try:
-        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=LLParserLimits(**LIMITS))
+        failed, messages = LLMatcher.validate_grammar_with_warnings(
+            grammar, None, limits=LLParserLimits(**LIMITS)
+        )
     except Exception as error:
         raise _invalid(f"the {spec.kind} cannot be compiled: {error}") from error
     if failed:

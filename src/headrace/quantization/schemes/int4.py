@@ -139,13 +139,13 @@ class Int4Linear(PackedLinear):
         return out
 
     def dequantize(self) -> Tensor:
-        columns = self.codes.shape[1] * 2
+        columns = int(self.codes.shape[1]) * 2
         scale, zero = self.scales.float().unbind(-1)
         # Asked one column at a time, with scale 1 and zero 0, the kernel tells its codes back exactly.
         plain = torch.stack((torch.ones_like(scale), torch.zeros_like(zero)), -1).bfloat16()
         unit = torch.eye(columns, dtype=torch.bfloat16)
         codes = torch.ops.aten._weight_int4pack_mm_for_cpu(unit, self.codes, self.group, plain).float()
-        weight = codes.view(-1, self.group, codes.shape[1]) * scale.unsqueeze(1) + zero.unsqueeze(1)
+        weight: Tensor = codes.view(-1, self.group, codes.shape[1]) * scale.unsqueeze(1) + zero.unsqueeze(1)
         weight = weight.flatten(0, 1)
         if self.halves:
             planes = weight.view(-1, 2, self.halves, weight.shape[1])

@@ -9,6 +9,7 @@ lengths. The last program to finish a (sequence, key head) merges its pieces in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,12 +17,39 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors
+from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors, prefetch_l2
 
-__all__ = ["MAX_SPLITS", "DecodeWorkspace", "QKNormRope", "decode_attention"]
+__all__ = ["MAX_SPLITS", "DecodeShape", "DecodeWorkspace", "QKNormRope", "decode_attention", "decode_shape"]
 
 MAX_SPLITS = 32
-MIN_SPLIT = 128
+
+
+class DecodeShape(NamedTuple):
+    """How decode attention is cut.
+
+    Attributes:
+        tile: keys of one load.
+        min_split: keys of the smallest piece; a multiple of tile.
+        programs: on each multiprocessor.
+    """
+
+    tile: int
+    min_split: int
+    programs: int
+    warps: int
+    stages: int
+
+
+def decode_shape(num_heads: int, padded: int) -> DecodeShape:
+    """For ``num_heads`` sequences times key heads, of ``padded`` dimensions.
+
+    Few heads are cut small, to fill the device; many are not cut until they are long.
+    """
+    if INTERPRETED:
+        return DecodeShape(16, 16, 2, 4, 1)
+    if padded > 128:
+        return DecodeShape(32, 128, 1, 4, 3)
+    return DecodeShape(64, 128 if num_heads <= 128 else 512 if num_heads <= 512 else 1024, 2, 4, 4)
 
 
 @dataclass(slots=True)
@@ -159,9 +187,10 @@ def _decode(
     FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr,
     MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    # Lengths and tables are written by no kernel that may still run (kernels/step), so they are read, and the first
+    # keys called to L2, before the wait.
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     num_heads = num_kv_heads * G
     s_all = tl.arange(0, SEQS)
@@ -199,6 +228,16 @@ def _decode(
         if WINDOW > 0:
             lo = tl.maximum(lo, length - WINDOW)
 
+        if PDL:
+            if work == tl.program_id(0):
+                line = tl.arange(0, MIN_SPLIT)
+                near = lo + line < hi
+                block = tl.load(table_ptr + (lo + line) // BLOCK, mask=near, other=0).to(tl.int64)
+                slot = block * cache_block + ((lo + line) % BLOCK) * cache_token + head * cache_head
+                for part in tl.static_range(0, DP, 64):
+                    prefetch_l2(k_cache + slot + part)
+                    prefetch_l2(v_cache + slot + part)
+            gdc_wait()
         q_at = q_ptr + token * q_row + (head * G + g)[:, None] * q_head
         q_ok = (g[:, None] < G) & (d[None, :] < D)
         q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
@@ -285,6 +324,8 @@ def _decode(
                 o_ok = (gm[:, None] < G) & (d[None, :] < D)
                 tl.store(out_ptr + o_at + (head * G + gm)[:, None] * D + d[None, :], o.to(dtype), mask=o_ok)
                 tl.store(arrivals_ptr + seq * num_kv_heads + head, 0)
+    if PDL:
+        gdc_wait()
 
 
 def decode_attention(
@@ -336,11 +377,10 @@ def decode_attention(
     if fused is not None:
         assert new_k is not None and new_v is not None and new_k.stride() == new_v.stride()
         width = 0 if fused.cos is None else fused.cos.shape[-1]
-    programs = min(
-        num_seqs * num_kv_heads * MAX_SPLITS, num_multiprocessors(q.device) * (2 if padded <= 128 else 1)
-    )
-    tile = 64 if padded <= 128 else 32
-    options = launch_options(q.device, 4, 3)
+    shape = decode_shape(num_seqs * num_kv_heads, padded)
+    most = num_seqs * num_kv_heads * MAX_SPLITS
+    programs = min(most, num_multiprocessors(q.device) * shape.programs)
+    options = launch_options(q.device, shape.warps, shape.stages)
     _decode[(programs,)](
         q, q.stride(0), q.stride(1),
         new_k if new_k is not None else q, new_v if new_v is not None else q,
@@ -352,9 +392,9 @@ def decode_attention(
         fused.cos if width else workspace.partial, fused.sin if width else workspace.partial,
         num_seqs, num_kv_heads, scale, soft_cap or 0.0,
         G=group, GP=max(16, merged), GM=merged, D=head_dim, DP=padded, R=width,
-        BLOCK=block_size, TILE=tile, SEQS=max(16, triton.next_power_of_2(num_seqs)), WINDOW=window or 0,
+        BLOCK=block_size, TILE=shape.tile, SEQS=max(16, triton.next_power_of_2(num_seqs)), WINDOW=window or 0,
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=norm, ROWS=rows is not None,
-        STARTS=query_starts is not None, MAX_SPLITS=MAX_SPLITS, MIN_SPLIT=16 if INTERPRETED else MIN_SPLIT,
+        STARTS=query_starts is not None, MAX_SPLITS=MAX_SPLITS, MIN_SPLIT=shape.min_split,
         CHUNK=max(1, min(8, 2048 // (merged * padded))), **options,
     )  # fmt: skip
     return out

@@ -1,0 +1,161 @@
+"""Write the generated parts of docs/config.md and docs/migration.md from the schema.
+
+python scripts/config_docs.py          rewrite them
+python scripts/config_docs.py --check  exit 1 when they lag
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from headrace.config import env  # noqa: E402
+from headrace.config.accelerators import ACCELERATORS  # noqa: E402
+from headrace.config.foreign import TEI_FLAGS, TRT_TO_VLLM, VLLM_FLAGS, Foreign  # noqa: E402
+from headrace.config.load import RULES  # noqa: E402
+from headrace.config.schema.fields import REQUIRED, Field, Section  # noqa: E402
+from headrace.config.schema.own import OWN  # noqa: E402
+from headrace.config.schema.top import TOP  # noqa: E402
+
+FILES = ("docs/config.md", "docs/migration.md")
+_MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    head = list(header)
+    lines = [head, ["---"] * len(head), *[list(row) for row in rows]]
+    return (
+        "\n".join("| " + " | ".join(cell.replace("\n", " ") for cell in line) + " |" for line in lines) + "\n"
+    )
+
+
+def default(field: Field) -> str:
+    if field.default is REQUIRED:
+        return "required"
+    if field.default in (None, {}, []):
+        return ""
+    return f"`{json.dumps(field.default)}`".replace('""', "")
+
+
+def here(field: Field) -> str:
+    """What becomes of a hosted key."""
+    words = {"no_effect": "no effect", "differs": "differs", "not_yet": "not yet"}
+    parts = [f"`{field.to}`"] if field.to else []
+    if field.kind:
+        parts.append(f"{words.get(field.kind, field.kind)}: {field.here}")
+    return "; ".join(parts)
+
+
+def section(item: Section) -> str:
+    rows = [
+        (
+            " or ".join(f"`{name}`" for name in (field.name, *field.aliases)),
+            field.type.describe(),
+            default(field),
+            field.doc,
+            here(field),
+        )
+        for field in item.fields
+    ]
+    return f"### {item.title}\n\n{item.doc}\n\n" + table(("key", "type", "default", "meaning", "here"), rows)
+
+
+def hosted() -> str:
+    """Every section of the hosted schema once, in the order of the file."""
+    seen: dict[str, str] = {}
+    for item in TOP.walk():
+        if item is not OWN:
+            seen.setdefault(item.title, section(item))
+    return "\n".join(seen.values())
+
+
+def own() -> str:
+    rows = [(f"`{field.name}`", field.type.describe(), default(field), field.doc) for field in OWN.fields]
+    inner = [item for item in OWN.walk() if item is not OWN]
+    text = table(("name", "type", "default", "meaning"), rows)
+    for item in inner:
+        rows = [
+            (f"`{field.name}`", field.type.describe(), default(field), field.doc) for field in item.fields
+        ]
+        text += f"\n### {item.title}\n\n{item.doc}\n\n" + table(("name", "type", "default", "meaning"), rows)
+    return text
+
+
+def rules() -> str:
+    return "".join(f"- {rule.doc}\n" for rule in RULES)
+
+
+def flags(items: Iterable[Foreign]) -> str:
+    def ours(item: Foreign) -> str:
+        if not item.to:
+            return ""
+        return f"`{item.to}`" if item.to.startswith("--") else f"`--{item.to.replace('_', '-')}`"
+
+    return table(("there", "here", "note"), ((f"`{item.name}`", ours(item), item.note) for item in items))
+
+
+def renamed() -> str:
+    return table(("TensorRT-LLM", "vLLM", "here"), (
+        (f"`{trt}`", f"`{vllm}`", f"`{ {'max_model_len': 'max_model_len'}.get(vllm, vllm) }`") for trt, vllm in TRT_TO_VLLM.items()
+    ))  # fmt: skip
+
+
+def variables() -> str:
+    return table(("variable", "meaning"), ((f"`{name}`", text) for name, text in env.VARIABLES.items()))
+
+
+def accelerators() -> str:
+    def rate(gpu: Any, kind: str) -> str:
+        return f"{gpu.flops[kind] / 1e12:,.0f}" if kind in gpu.flops else ""
+
+    rows = [
+        (gpu.name, f"{gpu.memory / 2**30:.1f}", f"{gpu.bandwidth / 1e9:,.0f}", f"{gpu.compute / 10}",
+         rate(gpu, "float16"), rate(gpu, "bfloat16"), rate(gpu, "fp8"), rate(gpu, "fp4"))
+        for gpu in ACCELERATORS.values() if gpu.known
+    ]  # fmt: skip
+    return table(("name", "GiB", "GB/s", "compute", "fp16 TFLOP/s", "bf16", "fp8", "fp4"), rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "hosted": hosted,
+    "own": own,
+    "rules": rules,
+    "vllm": lambda: flags(VLLM_FLAGS),
+    "tei": lambda: flags(TEI_FLAGS),
+    "renamed": renamed,
+    "variables": variables,
+    "accelerators": accelerators,
+}
+
+
+def rewritten(text: str) -> str:
+    """A page with its generated parts made anew."""
+    return _MARK.sub(lambda match: match[1] + PARTS[match[2]]() + match[3], text)
+
+
+def main() -> int:
+    """Rewrite or check."""
+    lagging = []
+    for name in FILES:
+        file = ROOT / name
+        text = file.read_text("utf-8")
+        new = rewritten(text)
+        if new != text:
+            lagging.append(name)
+            if "--check" not in sys.argv:
+                file.write_text(new, "utf-8")
+    if lagging:
+        print(("lagging: " if "--check" in sys.argv else "rewrote ") + ", ".join(lagging))
+    return 1 if lagging and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Flags made from the schema of EngineSpec, so that names, ranges and help stand in one place."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+from headrace.config.resolve import Resolution, resolve
+from headrace.config.schema.fields import Bool, Enum, Field, Str
+from headrace.config.schema.own import OWN
+from headrace.config.yaml import scalar
+
+__all__ = ["PLAN_FLAGS", "add_spec_flags", "resolution"]
+
+PLAN_FLAGS = (
+    *(
+        "revision",
+        "engine",
+        "device",
+        "dtype",
+        "quantization",
+        "kv_cache_dtype",
+        "max_model_len",
+        "max_num_seqs",
+    ),
+    *("max_num_batched_tokens", "kv_cache_bytes", "memory_fraction", "block_size", "tensor_parallel_size"),
+    *("eager", "pooling", "chat_template"),
+)
+
+
+def add_spec_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Add a flag for each of these fields of EngineSpec. An absent flag is None: the default stands elsewhere."""
+    group = parser.add_argument_group("settings (they win over a config.yaml)")
+    for name in names:
+        field = OWN.by_name[name]
+        flag = "--" + name.replace("_", "-")
+        text = _help(field)
+        if isinstance(field.type, Bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif isinstance(field.type, Enum):
+            choices = [word for word in field.type.values if word]
+            group.add_argument(flag, metavar="NAME", help=f"{text} ({', '.join(choices)})")
+        else:
+            group.add_argument(flag, metavar="TEXT" if isinstance(field.type, Str) else "N", help=text)
+
+
+def resolution(args: argparse.Namespace, names: Iterable[str]) -> Resolution:
+    """Resolve ``args.model`` with the flags. Raises ConfigError with every problem."""
+    settings = {name: _value(OWN.by_name[name], getattr(args, name)) for name in names}
+    return resolve(args.model, origin="flag", **settings)
+
+
+def _value(field: Field, given: Any) -> Any:
+    if given is None or isinstance(field.type, (Bool, Str, Enum)):
+        return given
+    return scalar(given)
+
+
+def _help(field: Field) -> str:
+    return field.doc.rstrip(".").replace("`", "").replace("%", "%%")

@@ -1,0 +1,57 @@
+"""The plan's numbers against a core that was really built, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headrace.checkpoints.fetch import installed
+from headrace.config.resolve import resolve
+from headrace.config.spec import EngineSpec
+from headrace.engines.build import build
+from headrace.engines.plan import cpu_machine, plan_for
+from support.tiny_folder import write_llama
+
+
+def same(spec: EngineSpec, tolerance: float) -> None:
+    plan = plan_for(spec, cpu_machine())
+    core, ready = build(spec)
+    summary: dict[str, Any] = ready.summary
+    del core
+    assert ready.engine == plan.engine
+    assert summary["dtype"] == plan.dtype
+    assert plan.weights.parameters == pytest.approx(summary["parameters"], rel=tolerance)
+    assert plan.weights.total == pytest.approx(summary["weight_bytes"], rel=tolerance)
+    assert plan.pool_tokens == pytest.approx(summary["kv_tokens"], rel=tolerance)
+    assert plan.pool_tokens * plan.kv_token_bytes == pytest.approx(
+        summary["kv_bytes"], rel=tolerance, abs=2**20
+    )
+    assert plan.step_tokens == summary["max_num_batched_tokens"]
+    assert plan.max_model_len == ready.max_model_len
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ({}, {}),
+        ({"tie_word_embeddings": True}, {"dtype": "bfloat16"}),
+        ({"num_hidden_layers": 5, "vocab_size": 999}, {"kv_cache_bytes": 3 * 2**20}),
+        ({"num_key_value_heads": 3, "intermediate_size": 200}, {"max_num_seqs": 3, "max_model_len": 100}),
+        ({"head_dim": 32}, {"block_size": 32, "max_num_batched_tokens": 64}),
+    ],
+)
+def test_tiny_models(config: dict[str, Any], settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    write_llama(tmp_path, **config)
+    same(resolve(str(tmp_path), **settings).spec, 1e-9)
+
+
+@pytest.mark.models
+def test_packaged_model() -> None:
+    if installed("smollm2-135m") is None:
+        pytest.skip("smollm2-135m is not on this machine")
+    torch.set_num_threads(1)
+    same(EngineSpec(model="smollm2-135m", kv_cache_bytes=64 * 2**20), 0.03)

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from headrace.errors import ConfigError
+from unit.config.cases import V1, build
+from unit.config.shapes import BGE_LARGE, DEEPSEEK_V3, LLAMA_70B, QWEN3_06B, QWEN3_8B, write_config
+
+
+def run(command: str, *arguments: str) -> int:
+    module = importlib.import_module(f"headrace.cli.{command}")
+    parser = argparse.ArgumentParser(prog=command, epilog=module.EXAMPLES)
+    module.add_arguments(parser)
+    code: int = module.run(parser.parse_args(arguments))
+    return code
+
+
+def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text(build(V1, {}))
+    bad.write_text("resources:\n  accelerator: H1000\ntrt_llm: 3\n")
+    assert run("config", "check", str(good)) == 0
+    assert capsys.readouterr().out == f"{good}: ok\n"
+    assert run("config", "check", str(good), str(bad)) == 2
+    out = capsys.readouterr().out
+    assert f"{bad}:2: resources.accelerator: " in out
+    assert f"{bad}:3: trt_llm: is '3'; expected a mapping" in out
+    assert "2 problems" in out
+    assert run("config", "check", str(tmp_path / "none.yaml"), str(good)) == 2
+    assert "no such file" in capsys.readouterr().out
+
+
+def test_check_json_and_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(build(V1, {"resources.node_count": 2}))
+    assert run("config", "check", str(tmp_path), "--json") == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["ok"]
+    assert result["notices"][0]["kind"] == "not_yet"
+    assert result["notices"][0]["line"] == 3
+    assert run("config", "check", str(file), "--strict", "--json") == 2
+    assert not json.loads(capsys.readouterr().out)[0]["ok"]
+
+
+def test_custom_code_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(build(V1, {}))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.py").write_text("raise SystemExit('never imported')")
+    assert run("config", "check", str(tmp_path)) == 0
+    assert "model.py is not run" in capsys.readouterr().out
+
+
+def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        build(V1, {"environment_variables": {"MY_TOKEN": "hf_value"}, "secrets": {"hf_access_token": None}})
+    )
+    assert run("config", "show", str(file)) == 0
+    text = capsys.readouterr().out
+    assert "owner/name" in text
+    assert "checkpoint_repository.repo" in text
+    assert "hf_value" not in text
+    assert run("config", "show", str(file), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["spec"]["model"] == "owner/name"
+    assert shown["accelerator"] == "H100"
+    file.write_text("trt_llm: 3")
+    assert run("config", "show", str(file)) == 2
+
+
+def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_config(tmp_path / "m", QWEN3_8B)
+    assert run("plan", str(folder), "--gpu", "H100", "--max-model-len", "8192") == 0
+    text = capsys.readouterr().out
+    for part in ("8.19 B", "dense", "KV 144.0 KiB a token", "tokens/s", "fp8 weights", "licence"):
+        assert part in text
+    assert run("plan", str(folder), "--gpu", "H100:2", "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["ranks"] == 2
+    assert data["engine"] == "dense"
+    big = write_config(tmp_path / "big", LLAMA_70B)
+    assert run("plan", str(big), "--gpu", "H100") == 1
+    assert "does not fit" in capsys.readouterr().out
+    assert run("plan", str(write_config(tmp_path / "e", BGE_LARGE)), "--gpu", "L4") == 0
+    assert "no KV cache" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="max_model_len"):
+        run("plan", str(folder), "--max-model-len", "many")
+    with pytest.raises(ConfigError, match="engine: is 'bert'"):
+        run("plan", str(folder), "--engine", "bert")
+
+
+def test_plan_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_config(tmp_path / "m", QWEN3_8B)
+    changes = {
+        "trt_llm.build.checkpoint_repository": {"source": "LOCAL", "repo": str(folder)},
+        "trt_llm.build.quantization_type": "fp8_kv",
+    }
+    (tmp_path / "config.yaml").write_text(build(V1, changes))
+    assert run("plan", str(tmp_path / "config.yaml"), "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["machine"], data["quantization"], data["kv_dtype"]) == ("H100", "fp8", "fp8")
+    assert data["notices"][0]["kind"] == "lifted"
+
+
+def test_plan_is_quick_and_needs_no_torch(tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "m", DEEPSEEK_V3)
+    code = (
+        "import sys, argparse; from headrace.cli import plan; p = argparse.ArgumentParser(); plan.add_arguments(p); "
+        f"plan.run(p.parse_args([{str(folder)!r}, '--gpu', 'B200:8', '--json'])); "
+        "assert not {'torch', 'transformers', 'pydantic', 'aiohttp'} & set(sys.modules), 'heavy'"
+    )
+    start = time.monotonic()
+    src = Path(__file__).parents[3] / "src"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=src)
+    assert done.returncode in (0, 1), done.stderr
+    assert "heavy" not in done.stderr
+    assert time.monotonic() - start < 6  # 0.6 s on a quiet machine
+
+
+@pytest.mark.parametrize("gpu", ["", "L4", "H100:2"])
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-8B", "folder", "bert", "odd: name # here"])
+def test_init_is_read_by_us_and_by_truss(
+    model: str, gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headrace.cli.init import config_text
+    from headrace.config.load import check_text
+    from headrace.config.resolve import resolve_view
+
+    if model in ("folder", "bert", "odd: name # here"):
+        model = str(write_config(tmp_path / model, BGE_LARGE if model == "bert" else QWEN3_06B))
+    text = config_text(model, gpu)
+    view = check_text(text)
+    assert [str(problem) for problem in view.report.problems] == []
+    kinds = {notice.kind for notice in view.report.notices}
+    assert kinds <= {"lifted"}
+    spec = resolve_view(view).spec
+    assert spec.model == model
+    assert spec.engine == ("bert" if "bert" in model else "decoder")
+    if "Qwen/" not in model and "bert" not in model:
+        assert spec.max_model_len == 40960
+    assert text.count("#") > 10
+    truss_config = pytest.importorskip("truss.base.truss_config")
+    from truss.base import trt_llm_config
+
+    monkeypatch.setattr(trt_llm_config, "get_hf_config", lambda repo, revision: None)
+    (tmp_path / "config.yaml").write_text(text)
+    parsed = truss_config.TrussConfig.from_yaml(tmp_path / "config.yaml")
+    assert parsed.trt_llm.build.checkpoint_repository.repo == model
+    parsed.validate_forbid_extra()
+
+
+def test_init_writes_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.yaml"
+    assert run("init", "o/n", "-o", str(file)) == 0
+    assert "headrace plan" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--force"):
+        run("init", "o/n", "-o", str(file))
+    assert run("init", "o/m", "-o", str(file), "--force") == 0
+    assert "o/m" in file.read_text()
+    assert run("init", "o/n", "-o", "-") == 0
+    assert "o/n" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="unsupported accelerator"):
+        run("init", "o/n", "--gpu", "X1", "-o", "-")
+    with pytest.raises(ConfigError, match="no name"):
+        run("init", "a\nb", "-o", "-")
