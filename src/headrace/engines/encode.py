@@ -28,12 +28,14 @@ class Pass(Protocol):
         tasks: what the model can do.
         vocab_size, max_tokens: bounds of a request's token ids and of their number.
         dimensions: size of its pooled vectors, 0 if it has none.
+        token_types: segments that it tells apart; 0 or 1: it ignores them.
     """
 
     tasks: frozenset[EncodeTask]
     vocab_size: int
     max_tokens: int
     dimensions: int
+    token_types: int
 
     def run(self, requests: Sequence[Request]) -> list[EncodeOutput]:
         """One pass over these; outputs in their order."""
@@ -162,6 +164,13 @@ class EncodeCore(Generic[P]):
             raise InvalidRequest(
                 f"token_types has {len(request.token_types)} entries; expected {size}", param="token_types"
             )
+        if request.token_types and runner.token_types > 1:
+            low, high = min(request.token_types), max(request.token_types)
+            if low < 0 or high >= runner.token_types:
+                raise InvalidRequest(
+                    f"token_types holds {low if low < 0 else high}; expected 0 to {runner.token_types - 1}",
+                    param="token_types",
+                )
         if params.dimensions is not None and not 0 < params.dimensions <= runner.dimensions:
             raise InvalidRequest(
                 f"dimensions is {params.dimensions}; expected 1 to {runner.dimensions}", param="dimensions"

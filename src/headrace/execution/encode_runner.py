@@ -30,7 +30,7 @@ class EncodeRunner:
         self.model, self.device = model, device
         self.tasks = frozenset(model.card.tasks)
         self.vocab_size, self.max_tokens = model.vocab_size, model.max_tokens
-        self.dimensions = model.dimensions
+        self.dimensions, self.token_types = model.dimensions, model.token_types
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request]) -> list[EncodeOutput]:
@@ -51,7 +51,7 @@ class EncodeRunner:
 
     def _pack(self, requests: Sequence[Request]) -> PackedBatch:
         types: list[list[int]] | None = None
-        if any(request.token_types for request in requests):
+        if self.token_types > 1 and any(request.token_types for request in requests):
             types = [list(r.token_types) or [0] * len(r.token_ids) for r in requests]
         ids = [list(request.token_ids) for request in requests]
         return PackedBatch.for_encoding(ids, device=self.device, causal=self.model.causal, token_types=types)

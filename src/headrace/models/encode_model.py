@@ -20,6 +20,7 @@ from headrace.models.decoder import DecoderModel
 from headrace.models.encode_backbone import Backbone, load_backbone
 from headrace.models.encode_card import EncodeCard, read_encode_card
 from headrace.models.encode_heads import HeadBuilder, classifier_steps, mlm_steps, token_classifier_steps
+from headrace.models.encoder import EncoderModel
 
 __all__ = ["EncodeModel", "load_encode_model"]
 
@@ -51,6 +52,11 @@ class EncodeModel(nn.Module):
         self.token_weight: Dense | None = None
         self.token_vector: Dense | None = None
         self.answers: AnswerLogits | None = None
+
+    @property
+    def token_types(self) -> int:
+        """Segments that the model tells apart; 0 or 1: none."""
+        return self.backbone.config.token_types if isinstance(self.backbone, EncoderModel) else 0
 
     @property
     def decoder(self) -> bool:

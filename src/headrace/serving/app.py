@@ -16,6 +16,21 @@ from headrace.serving.openai.embeddings import embeddings
 from headrace.serving.openai.models import get_model, list_models
 from headrace.serving.openai.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from headrace.serving.state import STATE, State
+from headrace.serving.tei import embed, predict, rerank, text
+from headrace.serving.tei.default import predict_any
+from headrace.serving.tei.schemas import (
+    CohereRerankRequest,
+    DecodeRequest,
+    EmbedAllRequest,
+    EmbedRequest,
+    JinaRerankRequest,
+    PredictRequest,
+    PredictTokensRequest,
+    RerankRequest,
+    SimilarityRequest,
+    SparseRequest,
+    TokenizeRequest,
+)
 
 __all__ = ["TABLE", "Route", "make_app"]
 
@@ -34,6 +49,18 @@ TABLE = (
     Route("POST", "/v1/chat/completions", chat_completions, "Answer a conversation.", ChatRequest),
     Route("POST", "/v1/completions", completions, "Continue texts.", CompletionRequest),
     Route("POST", "/v1/embeddings", embeddings, "Turn texts into vectors.", EmbeddingRequest),
+    Route("POST", "/embed", embed.embed, "Turn texts into vectors.", EmbedRequest),
+    Route("POST", "/embed_all", embed.embed_all, "One vector for each token.", EmbedAllRequest),
+    Route("POST", "/embed_sparse", embed.embed_sparse, "Weights of vocabulary entries.", SparseRequest),
+    Route("POST", "/similarity", embed.similarity, "How alike texts are.", SimilarityRequest),
+    Route("POST", "/rerank", rerank.rerank, "Texts by how well they answer a query.", RerankRequest),
+    Route("POST", "/v1/rerank", rerank.rerank_jina, "The same in Jina's shape.", JinaRerankRequest),
+    Route("POST", "/v2/rerank", rerank.rerank_cohere, "The same in Cohere's shape.", CohereRerankRequest),
+    Route("POST", "/predict", predict_any, "Labels of texts.", PredictRequest),
+    Route("POST", "/predict_tokens", predict.predict_tokens, "Entities in texts.", PredictTokensRequest),
+    Route("POST", "/tokenize", text.tokenize, "Tokens of texts.", TokenizeRequest),
+    Route("POST", "/decode", text.decode, "Texts of token ids.", DecodeRequest),
+    Route("GET", "/info", text.info, "The models behind these routes."),
     Route("GET", "/v1/models", list_models, "The models served here."),
     Route("GET", "/v1/models/{name:.+}", get_model, "One of them."),
     Route(

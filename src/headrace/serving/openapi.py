@@ -125,14 +125,15 @@ def _type(row: dict[str, Any]) -> str:
 
 
 def write_tables(file: Path) -> None:
-    """Put the tables of fields between their marks in a Markdown file."""
-    from headrace.serving.openai.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
+    """Put the tables of fields between their marks in a Markdown file; schemas without a mark are left out."""
+    from headrace.serving.app import TABLE
 
     text = file.read_text(encoding="utf-8")
-    for schema in (ChatRequest, CompletionRequest, EmbeddingRequest):
+    for schema in dict.fromkeys(route.body for route in TABLE if route.body is not None):
         begin, end = f"<!-- {schema.__name__} -->\n", "<!-- end -->"
-        before, _, rest = text.partition(begin)
-        text = before + begin + fields_table(schema) + end + rest.partition(end)[2]
+        if begin in text:
+            before, _, rest = text.partition(begin)
+            text = before + begin + fields_table(schema) + end + rest.partition(end)[2]
     file.write_text(text, encoding="utf-8")
 
 

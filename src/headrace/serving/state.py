@@ -24,6 +24,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         max_body_bytes: larger bodies get 413.
+        max_inputs: texts of one embed, predict or rerank request; more get 413.
         drain_seconds: how long running requests may take to finish after SIGTERM.
         allow_chat_template: whether requests may bring their own chat template. Templates are programs: one
             can keep a thread busy for ever.
@@ -34,6 +35,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 8 * 2**20
+    max_inputs: int = 2048
     drain_seconds: float = 30.0
     allow_chat_template: bool = False
     log_prompts: bool = False

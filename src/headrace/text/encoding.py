@@ -60,6 +60,9 @@ class EncodeText:
 
     def __init__(self, tokenizer: Tokenizer, card: EncodeCard, max_tokens: int) -> None:
         self.tokenizer, self.card, self.max_tokens = tokenizer, card, max_tokens
+        inputs = tokenizer.sources.tokenizer_config.get("model_input_names")
+        # Checkpoints whose tokenizer says that it gives no segments were trained without them.
+        self._types = not isinstance(inputs, list) or "token_type_ids" in inputs
         model = tokenizer.backend.model
         # Tokenizers of this kind mark the pieces that continue a word, so that words are known exactly.
         self.joined_words = bool(getattr(model, "continuing_subword_prefix", None))
@@ -125,10 +128,13 @@ class EncodeText:
             out.append(self._encoded(encoding, False, _place(param, place, len(pairs))))
         return out
 
-    def raw(self, texts: Sequence[str], param: str) -> list[Encoded]:
-        """Tokens of texts that hold their special tokens already, of any length."""
-        found = self._batch(self.tokenizer.backend.encode_batch_fast, list(texts), False, param)
-        return [Encoded(tuple(encoding.ids)) for encoding in found]
+    def raw(
+        self, texts: Sequence[str], param: str, *, add_special_tokens: bool = False, details: bool = False
+    ) -> list[Encoded]:
+        """Tokens of texts of any length, none included."""
+        encode = self.tokenizer.backend.encode_batch if details else self.tokenizer.backend.encode_batch_fast
+        found = self._batch(encode, list(texts), add_special_tokens, param)
+        return [_encoded(encoding, details, self._types) for encoding in found]
 
     def ids(self, ids: Sequence[int], truncate: Truncate | None, param: str) -> Encoded:
         """Token ids from the caller, taken as they are; cut from one end if asked for."""
@@ -196,15 +202,9 @@ class EncodeText:
         return backend.post_process(one, two, special)
 
     def _encoded(self, encoding: tokenizers.Encoding, details: bool, name: str) -> Encoded:
-        ids = encoding.ids
-        if not ids:
+        if not len(encoding):
             raise InvalidRequest(f"{name} is empty: it has no tokens", param=name)
-        types = encoding.type_ids
-        shown = tuple(types) if any(types) else ()
-        if not details:
-            return Encoded(tuple(ids), shown)
-        special = tuple(bool(flag) for flag in encoding.special_tokens_mask)
-        return Encoded(tuple(ids), shown, tuple(encoding.offsets), special, tuple(encoding.tokens))
+        return _encoded(encoding, details, self._types)
 
     def _too_long(self, count: int, name: str) -> ContextLengthExceeded:
         return ContextLengthExceeded(
@@ -212,6 +212,15 @@ class EncodeText:
             "(truncate, or truncate_prompt_tokens -1)",
             param=name,
         )
+
+
+def _encoded(encoding: tokenizers.Encoding, details: bool, with_types: bool) -> Encoded:
+    types = encoding.type_ids if with_types else ()
+    shown = tuple(types) if any(types) else ()
+    if not details:
+        return Encoded(tuple(encoding.ids), shown)
+    special = tuple(bool(flag) for flag in encoding.special_tokens_mask)
+    return Encoded(tuple(encoding.ids), shown, tuple(encoding.offsets), special, tuple(encoding.tokens))
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:

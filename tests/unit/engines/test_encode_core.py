@@ -17,6 +17,7 @@ class FakePass:
     vocab_size = 100
     max_tokens = 50
     dimensions = 8
+    token_types = 2
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -100,6 +101,7 @@ def test_deadlines() -> None:
         (request("x", encode=EncodeParams(dimensions=9)), "dimensions is 9"),
         (request("x", encode=EncodeParams(dimensions=0)), "dimensions is 0"),
         (request("x", token_types=(0,)), "token_types"),
+        (request("x", token_types=(0, 2)), "token_types holds 2"),
     ],
 )
 def test_what_can_never_run_is_answered_with_the_reason(bad: Request, word: str) -> None:

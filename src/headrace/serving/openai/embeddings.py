@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import struct
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -11,9 +11,9 @@ from aiohttp import web
 from headrace.serving.body import read
 from headrace.serving.call import open_call
 from headrace.serving.openai.completions import inputs_of
-from headrace.serving.openai.replies import encode
 from headrace.serving.openai.schemas import EmbeddingRequest
-from headrace.types import EncodeOutput, EncodeParams
+from headrace.serving.vectors import reply, vectors
+from headrace.types import EncodeParams
 
 __all__ = ["embeddings"]
 
@@ -26,10 +26,10 @@ class EmbeddingUsage(msgspec.Struct):
 
 
 class EmbeddingItem(msgspec.Struct):
-    """One vector: numbers, or base64 of little-endian float32."""
+    """One vector: numbers, or little-endian float32 in base64 (JSON) or as bytes (MessagePack)."""
 
     index: int
-    embedding: list[float] | str
+    embedding: list[float] | str | bytes
     object: str = "embedding"
 
 
@@ -50,21 +50,21 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
         call.show_prompt(body.input)
         result = await call.model.engine.embed(
             inputs,
-            EncodeParams(dimensions=body.dimensions, normalize=body.normalize),
+            EncodeParams(dimensions=body.dimensions, normalize=body.normalize is not False),
             truncate_prompt_tokens=body.truncate_prompt_tokens,
+            prompt_name=body.prompt_name,
             add_special_tokens=body.add_special_tokens is not False,
             priority=body.priority or 0,
             deadline=call.deadline,
         )
         call.record.usage = result.usage
-        text = body.encoding_format == "base64"
-        items = [EmbeddingItem(index, _vector(output, text)) for index, output in enumerate(result.outputs)]
         tokens = result.usage.prompt_tokens
-        reply = EmbeddingReply(items, body.model, EmbeddingUsage(tokens, tokens))
-        return web.Response(body=encode(reply), content_type="application/json")
 
+        def wrap(rows: list[Any]) -> EmbeddingReply:
+            items = [EmbeddingItem(index, row) for index, row in enumerate(rows)]
+            return EmbeddingReply(items, body.model, EmbeddingUsage(tokens, tokens))
 
-def _vector(output: EncodeOutput, as_base64: bool) -> list[float] | str:
-    if as_base64:
-        return base64.b64encode(output.data).decode("ascii")
-    return list(struct.unpack(f"<{len(output.data) // 4}f", output.data))
+        if body.encoding_format == "base64":
+            rows = [base64.b64encode(output.data).decode("ascii") for output in result.outputs]
+            return reply(request, wrap(rows))
+        return vectors(request, result.outputs, wrap)

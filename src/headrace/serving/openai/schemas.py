@@ -224,7 +224,8 @@ class EmbeddingRequest(ApiModel):
     add_special_tokens: bool | None = acts(
         None, "Add the tokenizer's special tokens to texts (default true)."
     )
-    normalize: bool | None = acts(None, "Vectors of length one; default: as the checkpoint says.")
+    normalize: bool | None = acts(None, "Vectors of length one (default true).")
+    prompt_name: str | None = acts(None, "A prompt of the checkpoint to put before each text.")
     priority: int | None = acts(None, "Lower runs first.", ge=-INT32, le=INT32)
     user: str | None = harmless("For the caller's own books.")
 

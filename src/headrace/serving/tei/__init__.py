@@ -1,0 +1,1 @@
+"""Routes of text-embeddings-inference, and the rerank routes of Jina and Cohere."""
