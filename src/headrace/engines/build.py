@@ -17,6 +17,7 @@ from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
 from headrace.engines.memory import kv_block_bytes, num_kv_blocks
 from headrace.engines.select import select
+from headrace.engines.unbuilt import refuse_unbuilt
 from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.runner import Runner
@@ -43,6 +44,7 @@ def build(spec: EngineSpec) -> tuple[Core, Ready]:
     Raises ModelError, ConfigError or DoesNotFit with the way out.
     """
     began = time.perf_counter()
+    refuse_unbuilt(spec)
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
     checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
@@ -129,6 +131,7 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         eos_ids=eos_ids,
         fingerprint=f"{checkpoint.fingerprint}/{dtype}",
         prefix_caching=spec.prefix_caching,
+        reserve=spec.admission == "reserve",
         prefix_regime=_prefix_regime(model),
     )
     compiler = None

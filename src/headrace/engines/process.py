@@ -100,6 +100,7 @@ def _run_core(spec: EngineSpec, address: str, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the serving process decides when a core ends
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Several processes share the cores here: threads that spin while they wait take them from each other.
+    os.environ.update(spec.environment)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     transport = _ZmqTransport(address, parent)

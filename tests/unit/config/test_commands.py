@@ -91,7 +91,7 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not fit" in capsys.readouterr().out
     assert run("plan", str(write_config(tmp_path / "e", BGE_LARGE)), "--gpu", "L4") == 0
     assert "no KV cache" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="max_model_len"):
+    with pytest.raises(ConfigError, match="max-model-len"):
         run("plan", str(folder), "--max-model-len", "many")
     with pytest.raises(ConfigError, match="engine: is 'bert'"):
         run("plan", str(folder), "--engine", "bert")

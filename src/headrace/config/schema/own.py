@@ -126,7 +126,7 @@ OWN = Section(
     F(
         "admission",
         Enum("reserve", "fill"),
-        "reserve",
+        "fill",
         "Reserve room for whole outputs, or fill and preempt.",
     ),
     F("block_size", Int(8, 256, multiple=8), 16, "Tokens of one KV block."),
