@@ -56,7 +56,7 @@ def client_of(url: str) -> openai.OpenAI:
 
 @pytest.mark.models
 def test_packaged_models_side_by_side(smollm2_path: Path, minilm_path: Path) -> None:
-    with served("smollm2-135m", "minilm", "--max-model-len", "512") as url:
+    with served("smollm2-135m", "minilm", "--kv-cache-bytes", "64M") as url:
         client = client_of(url)
         ask: Any = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
         whole = client.chat.completions.create(
