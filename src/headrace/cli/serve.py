@@ -87,9 +87,19 @@ def _listening(server: Server) -> None:
 
 
 async def _start(spec: EngineSpec) -> AsyncEngine:
+    import msgspec
+
+    from headrace.checkpoints.resolve import resolve
+    from headrace.engines.plan import plan_for
     from headrace.llm import AsyncEngine
 
     begin = time.perf_counter()
+    if spec.path is None:
+        path = await asyncio.to_thread(resolve, spec.model, spec.revision)
+        spec = msgspec.structs.replace(spec, path=path)
+    plan = await asyncio.to_thread(plan_for, spec)
+    _say(f"  {spec.name}: {plan.short()}")
+    plan.check_fits()
     engine = await AsyncEngine.start(spec)
     ready = engine.client.ready
     _say(
