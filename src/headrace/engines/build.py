@@ -21,6 +21,7 @@ from headrace.engines.unbuilt import refuse_unbuilt
 from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.runner import Runner
+from headrace.execution.threads import ThreadGovernor
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
 from headrace.messages import Ready
@@ -154,6 +155,13 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         summary=summary,
     )
     return GenerateCore(runner, scheduler, overlap=overlap, compiler=compiler), ready
+
+
+def _governor(spec: EngineSpec, device: torch.device) -> ThreadGovernor | None:
+    """Threads that give way to other processes, unless their number was asked for."""
+    if device.type != "cpu" or spec.num_threads is not None:
+        return None
+    return ThreadGovernor(torch.get_num_threads())
 
 
 def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:

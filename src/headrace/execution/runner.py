@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace.execution.sampler import Sampled, Sampler, token_logprobs
+from headrace.execution.threads import ThreadGovernor
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.scheduling.plan import Chunk, StepPlan
 from headrace.types import TokenLogprobs
@@ -86,6 +87,7 @@ class Runner:
         max_num_seqs: rows of per-sequence state.
         max_model_len: tokens of the longest sequence.
         rope_by_length: the model's rotary embedding depends on a sequence's (prompt) length.
+        threads: chooses the CPU threads of each step; None: they stay as they are.
     """
 
     def __init__(
@@ -98,8 +100,10 @@ class Runner:
         max_num_seqs: int,
         max_model_len: int,
         rope_by_length: bool = False,
+        threads: ThreadGovernor | None = None,
     ) -> None:
         self.model = model
+        self.threads = threads
         self.rope_by_length = rope_by_length
         self.caches = caches
         self.device = device
@@ -125,6 +129,8 @@ class Runner:
         """Launch the model."""
         batch = step.batch
         assert batch is not None
+        if self.threads is not None:
+            self.threads.adjust()
         if step.unseen is not None:
             at, rows = step.unseen
             # A row whose logits were not finite has -1; it ends when the host sees that.
