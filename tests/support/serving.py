@@ -16,9 +16,11 @@ from headrace.engines.scripted import ScriptedEngine, Step
 from headrace.errors import InvalidRequest
 from headrace.llm import AsyncEngine
 from headrace.messages import Ready
+from headrace.models.encode_card import EncodeCard
 from headrace.serving.server import Server
 from headrace.serving.state import Model, ServerOptions
-from headrace.types import Request
+from headrace.text.encoding import Encoded, EncodeText, Truncate
+from headrace.types import EncodeTask, Request
 
 BOS, EOS, NAMED = 256, 257, 258
 EXTRA = {259: b"Hel", 260: b"lo", 261: " 🎉".encode()[:3], 262: "🎉".encode()[2:]}
@@ -77,6 +79,24 @@ class ByteKit:
 
     def detokenizer(self, *, skip_special_tokens: bool, continuing: bool) -> ByteDetokenizer:
         return ByteDetokenizer(self.tokenizer, skip_special_tokens)
+
+
+class ByteEncodeText(EncodeText):
+    """Texts of an embedder as bytes after <bos>."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.card = EncodeCard("ByteModel", "embed", (EncodeTask.EMBED,), ("mean",))
+        self.max_tokens = max_tokens
+
+    def texts(
+        self, texts: Sequence[str], *, truncate: Truncate | None = None, **options: Any
+    ) -> list[Encoded]:
+        encode = ByteTokenizer().encode
+        special = options["add_special_tokens"]
+        return [
+            self.ids(encode(text, special), truncate, f"{options['param']}[{place}]")
+            for place, text in enumerate(texts)
+        ]
 
 
 def says(
@@ -152,7 +172,8 @@ def scripted_model(
     ready = Ready(kind, more.pop("max_model_len", 4096), more.pop("max_num_seqs", 16), 512)
     defaults = more.pop("sampling_defaults", None)
     core = ScriptedEngine(script or says("Hello!"), spec=spec, ready=ready, **more)
-    return Model(spec, AsyncEngine(core, ByteKit(), sampling_defaults=defaults))
+    text = ByteEncodeText(ready.max_model_len) if kind in ("bert", "embed") else None
+    return Model(spec, AsyncEngine(core, ByteKit(), sampling_defaults=defaults, encode_text=text))
 
 
 @contextmanager

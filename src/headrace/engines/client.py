@@ -60,6 +60,10 @@ class EngineClient(Protocol):
         """Submit one single-pass request and wait; cancelling aborts it. Raises EngineError on failure."""
         ...
 
+    async def encode_all(self, requests: Sequence[Request]) -> list[EncodeOutput]:
+        """The same for several at once, as one message; cancelling aborts all. The first failure is raised."""
+        ...
+
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forget these requests; unknown ids are ignored."""
         ...

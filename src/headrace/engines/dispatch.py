@@ -78,21 +78,30 @@ class DispatchClient:
 
     async def encode(self, request: Request) -> EncodeOutput:
         """See EngineClient."""
-        self._check_open(request.id)
-        future: asyncio.Future[EncodeOutput] = asyncio.get_running_loop().create_future()
-        self._encoding[request.id] = future
+        return (await self.encode_all((request,)))[0]
+
+    async def encode_all(self, requests: Sequence[Request]) -> list[EncodeOutput]:
+        """See EngineClient."""
+        loop = asyncio.get_running_loop()
+        futures: dict[str, asyncio.Future[EncodeOutput]] = {}
+        for request in requests:
+            self._check_open(request.id)
+            futures[request.id] = loop.create_future()
+        self._encoding.update(futures)
         try:
-            self._send(Submit((request,)))
-            output = await future
+            self._send(Submit(tuple(requests)))
+            outputs = [await future for future in futures.values()]
         except asyncio.CancelledError:
-            self.abort((request.id,))
+            self.abort([id for id, future in futures.items() if not future.done()])
             raise
         finally:
-            self._encoding.pop(request.id, None)
-        if output.error:
-            code = errors.EngineDead.code if self._failure else output.error_code
-            raise errors.from_code(code, output.error, output.error_param or None)
-        return output
+            for id in futures:
+                self._encoding.pop(id, None)
+        for output in outputs:
+            if output.error:
+                code = errors.EngineDead.code if self._failure else output.error_code
+                raise errors.from_code(code, output.error, output.error_param or None)
+        return outputs
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """See EngineClient."""

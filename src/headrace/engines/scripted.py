@@ -192,6 +192,15 @@ class ScriptedEngine:
             if not done:
                 self.aborted.append(request.id)
 
+    async def encode_all(self, requests: Sequence[Request]) -> list[EncodeOutput]:
+        """The scripted vectors of several requests, in parallel."""
+        tasks = [asyncio.ensure_future(self.encode(request)) for request in requests]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
     def abort(self, request_ids: Sequence[str]) -> None:
         """End these sequences at their next step; unknown ids are ignored."""
         for request_id in request_ids:

@@ -16,26 +16,21 @@ from headrace.config.spec import EngineSpec
 from headrace.engines.client import EngineClient, Health
 from headrace.errors import ContextLengthExceeded, InvalidRequest, Unprocessable
 from headrace.llm.choice import Choice, Delta
+from headrace.llm.encoder import INLINE_CHARS, Embeddings, Encoder
 from headrace.llm.generation import Generation
 from headrace.llm.protocols import Messages, Prompt, TextKit
 from headrace.llm.results import Completion, Result, collect
+from headrace.text.encoding import EncodeText, Truncate
+from headrace.text.rerank import RerankTemplate
 from headrace.text.stopping import StopMatcher
-from headrace.types import EncodeOutput, EncodeParams, Request, SamplingParams, Usage
+from headrace.types import EncodeParams, Request, SamplingParams
 
 __all__ = ["AsyncEngine", "Embeddings", "PromptLike"]
 
 PromptLike = str | Sequence[int] | Prompt
-INLINE_CHARS = 4096  # shorter texts are tokenized on the event loop: a thread hop costs more
 _GOLDEN = 0x9E3779B97F4A7C15
 _EMBEDDERS = ("bert", "embed")
 T = TypeVar("T")
-
-
-class Embeddings(msgspec.Struct, frozen=True):
-    """Vectors in the order of the inputs: float32, one EncodeOutput each."""
-
-    outputs: tuple[EncodeOutput, ...]
-    usage: Usage
 
 
 def choice_seed(seed: int | None, k: int) -> int | None:
@@ -52,6 +47,8 @@ class AsyncEngine:
         client: the engine core.
         text: tokenizer and template; None serves token ids only.
         sampling_defaults: what the checkpoint's own ``generation_config.json`` advises.
+        encode_text: how an embedder, classifier or reranker reads texts; None for models that generate.
+        rerank_template: how a causal reranker wants query and document put.
         tokenizer_threads: threads for texts too long to tokenize on the event loop.
     """
 
@@ -61,12 +58,17 @@ class AsyncEngine:
         text: TextKit | None,
         *,
         sampling_defaults: Mapping[str, Any] | None = None,
+        encode_text: EncodeText | None = None,
+        rerank_template: RerankTemplate | None = None,
         tokenizer_threads: int = 2,
     ) -> None:
         self.client = client
         self.text = text
         self.sampling_defaults = dict(sampling_defaults or {})
         self._threads = ThreadPoolExecutor(tokenizer_threads, thread_name_prefix="tokenize")
+        self._encoder: Encoder | None = None
+        if encode_text is not None:
+            self._encoder = Encoder(client, encode_text, rerank_template, self._threads)
 
     @classmethod
     async def start(cls, spec: EngineSpec) -> AsyncEngine:
@@ -74,10 +76,13 @@ class AsyncEngine:
 
         Raises ConfigError and ModelError when the model cannot be served, EngineDead when its process dies.
         """
-        from headrace.llm.startup import start
+        from headrace.llm.startup import encode_side, start
 
         client, text, defaults = await start(spec)
-        return cls(client, text, sampling_defaults=defaults)
+        encode_text, template = encode_side(client, text)
+        return cls(
+            client, text, sampling_defaults=defaults, encode_text=encode_text, rerank_template=template
+        )
 
     @property
     def name(self) -> str:
@@ -312,78 +317,40 @@ class AsyncEngine:
         params: EncodeParams | None = None,
         *,
         truncate_prompt_tokens: int | None = None,
+        prompt_name: str | None = None,
         add_special_tokens: bool = True,
         priority: int = 0,
         deadline: float | None = None,
     ) -> Embeddings:
         """One vector an input, all in flight together.
 
-        Raises ContextLengthExceeded naming the input that is too long, Unprocessable for a model of text.
+        Args:
+            truncate_prompt_tokens: cut inputs to so many tokens, special ones included; -1: to what fits.
+            prompt_name: a prompt of the checkpoint that is put before each text; "": not even its default one.
+
+        Raises Unprocessable naming the input that is too long, and for a model of text.
         """
-        if not self.embeds:
-            raise Unprocessable(
-                f"model {self.name!r} generates text and makes no embeddings; use /v1/chat/completions",
-                param="model",
-            )
-        params = params or EncodeParams()
-        if truncate_prompt_tokens is None and self.client.spec.auto_truncate:
-            truncate_prompt_tokens = -1
-        prompts = await self.prompts(inputs, add_special_tokens=add_special_tokens)
-        base = uuid.uuid4().hex
-        requests = []
-        for place, prompt in enumerate(prompts):
-            ids = self._fit_input(place, prompt, truncate_prompt_tokens)
-            requests.append(
-                Request(
-                    id=f"{base}-{place}", token_ids=ids, encode=params, priority=priority, deadline=deadline
-                )
-            )
-        outputs = await _gather([self.client.encode(request) for request in requests])
-        if params.dimensions is not None and outputs and outputs[0].shape[-1] != params.dimensions:
-            raise InvalidRequest(
-                f"dimensions is {params.dimensions}, but model {self.name!r} makes {outputs[0].shape[-1]}",
-                param="dimensions",
-            )
-        return Embeddings(outputs, Usage(prompt_tokens=sum(len(request.token_ids) for request in requests)))
+        truncate = self.encoder.auto_truncate
+        if truncate_prompt_tokens is not None:
+            _check_truncate(truncate_prompt_tokens)
+            truncate = Truncate(limit=None if truncate_prompt_tokens == -1 else truncate_prompt_tokens)
+        plain = [item.token_ids if isinstance(item, Prompt) else item for item in inputs]
+        encoded = await self.encoder.texts(
+            plain, prompt=prompt_name, truncate=truncate, add_special_tokens=add_special_tokens
+        )
+        return await self.encoder.run(encoded, params or EncodeParams(), priority=priority, deadline=deadline)
 
-    def _fit_input(self, place: int, prompt: Prompt, truncate: int | None) -> tuple[int, ...]:
-        ids, limit = prompt.token_ids, self.max_model_len
-        if truncate is not None:
-            _check_truncate(truncate)
-            keep = limit if truncate == -1 else min(truncate, limit)
-            if len(ids) > keep:
-                end = self._closing(ids)[-keep:] if prompt.text is not None else ()
-                ids = (*ids[: keep - len(end)], *end)
-        if not ids:
-            raise InvalidRequest(f"input[{place}] is empty: it has no tokens", param=f"input[{place}]")
-        if len(ids) > limit:
-            raise ContextLengthExceeded(
-                f"input[{place}] has {len(ids)} tokens, but model {self.name!r} takes {limit}; "
-                "shorten it or set truncate_prompt_tokens to -1",
-                param=f"input[{place}]",
+    @property
+    def encoder(self) -> Encoder:
+        """Single passes; raises Unprocessable for a model that generates."""
+        if self._encoder is None:
+            why = (
+                "was started without a tokenizer"
+                if self.embeds
+                else "generates text; use /v1/chat/completions"
             )
-        _check_ids(ids, self.client.ready.vocab_size, f"input[{place}]")
-        return ids
-
-    def _closing(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """The special tokens that the tokenizer put at the end of a text: they stay when the text is cut."""
-        frame = self.kit.tokenizer.encode("", True)
-        count = 0
-        while count < min(len(frame), len(ids)) and frame[-1 - count] == ids[-1 - count]:
-            count += 1
-        return ids[len(ids) - count :]
-
-
-async def _gather(calls: Sequence[Any]) -> tuple[EncodeOutput, ...]:
-    """All results; the first failure cancels the rest."""
-    if len(calls) == 1:
-        return (await calls[0],)
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return tuple(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
+            raise Unprocessable(f"model {self.name!r} makes no embeddings: it {why}", param="model")
+        return self._encoder
 
 
 def ranked(params: SamplingParams, n: int, best_of: int) -> SamplingParams:

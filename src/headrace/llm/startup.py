@@ -11,8 +11,14 @@ import msgspec
 from headrace.config.spec import EngineSpec
 from headrace.engines.client import EngineClient
 from headrace.llm.protocols import TextKit
+from headrace.models.encode_card import read_encode_card
+from headrace.text.encoding import EncodeText
+from headrace.text.rerank import RerankTemplate, rerank_template
+from headrace.text.template import load_template_text
+from headrace.text.tokenizer import Tokenizer
+from headrace.types import EncodeTask
 
-__all__ = ["advice", "start"]
+__all__ = ["advice", "encode_side", "start"]
 
 _ADVISED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -47,3 +53,23 @@ def advice(generation_config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in found.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
+
+
+def encode_side(client: EngineClient, text: TextKit) -> tuple[EncodeText | None, RerankTemplate | None]:
+    """How an embedder, classifier or reranker reads texts; (None, None) for a model that generates.
+
+    Raises MissingFile, UnsupportedCheckpoint and InvalidRequest (a template that does not parse).
+    """
+    spec, path = client.spec, client.spec.path
+    if client.ready.engine not in ("bert", "embed") or path is None:
+        return None, None
+    card = read_encode_card(path, pooling=spec.pooling)
+    tokenizer = text.tokenizer
+    assert isinstance(tokenizer, Tokenizer)
+    config = tokenizer.sources.config
+    names = (spec.model, path.name, str(config.get("_name_or_path", "")))
+    given = None if spec.chat_template is None else load_template_text(spec.chat_template)
+    template = None
+    if EncodeTask.SCORE in card.tasks and client.ready.engine == "embed":
+        template = rerank_template(str(config.get("model_type")), names, given)
+    return EncodeText(tokenizer, card, client.ready.max_model_len), template

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tokenizers
 
-from headrace.errors import InvalidRequest, Unprocessable, nearest
+from headrace.errors import ContextLengthExceeded, InvalidRequest, nearest
 from headrace.models.encode_card import EncodeCard
 from headrace.text.tokenizer import Tokenizer
 
@@ -84,8 +84,8 @@ class EncodeText:
             details: offsets, special tokens and spellings too.
             param: field of the API, for errors.
         Raises:
-            InvalidRequest: an unknown prompt, or text that is no valid Unicode.
-            Unprocessable: a text has no tokens, or too many; ``param`` names which.
+            InvalidRequest: an unknown prompt, text that is no valid Unicode, or a text without tokens.
+            ContextLengthExceeded: a text has too many. ``param`` names which.
         """
         before = self.prompt(prompt)
         whole = [self._prepare(before + text) for text in texts]
@@ -125,6 +125,11 @@ class EncodeText:
             out.append(self._encoded(encoding, False, _place(param, place, len(pairs))))
         return out
 
+    def raw(self, texts: Sequence[str], param: str) -> list[Encoded]:
+        """Tokens of texts that hold their special tokens already, of any length."""
+        found = self._batch(self.tokenizer.backend.encode_batch_fast, list(texts), False, param)
+        return [Encoded(tuple(encoding.ids)) for encoding in found]
+
     def ids(self, ids: Sequence[int], truncate: Truncate | None, param: str) -> Encoded:
         """Token ids from the caller, taken as they are; cut from one end if asked for."""
         limit = self._limit(truncate)
@@ -133,7 +138,7 @@ class EncodeText:
                 raise self._too_long(len(ids), param)
             ids = ids[:limit] if truncate.direction == "right" else ids[-limit:]
         if not ids:
-            raise Unprocessable(f"{param} is empty: it has no tokens", param=param)
+            raise InvalidRequest(f"{param} is empty: it has no tokens", param=param)
         return Encoded(tuple(ids))
 
     def prompt(self, name: str | None) -> str:
@@ -180,7 +185,7 @@ class EncodeText:
         two = None if second is None else backend.encode(second, add_special_tokens=False)
         room = limit - (backend.num_special_tokens_to_add(two is not None) if special else 0)
         if room < 1:
-            raise Unprocessable(
+            raise InvalidRequest(
                 f"{limit} tokens leave no room for text beside this tokenizer's special tokens",
                 param="truncate",
             )
@@ -193,7 +198,7 @@ class EncodeText:
     def _encoded(self, encoding: tokenizers.Encoding, details: bool, name: str) -> Encoded:
         ids = encoding.ids
         if not ids:
-            raise Unprocessable(f"{name} has no tokens; this model's tokenizer adds none to it", param=name)
+            raise InvalidRequest(f"{name} is empty: it has no tokens", param=name)
         types = encoding.type_ids
         shown = tuple(types) if any(types) else ()
         if not details:
@@ -201,9 +206,10 @@ class EncodeText:
         special = tuple(bool(flag) for flag in encoding.special_tokens_mask)
         return Encoded(tuple(ids), shown, tuple(encoding.offsets), special, tuple(encoding.tokens))
 
-    def _too_long(self, count: int, name: str) -> Unprocessable:
-        return Unprocessable(
-            f"{name} has {count} tokens and this model takes {self.max_tokens}; shorten it or set truncate to true",
+    def _too_long(self, count: int, name: str) -> ContextLengthExceeded:
+        return ContextLengthExceeded(
+            f"{name} has {count} tokens and this model takes {self.max_tokens}; shorten it, or ask for it to be cut "
+            "(truncate, or truncate_prompt_tokens -1)",
             param=name,
         )
 

@@ -18,7 +18,9 @@ from headrace.llm import AsyncEngine, Delta
 from headrace.llm.async_engine import choice_seed
 from headrace.llm.results import collect
 from headrace.messages import Ready
-from headrace.types import FinishReason, Request, SamplingParams
+from headrace.models.encode_card import EncodeCard
+from headrace.text.encoding import EncodeText
+from headrace.types import EncodeTask, FinishReason, Request, SamplingParams
 from support.tiny_text import tiny_text
 
 KIT = tiny_text()
@@ -230,8 +232,10 @@ def test_bad_words_are_spelled_in_both_ways() -> None:
 
 def test_embedding_inputs_are_cut_before_their_closing_tokens() -> None:
     async def main() -> None:
-        core = ScriptedEngine(ready=Ready("bert", 6, 4, TOKENIZER.vocab_size))
-        engine = AsyncEngine(core, KIT)
+        core = ScriptedEngine(ready=Ready("embed", 6, 4, TOKENIZER.vocab_size))
+        card = EncodeCard("TinyModel", "embed", (EncodeTask.EMBED,), ("last",))
+        text = EncodeText(TOKENIZER, card, 6)
+        engine = AsyncEngine(core, KIT, encode_text=text)
         with pytest.raises(ContextLengthExceeded, match=r"input\[1\]"):
             await engine.embed([[1], [1] * 7])
         await engine.embed([[1, 2, 3, 4, 5, 6, 7]], truncate_prompt_tokens=-1)
@@ -250,7 +254,9 @@ def test_embedding_inputs_are_cut_before_their_closing_tokens() -> None:
         with pytest.raises(Unprocessable):
             await engine.complete("x")
         auto = AsyncEngine(
-            ScriptedEngine(spec=EngineSpec(model="m", auto_truncate=True), ready=core.ready), KIT
+            ScriptedEngine(spec=EngineSpec(model="m", auto_truncate=True), ready=core.ready),
+            KIT,
+            encode_text=text,
         )
         assert len((await auto.embed([[1] * 50])).outputs) == 1
 

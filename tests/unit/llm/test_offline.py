@@ -12,7 +12,9 @@ from headrace.engines.scripted import ScriptedEngine, Step
 from headrace.errors import ContextLengthExceeded, InvalidRequest, UnknownArchitecture
 from headrace.llm import LLM, AsyncEngine
 from headrace.messages import Ready
-from headrace.types import Request, SamplingParams
+from headrace.models.encode_card import EncodeCard
+from headrace.text.encoding import EncodeText
+from headrace.types import EncodeTask, Request, SamplingParams
 from support.tiny_text import tiny_text
 
 KIT = tiny_text()
@@ -27,7 +29,9 @@ def say_back(request: Request) -> Iterator[Step]:
 
 def llm_of(kind: str = "dense") -> LLM:
     async def make() -> AsyncEngine:
-        return AsyncEngine(ScriptedEngine(say_back, ready=Ready(kind, 64, 2, VOCAB)), KIT)
+        card = EncodeCard("TinyModel", "embed", (EncodeTask.EMBED,), ("last",))
+        text = EncodeText(KIT.tokenizer, card, 64) if kind == "bert" else None
+        return AsyncEngine(ScriptedEngine(say_back, ready=Ready(kind, 64, 2, VOCAB)), KIT, encode_text=text)
 
     return LLM(make)
 
