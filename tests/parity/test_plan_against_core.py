@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from headrace.checkpoints.fetch import installed
+from headrace.config.plan.weights import KEPT_BLOCKS
 from headrace.config.resolve import resolve
+from headrace.config.schema.own import SCHEMES
 from headrace.config.spec import EngineSpec
 from headrace.engines.build import build
 from headrace.engines.plan import cpu_machine, plan_for
+from headrace.quantization.registry import LOAD_TIME
+from headrace.quantization.schemes.int4 import fast_on_this_cpu
 from support.tiny_folder import write_llama
 
 
@@ -47,6 +51,21 @@ def test_tiny_models(config: dict[str, Any], settings: dict[str, Any], tmp_path:
     torch.set_num_threads(1)
     write_llama(tmp_path, **config)
     same(resolve(str(tmp_path), **settings).spec, 1e-9)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int4-g64"])
+def test_schemes_of_the_cpu(scheme: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    write_llama(tmp_path, hidden_size=128, intermediate_size=256, vocab_size=320, num_attention_heads=8)
+    same(resolve(str(tmp_path), quantization=scheme).spec, 0.03)
+
+
+def test_kept_blocks_are_those_of_the_loader() -> None:
+    from headrace.quantization.ggml import KEEPABLE
+
+    assert set(KEPT_BLOCKS) == set(KEEPABLE)
+    assert cpu_machine().packs == fast_on_this_cpu()
+    assert {scheme for scheme in SCHEMES if scheme.startswith("int")} == set(LOAD_TIME)
 
 
 @pytest.mark.models
