@@ -112,7 +112,8 @@ def test_fused_prologue(norm: bool, width: int) -> None:
     """Norm, rotation and cache write inside the decode kernel, through a row table."""
     dtype, heads, kv_heads, dim, lens = DTYPES[0], 4, 2, 64, [1, 140, 65]
     (q, k, v), batch = make_batch([1, 1, 1], lens, heads, kv_heads, dim, dtype)
-    weight = randn(heads + kv_heads, dim, dtype=dtype, seed=3) if norm else None
+    gains = randn(2, dim, dtype=dtype, seed=3)
+    weight = gains[[0] * heads + [1] * kv_heads] if norm else None
     cos = sin = None
     if width:
         angle = torch.arange(200)[:, None] * torch.rand(

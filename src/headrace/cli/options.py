@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,10 @@ def _spec(args: argparse.Namespace, model: str, names: Sequence[str]) -> EngineS
     alias = None if Path(model).exists() else _ALIAS.fullmatch(model)
     if alias is not None:
         names, model = [*names, alias[1]], alias[2]
-    spec = resolution(args, SERVE_FLAGS, model=model).spec
+    found = resolution(args, SERVE_FLAGS, model=model)
+    for notice in found.report.notices:
+        print(f"headrace: {notice.kind}: {notice}", file=sys.stderr)
+    spec = found.spec
     if not names and not spec.served_names and Path(spec.model).exists():  # a path is no name to ask for
         names = [Path(spec.model).absolute().name.removesuffix(".gguf")]
     if names:

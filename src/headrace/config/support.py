@@ -70,9 +70,7 @@ GAPS = (
     Gap("calibration", lambda value: False, "no scheme calibrates", False),
     Gap("max_lora_rank", lambda value: False, "no LoRA adapters", False),
     Gap("chunked_prefill", lambda value: not value, "long prompts are always split", False),
-    Gap("admission", lambda value: False, "the scheduler preempts when the cache is full", False),
     Gap("host_kv_bytes", _is_set, "blocks that leave the device are computed again", False),
-    Gap("environment", _is_set, "set variables on the process itself", False),
     Gap("secrets", lambda value: False, "secrets are looked up when they are needed", False),
 )
 

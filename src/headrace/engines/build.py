@@ -11,13 +11,13 @@ import torch
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.resolve import open_checkpoint, resolve
 from headrace.config.spec import EngineSpec
+from headrace.config.support import require_supported
 from headrace.engines.encode_build import build_encode
 from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
 from headrace.engines.memory import kv_block_bytes, num_kv_blocks
 from headrace.engines.select import select
-from headrace.engines.unbuilt import refuse_unbuilt
 from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.runner import Runner
@@ -45,7 +45,7 @@ def build(spec: EngineSpec) -> tuple[Core, Ready]:
     Raises ModelError, ConfigError or DoesNotFit with the way out.
     """
     began = time.perf_counter()
-    refuse_unbuilt(spec)
+    require_supported(spec)
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
     checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
