@@ -121,6 +121,14 @@ def candidates(rows: int, case: Case) -> list[Shape]:
     return found
 
 
+def _rule(rows: int, case: Case) -> Shape:
+    """What an unknown GPU would take."""
+    unknown = torch.device("cpu")
+    if rows == 1:
+        return tuning.gemv_shape(unknown, case.n, case.k, case.gate)
+    return tuning.skinny_shape(unknown, rows, case.n, case.k, case.gate)
+
+
 _compiling = threading.local()
 _original_run = triton.runtime.jit.JITFunction.run
 
@@ -152,7 +160,7 @@ def tune(models: list[str], row_counts: list[int], limit: int, path: Path) -> No
     rule = linear._shape
     linear._shape = lambda *args: getattr(chosen, "shape", None) or rule(*args)
     for name, rows in itertools.product(models, row_counts):
-        prepared = [(case, case.make(rows), candidates(rows, case)[:limit]) for case in cases_of(name)]
+        prepared = [(case, case.make(rows), [*candidates(rows, case)[:limit], _rule(rows, case)]) for case in cases_of(name)]
 
         def compile_job(run: Callable[[int], object], shape: Any) -> Callable[[], None]:
             def job() -> None:

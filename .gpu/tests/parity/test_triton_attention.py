@@ -47,6 +47,7 @@ def make_batch(
         caches=[LayerCache(*caches)],
         max_query_len=max(query_lens),
         max_seq_len=max(seq_lens),
+        fresh=all(new in (1, length) for new, length in zip(query_lens, seq_lens)),
     )
     qkv = randn(total, heads + 2 * kv_heads, dim, dtype=dtype, seed=99)
     return qkv.split([heads, kv_heads, kv_heads], 1), batch

@@ -26,7 +26,7 @@ from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
-from headrace.models.loading import load_decoder
+from headrace.models.loading import Progress, load_decoder
 from headrace.quantization.linear import PackedLinear
 from headrace.quantization.registry import keeps_packed, quantizer
 from headrace.scheduling.scheduler import Scheduler
@@ -39,8 +39,11 @@ _CUDA_STEP_TOKENS = 8192
 _ACTIVATION_BYTES = 1 << 30
 
 
-def build(spec: EngineSpec) -> tuple[Core, Ready]:
+def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Ready]:
     """Load the model of ``spec`` and make the core that serves it.
+
+    Args:
+        progress: told the bytes of weights in place and in all.
 
     Raises ModelError, ConfigError or DoesNotFit with the way out.
     """
@@ -50,8 +53,10 @@ def build(spec: EngineSpec) -> tuple[Core, Ready]:
         torch.set_num_threads(spec.num_threads)
     checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
     device = _device(spec)
-    make = _build_encode if _encodes(spec, checkpoint) else _build_generate
-    core, ready = make(spec, checkpoint, device)
+    if _encodes(spec, checkpoint):
+        core, ready = _build_encode(spec, checkpoint, device)
+    else:
+        core, ready = _build_generate(spec, checkpoint, device, progress)
     ready.summary["seconds"] = round(time.perf_counter() - began, 2)
     return core, ready
 
@@ -85,7 +90,9 @@ def _summary(
     }
 
 
-def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
+def _build_generate(
+    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, progress: Progress | None
+) -> tuple[Core, Ready]:
     quantize = quantizer(spec.quantization, device) if spec.quantization else None
     dtype = _dtype(spec, checkpoint, device, packs=True)
     model = load_decoder(
@@ -93,6 +100,7 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         checkpoint,
         dtype=dtype,
         device=device,
+        progress=progress,
         transform=None
         if quantize is None
         else lambda _, linear: quantize(linear.weight, linear.bias, linear.parts),

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors
+from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors, sequence_lanes
 
 __all__ = ["MAX_SPLITS", "DecodeShape", "DecodeWorkspace", "QKNormRope", "decode_attention", "decode_shape"]
 
@@ -28,13 +28,13 @@ class DecodeShape(NamedTuple):
     """How decode attention is cut.
 
     Attributes:
-        share: keys of one load of each warp.
+        tile: keys of one load.
         min_split: keys of the smallest piece.
         programs: on each multiprocessor.
         registers: of a thread at most; None: the compiler decides.
     """
 
-    share: int
+    tile: int
     min_split: int
     programs: int
     warps: int
@@ -48,10 +48,14 @@ def decode_shape(num_heads: int, padded: int) -> DecodeShape:
     Few heads are cut small, to fill the device; many are not cut until they are long.
     """
     if INTERPRETED:
-        return DecodeShape(16, 32, 2, 2, 1)
+        return DecodeShape(16, 16, 2, 4, 1)
     if padded > 128:
-        return DecodeShape(16, 128, 1, 4, 3)
-    return DecodeShape(16, 64 if num_heads <= 32 else 256 if num_heads <= 128 else 1024, 2, 4, 5)
+        return DecodeShape(32, 128, 1, 4, 3)
+    if num_heads <= 32:
+        return DecodeShape(64, 64, 2, 4, 3)
+    if num_heads <= 128:
+        return DecodeShape(64, 256, 2, 4, 5)
+    return DecodeShape(64, 1024, 2, 4, 7)
 
 
 @dataclass(slots=True)
@@ -109,36 +113,36 @@ def _norm_rope(x, other, gain, gain_other, cos, sin, D: tl.constexpr, R: tl.cons
 
 @triton.jit
 def _load_tile(k_cache, v_cache, table_ptr, key, hi, cache_block, cache_token, head_offset, BLOCK: tl.constexpr,
-               WARPS: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
-    """Keys and values [WARPS, SHARE, DP] of the keys from ``key`` on that are below ``hi``."""
-    at = key + tl.arange(0, WARPS)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
-    d = tl.arange(0, DP)[None, None, :]
+               TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+    """Keys and values [TILE, DP] from ``key`` on, zero from ``hi`` on."""
+    at = key + tl.arange(0, TILE)
+    d = tl.arange(0, DP)[None, :]
     ok = at < hi
     block = tl.load(table_ptr + at // BLOCK, mask=ok, other=0).to(tl.int64)
     slot = block * cache_block + (at % BLOCK) * cache_token + head_offset
     if D == DP:
-        full = ok[:, :, None]
+        full = ok[:, None]
     else:
-        full = ok[:, :, None] & (d < D)
-    k = tl.load(k_cache + slot[:, :, None] + d, mask=full, other=0.0)
-    v = tl.load(v_cache + slot[:, :, None] + d, mask=full, other=0.0)
+        full = ok[:, None] & (d < D)
+    k = tl.load(k_cache + slot[:, None] + d, mask=full, other=0.0)
+    v = tl.load(v_cache + slot[:, None] + d, mask=full, other=0.0)
     return k, v, ok
 
 
 @triton.jit
 def _add_tile(acc, peak, norm, q, k, v, ok, scale, soft_cap, CAPPED: tl.constexpr):
-    """One step of the online softmax of each warp on its own: nothing crosses warps here."""
+    """One step of the online softmax, in powers of 2."""
     dtype: tl.constexpr = q.dtype
-    score = tl.dot(q, tl.permute(k.to(dtype), (0, 2, 1)), out_dtype=tl.float32, input_precision="ieee") * scale
+    score = tl.dot(q, tl.trans(k.to(dtype)), out_dtype=tl.float32, input_precision="ieee") * scale
     if CAPPED:
         score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
-    score = tl.where(ok[:, None, :], score * 1.4426950408889634, float("-inf"))
-    top = tl.maximum(peak, tl.max(score, 2))
+    score = tl.where(ok[None, :], score * 1.4426950408889634, float("-inf"))
+    top = tl.maximum(peak, tl.max(score, 1))
     safe = tl.where(top == float("-inf"), 0.0, top)
-    p = tl.exp2(score - safe[:, :, None])
+    p = tl.exp2(score - safe[:, None])
     alpha = tl.exp2(peak - safe)
-    norm = norm * alpha + tl.sum(p, 2)
-    acc = acc * alpha[:, :, None]
+    norm = norm * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
     acc = tl.dot(p.to(dtype), v.to(dtype), acc, out_dtype=tl.float32, input_precision="ieee")
     return acc, top, norm
 
@@ -176,6 +180,12 @@ def _merge(
     g = tl.arange(0, GM)
     i = tl.arange(0, MAX_SPLITS)
     d = tl.arange(0, DP)
+    c = tl.arange(0, CHUNK)
+    # Everything that does not depend on the maximum is asked for first.
+    at = base + (c[:, None] * num_heads + head + g[None, :]) * W
+    ok = (c[:, None] < count) & (g[None, :] < G)
+    m = tl.load(partial_ptr + at + DP, mask=ok, other=float("-inf"), cache_modifier=".cg")
+    part = tl.load(partial_ptr + at[:, :, None] + d[None, None, :], mask=ok[:, :, None], other=0.0, cache_modifier=".cg")
     rows = base + (i[:, None] * num_heads + head + g[None, :]) * W
     live = (i[:, None] < count) & (g[None, :] < G)
     top = tl.load(partial_ptr + rows + DP, mask=live, other=float("-inf"), cache_modifier=".cg")
@@ -183,9 +193,8 @@ def _merge(
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     norm = tl.load(partial_ptr + rows + DP + 1, mask=live, other=0.0, cache_modifier=".cg")
     total = tl.sum(norm * tl.exp2(top - peak[None, :]), 0)
-    acc = tl.zeros([GM, DP], tl.float32)
-    c = tl.arange(0, CHUNK)
-    for start in range(0, count, CHUNK):
+    acc = tl.sum(part * tl.exp2(m - peak[None, :])[:, :, None], 0)
+    for start in range(CHUNK, count, CHUNK):
         at = base + ((start + c)[:, None] * num_heads + head + g[None, :]) * W
         ok = ((start + c)[:, None] < count) & (g[None, :] < G)
         m = tl.load(partial_ptr + at + DP, mask=ok, other=float("-inf"), cache_modifier=".cg")
@@ -206,12 +215,13 @@ def _decode(
     partial_ptr, arrivals_ptr, tables_ptr, table_row, rows_ptr, starts_ptr, lens_ptr,
     gain_ptr, eps, cos_ptr, sin_ptr, num_seqs, num_kv_heads, scale, soft_cap,
     G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, WARPS: tl.constexpr, SHARE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr,
     MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # Lengths, tables and older keys are written by no kernel that may still run (kernels/step), so a fused step
-    # reads them before it waits for the projection.
+    # reads them before it waits for the projection. A program without work leaves at once, to make room for the
+    # next kernel; one that has work always waits.
     if PDL:
         gdc_launch_dependents()
         if not FUSED:
@@ -256,13 +266,13 @@ def _decode(
         if FUSED:
             hi = tl.minimum(hi, length - 1)
         k, v, ok = _load_tile(k_cache, v_cache, table_ptr, lo, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                              WARPS, SHARE, D, DP)  # fmt: skip
+                              TILE, D, DP)  # fmt: skip
         q_heads = tl.minimum(head * G + g, num_heads - 1)[:, None]
         q_at = q_ptr + token * q_row + q_heads * q_head
         q_ok = (g[:, None] < G) & (d[None, :] < D)
-        peak = tl.full([WARPS, GP], float("-inf"), tl.float32)
-        norm = tl.zeros([WARPS, GP], tl.float32)
-        acc = tl.zeros([WARPS, GP, DP], tl.float32)
+        peak = tl.full([GP], float("-inf"), tl.float32)
+        norm = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([GP, DP], tl.float32)
         if FUSED:
             # The new key and value never leave registers: they open the sum of the piece that they end.
             pos = length - 1
@@ -306,23 +316,16 @@ def _decode(
             score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
             if CAPPED:
                 score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
-            opens = newest & (tl.arange(0, WARPS) == 0)[:, None] & (g[None, :] < GP)
-            peak = tl.where(opens, score[None, :] * 1.4426950408889634, float("-inf"))
-            norm = tl.where(opens, 1.0, 0.0)
-            acc = tl.where(opens[:, :, None], new_v.to(tl.float32)[None, :, :], 0.0)
+            peak = tl.where(newest, score * 1.4426950408889634, float("-inf"))
+            norm = tl.where(newest, norm + 1.0, norm)
+            acc += new_v.to(tl.float32)
         else:
             q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
-        q3 = tl.broadcast_to(q[None, :, :], [WARPS, GP, DP])
-        acc, peak, norm = _add_tile(acc, peak, norm, q3, k, v, ok, scale, soft_cap, CAPPED)
-        for key in range(lo + WARPS * SHARE, hi, WARPS * SHARE):
+        acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, ok, scale, soft_cap, CAPPED)
+        for key in range(lo + TILE, hi, TILE):
             k, v, ok = _load_tile(k_cache, v_cache, table_ptr, key, hi, cache_block, cache_token, head * cache_head,
-                                  BLOCK, WARPS, SHARE, D, DP)  # fmt: skip
-            acc, peak, norm = _add_tile(acc, peak, norm, q3, k, v, ok, scale, soft_cap, CAPPED)
-        top = tl.max(peak, 0)
-        weight = tl.exp2(peak - top[None, :])
-        acc = tl.sum(acc * weight[:, :, None], 0)
-        norm = tl.sum(norm * weight, 0)
-        peak = top
+                                  BLOCK, TILE, D, DP)  # fmt: skip
+            acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, ok, scale, soft_cap, CAPPED)
 
         o_at = token * num_heads * D
         if count == 1:
@@ -344,8 +347,6 @@ def _decode(
                 o_ok = (gm[:, None] < G) & (d[None, :] < D)
                 tl.store(out_ptr + o_at + (head * G + gm)[:, None] * D + d[None, :], o.to(dtype), mask=o_ok)
                 tl.store(arrivals_ptr + seq * num_kv_heads + head, 0)
-    if PDL:
-        gdc_wait()
 
 
 def decode_attention(
@@ -414,7 +415,7 @@ def decode_attention(
         fused.cos if width else workspace.partial, fused.sin if width else workspace.partial,
         num_seqs, num_kv_heads, scale, soft_cap or 0.0,
         G=group, GP=max(16, merged), GM=merged, D=head_dim, DP=padded, R=width,
-        BLOCK=block_size, WARPS=shape.warps, SHARE=shape.share, SEQS=max(16, triton.next_power_of_2(num_seqs)), WINDOW=window or 0,
+        BLOCK=block_size, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=norm, ROWS=rows is not None,
         STARTS=query_starts is not None, MAX_SPLITS=MAX_SPLITS, MIN_SPLIT=shape.min_split,
         CHUNK=max(1, min(8, 2048 // (merged * padded))), **options,
