@@ -70,6 +70,7 @@ def _folder(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], cont
         container=container,
         modules=tuple(str(entry.get("type", "")) for entry in modules if isinstance(entry, dict)),
         pooling=pooling,
+        max_tokens=_max_tokens(path, files),
         chat_template=_has_template(path, files),
         quantized=_quantized(path, config, files),
     )
@@ -81,6 +82,13 @@ def _files(path: Path) -> frozenset[str]:
         if entry.is_file():
             found.append(entry.relative_to(path).as_posix())
     return frozenset(found)
+
+
+def _max_tokens(path: Path, files: frozenset[str]) -> int:
+    if "sentence_bert_config.json" not in files:
+        return 0
+    found = _json(path / "sentence_bert_config.json").get("max_seq_length")
+    return found if isinstance(found, int) and found > 0 else 0
 
 
 def _has_template(path: Path, files: frozenset[str]) -> bool:
