@@ -27,6 +27,10 @@ def same(spec: EngineSpec, tolerance: float) -> None:
     del core
     assert ready.engine == plan.engine
     assert summary["dtype"] == plan.dtype
+    assert plan.step_tokens == summary["max_num_batched_tokens"]
+    assert plan.max_model_len == ready.max_model_len
+    if not plan.kv_token_bytes:
+        return  # prepacked linears of encoders are in no summary
     assert plan.weights.parameters == pytest.approx(summary["parameters"], rel=tolerance)
     assert plan.weights.total == pytest.approx(summary["weight_bytes"], rel=tolerance)
     assert plan.pool_tokens == pytest.approx(summary["kv_tokens"], rel=tolerance)
@@ -69,8 +73,18 @@ def test_kept_blocks_are_those_of_the_loader() -> None:
 
 
 @pytest.mark.models
-def test_packaged_model() -> None:
-    if installed("smollm2-135m") is None:
-        pytest.skip("smollm2-135m is not on this machine")
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("smollm2-135m", {}),
+        ("smollm2-135m", {"dtype": "float32", "max_model_len": 2048}),
+        ("minilm", {}),
+        ("minilm", {"dtype": "bfloat16"}),
+    ],
+)
+def test_packaged_models(model: str, settings: dict[str, Any]) -> None:
+    if installed(model) is None:
+        pytest.skip(f"{model} is not on this machine")
     torch.set_num_threads(1)
-    same(EngineSpec(model="smollm2-135m", kv_cache_bytes=64 * 2**20), 0.03)
+    pool = {} if model == "minilm" else {"kv_cache_bytes": 128 * 2**20}
+    same(EngineSpec(model=model, **settings, **pool), 0.03)

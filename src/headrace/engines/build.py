@@ -10,6 +10,7 @@ import torch
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.resolve import open_checkpoint, resolve
+from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS, MIN_RESERVE_BYTES
 from headrace.config.spec import EngineSpec
 from headrace.config.support import require_supported
 from headrace.engines.encode_build import build_encode
@@ -33,10 +34,6 @@ from headrace.scheduling.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["build", "eos_token_ids"]
-
-_CPU_STEP_TOKENS = 512
-_CUDA_STEP_TOKENS = 8192
-_ACTIVATION_BYTES = 1 << 30
 
 
 def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Ready]:
@@ -116,11 +113,11 @@ def _build_generate(
     eos_ids = eos_token_ids(checkpoint, tokenizer)
     max_model_len = _max_model_len(spec, model)
     step_tokens = spec.max_num_batched_tokens or (
-        _CUDA_STEP_TOKENS if device.type == "cuda" else _CPU_STEP_TOKENS
+        CUDA_STEP_TOKENS if device.type == "cuda" else CPU_STEP_TOKENS
     )
     layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
     block_bytes = kv_block_bytes(layout, spec.block_size, dtype)
-    blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, _ACTIVATION_BYTES)
+    blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, MIN_RESERVE_BYTES)
     caches = allocate_caches(layout, blocks, spec.block_size, dtype, device)
     runner = Runner(
         model,

@@ -193,6 +193,19 @@ def test_encoder_keeps_no_cache() -> None:
     assert drawn.weights.parameters == pytest.approx(334.1e6, rel=1e-3)
 
 
+def test_inputs_of_encoders() -> None:
+    def context(name: str, positions: int, max_tokens: int = 0, **more: Any) -> int:
+        config = BGE_LARGE | {"architectures": [name], "max_position_embeddings": positions} | more
+        return read_shape(Facts(where="x", config=config, max_tokens=max_tokens), encoder=True).context
+
+    assert context("BertModel", 512) == 512
+    assert context("BertModel", 512, 256) == 256
+    assert context("BertModel", 512, 8192) == 512
+    assert context("XLMRobertaModel", 514, pad_token_id=1) == 512
+    assert context("RobertaModel", 514) == 512
+    assert context("MPNetModel", 514) == 512
+
+
 def test_what_does_not_fit_says_what_would() -> None:
     drawn = plan(LLAMA_70B, "H100")
     assert not drawn.fits
