@@ -46,12 +46,16 @@ def build(spec: EngineSpec) -> tuple[Core, Ready]:
     """
     began = time.perf_counter()
     require_supported(spec)
-    if spec.num_threads is not None:
-        torch.set_num_threads(spec.num_threads)
     checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
     device = _device(spec)
     make = _build_encode if _encodes(spec, checkpoint) else _build_generate
+    threads = spec.num_threads or torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # reading files gains little from more, and loses much where others compute
     core, ready = make(spec, checkpoint, device)
+    torch.set_num_threads(threads)
+    if device.type == "cpu" and spec.num_threads is None:
+        core.runner.threads = ThreadGovernor(threads)
     ready.summary["seconds"] = round(time.perf_counter() - began, 2)
     return core, ready
 
@@ -62,6 +66,11 @@ def _encodes(spec: EngineSpec, checkpoint: Checkpoint) -> bool:
 
 
 def _build_encode(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
+    if spec.quantization:
+        raise ConfigError(
+            f"quantization is {spec.quantization!r}; encoders are not quantized yet: leave it out",
+            param="quantization",
+        )
     dtype = _dtype(spec, checkpoint, device)
     core, ready = build_encode(spec, checkpoint, device, dtype)
     ready.summary.update(_summary(checkpoint, core.runner.model, device, dtype))
@@ -155,13 +164,6 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         summary=summary,
     )
     return GenerateCore(runner, scheduler, overlap=overlap, compiler=compiler), ready
-
-
-def _governor(spec: EngineSpec, device: torch.device) -> ThreadGovernor | None:
-    """Threads that give way to other processes, unless their number was asked for."""
-    if device.type != "cpu" or spec.num_threads is not None:
-        return None
-    return ThreadGovernor(torch.get_num_threads())
 
 
 def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:
