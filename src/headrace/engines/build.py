@@ -12,6 +12,7 @@ from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.resolve import open_checkpoint, resolve
 from headrace.config.spec import EngineSpec
 from headrace.config.support import require_supported
+from headrace.engines.encode import EncodeCore
 from headrace.engines.encode_build import build_encode
 from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
@@ -20,6 +21,7 @@ from headrace.engines.memory import kv_block_bytes, num_kv_blocks
 from headrace.engines.select import select
 from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.constraints.compiler import ConstraintCompiler
+from headrace.execution.encode_runner import EncodeRunner
 from headrace.execution.runner import Runner
 from headrace.execution.threads import ThreadGovernor
 from headrace.kvcache.blocks import BlockPool
@@ -48,12 +50,17 @@ def build(spec: EngineSpec) -> tuple[Core, Ready]:
     require_supported(spec)
     checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
     device = _device(spec)
-    make = _build_encode if _encodes(spec, checkpoint) else _build_generate
     threads = spec.num_threads or torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)  # reading files gains little from more, and loses much where others compute
-    core, ready = make(spec, checkpoint, device)
-    torch.set_num_threads(threads)
+    core: EncodeCore[EncodeRunner] | GenerateCore
+    try:
+        if _encodes(spec, checkpoint):
+            core, ready = _build_encode(spec, checkpoint, device)
+        else:
+            core, ready = _build_generate(spec, checkpoint, device)
+    finally:
+        torch.set_num_threads(threads)
     if device.type == "cpu" and spec.num_threads is None:
         core.runner.threads = ThreadGovernor(threads)
     ready.summary["seconds"] = round(time.perf_counter() - began, 2)
@@ -65,7 +72,9 @@ def _encodes(spec: EngineSpec, checkpoint: Checkpoint) -> bool:
     return select(inspect(checkpoint.path), spec).engine in ("bert", "embed")
 
 
-def _build_encode(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
+def _build_encode(
+    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device
+) -> tuple[EncodeCore[EncodeRunner], Ready]:
     if spec.quantization:
         raise ConfigError(
             f"quantization is {spec.quantization!r}; encoders are not quantized yet: leave it out",
@@ -94,7 +103,9 @@ def _summary(
     }
 
 
-def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
+def _build_generate(
+    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device
+) -> tuple[GenerateCore, Ready]:
     quantize = quantizer(spec.quantization, device) if spec.quantization else None
     dtype = _dtype(spec, checkpoint, device, packs=True)
     model = load_decoder(
