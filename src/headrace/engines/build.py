@@ -13,6 +13,7 @@ from headrace.checkpoints.resolve import open_checkpoint, resolve
 from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS, MIN_RESERVE_BYTES
 from headrace.config.spec import EngineSpec
 from headrace.config.support import require_supported
+from headrace.engines.encode import EncodeCore
 from headrace.engines.encode_build import build_encode
 from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
@@ -21,6 +22,7 @@ from headrace.engines.memory import kv_block_bytes, num_kv_blocks
 from headrace.engines.select import select
 from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.constraints.compiler import ConstraintCompiler
+from headrace.execution.encode_runner import EncodeRunner
 from headrace.execution.runner import Runner
 from headrace.execution.threads import ThreadGovernor
 from headrace.kvcache.blocks import BlockPool
@@ -46,14 +48,21 @@ def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Rea
     """
     began = time.perf_counter()
     require_supported(spec)
-    if spec.num_threads is not None:
-        torch.set_num_threads(spec.num_threads)
     checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
     device = _device(spec)
-    if _encodes(spec, checkpoint):
-        core, ready = _build_encode(spec, checkpoint, device)
-    else:
-        core, ready = _build_generate(spec, checkpoint, device, progress)
+    threads = spec.num_threads or torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # reading files gains little from more, and loses much where others compute
+    core: EncodeCore[EncodeRunner] | GenerateCore
+    try:
+        if _encodes(spec, checkpoint):
+            core, ready = _build_encode(spec, checkpoint, device)
+        else:
+            core, ready = _build_generate(spec, checkpoint, device, progress)
+    finally:
+        torch.set_num_threads(threads)
+    if device.type == "cpu" and spec.num_threads is None:
+        core.runner.threads = ThreadGovernor(threads)
     ready.summary["seconds"] = round(time.perf_counter() - began, 2)
     return core, ready
 
@@ -63,7 +72,14 @@ def _encodes(spec: EngineSpec, checkpoint: Checkpoint) -> bool:
     return select(inspect(checkpoint.path), spec).engine in ("bert", "embed")
 
 
-def _build_encode(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
+def _build_encode(
+    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device
+) -> tuple[EncodeCore[EncodeRunner], Ready]:
+    if spec.quantization:
+        raise ConfigError(
+            f"quantization is {spec.quantization!r}; encoders are not quantized yet: leave it out",
+            param="quantization",
+        )
     dtype = _dtype(spec, checkpoint, device)
     core, ready = build_encode(spec, checkpoint, device, dtype)
     ready.summary.update(_summary(checkpoint, core.runner.model, device, dtype))
@@ -89,7 +105,7 @@ def _summary(
 
 def _build_generate(
     spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, progress: Progress | None
-) -> tuple[Core, Ready]:
+) -> tuple[GenerateCore, Ready]:
     quantize = quantizer(spec.quantization, device) if spec.quantization else None
     dtype = _dtype(spec, checkpoint, device, packs=True)
     model = load_decoder(
@@ -160,13 +176,6 @@ def _build_generate(
         summary=summary,
     )
     return GenerateCore(runner, scheduler, overlap=overlap, compiler=compiler), ready
-
-
-def _governor(spec: EngineSpec, device: torch.device) -> ThreadGovernor | None:
-    """Threads that give way to other processes, unless their number was asked for."""
-    if device.type != "cpu" or spec.num_threads is not None:
-        return None
-    return ThreadGovernor(torch.get_num_threads())
 
 
 def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:

@@ -118,10 +118,9 @@ def _run_core(spec: EngineSpec, address: str, parent: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the serving process decides when a core ends
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Several processes share the cores here: threads that spin while they wait take them from each other.
+    # Torch's threads are left to spin between two operations, which nearly halves a small model's step;
+    # execution/threads.py takes them away while other processes want the cores.
     os.environ.update(spec.environment)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     transport = _ZmqTransport(address, parent)
     transport.wait_for_client()
     try:

@@ -80,6 +80,9 @@ class Step:
 class Runner:
     """Runs a causal model over its paged cache.
 
+    Attributes:
+        threads: chooses the CPU threads of each step; None: they stay as they are.
+
     Args:
         model: see CausalModel.
         caches: one LayerCache a layer.
@@ -87,7 +90,6 @@ class Runner:
         max_num_seqs: rows of per-sequence state.
         max_model_len: tokens of the longest sequence.
         rope_by_length: the model's rotary embedding depends on a sequence's (prompt) length.
-        threads: chooses the CPU threads of each step; None: they stay as they are.
     """
 
     def __init__(
@@ -100,10 +102,9 @@ class Runner:
         max_num_seqs: int,
         max_model_len: int,
         rope_by_length: bool = False,
-        threads: ThreadGovernor | None = None,
     ) -> None:
         self.model = model
-        self.threads = threads
+        self.threads: ThreadGovernor | None = None
         self.rope_by_length = rope_by_length
         self.caches = caches
         self.device = device
