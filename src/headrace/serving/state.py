@@ -14,6 +14,7 @@ from headrace.errors import ConfigError, NotFound, NotReady, nearest
 from headrace.llm import AsyncEngine
 from headrace.serving.admission import Admission
 from headrace.serving.auth import Keys
+from headrace.serving.grammars import GrammarChecker
 from headrace.serving.metrics import Metrics
 
 __all__ = ["STATE", "Model", "Models", "ServerOptions", "State"]
@@ -117,6 +118,7 @@ class State:
         self.keys = Keys(options.api_keys)
         self.metrics = Metrics(models.engines)
         self.admission = Admission(self.metrics)
+        self.grammars = GrammarChecker()
         self.running: set[asyncio.Task[object]] = set()
         self.draining = False
 
