@@ -95,6 +95,7 @@ class Server:
                 log.warning("requests cut off", extra={"fields": {"requests": len(late)}})
                 await asyncio.wait(late, timeout=_LAST_WORDS)
         await self._runner.cleanup()
+        await state.grammars.close()
         for model in state.models.all:
             if model.loaded is not None:
                 await model.loaded.close(drain=False)

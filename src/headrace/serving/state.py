@@ -16,6 +16,7 @@ from headrace.llm import AsyncEngine
 from headrace.serving.admission import Admission
 from headrace.serving.auth import Keys
 from headrace.serving.batches import BatchJobs
+from headrace.serving.grammars import GrammarChecker
 from headrace.serving.metrics import Metrics
 
 __all__ = ["STATE", "Model", "Models", "ServerOptions", "State"]
@@ -121,6 +122,7 @@ class State:
         self.keys = Keys(options.api_keys)
         self.metrics = Metrics(models.engines)
         self.admission = Admission(self.metrics)
+        self.grammars = GrammarChecker()
         self.running: set[asyncio.Task[object]] = set()
         self.draining = False
         self.batches: BatchJobs | None = None
