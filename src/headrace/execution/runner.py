@@ -128,6 +128,14 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step) -> Step:
         """Launch the model."""
+        hidden = self._hidden(step)
+        step.prompt_logprobs = self._prompt_logprobs(step.plan, hidden)
+        if step.chunks:
+            step.logits = self.model.logits(hidden if step.last is None else hidden[step.last])
+        return step
+
+    def _hidden(self, step: Step) -> Tensor:
+        """Hidden states [T, D] of the step's tokens."""
         batch = step.batch
         assert batch is not None
         if self.threads is not None:
@@ -136,11 +144,7 @@ class Runner:
             at, rows = step.unseen
             # A row whose logits were not finite has -1; it ends when the host sees that.
             batch.token_ids[at] = self._last_tokens[rows].clamp(min=0)
-        hidden = self.model(batch)
-        step.prompt_logprobs = self._prompt_logprobs(step.plan, hidden)
-        if step.chunks:
-            step.logits = self.model.logits(hidden if step.last is None else hidden[step.last])
-        return step
+        return self.model(batch)
 
     @torch.inference_mode()
     def sample(self, step: Step, masks: dict[int, Tensor] | None = None) -> Step:
@@ -187,6 +191,8 @@ class Runner:
             caches=self.caches,
             max_query_len=int(counts.max()),
             max_seq_len=max_seq_len,
+            some_single=bool((counts == 1).any()),
+            fresh=not starts[counts > 1].any(),
             host_query_lens=counts.tolist() if host else None,
             host_seq_lens=ends.tolist() if host else None,
             host_blocks=[list(c.sequence.table.blocks) for c in chunks] if host else None,
