@@ -116,7 +116,7 @@ def candidates(rows: int, case: Case) -> list[Shape]:
     for bn, bk, splits, stages in itertools.product((64, 128), (64, 128), (1, 2, 4, 8), (3, 4, 5)):
         shared = stages * (bn * double + rows) * bk * 2
         programs = -(-case.n // (bn * double)) * splits
-        if shared <= 113_000 and case.k // (splits * bk) >= 2 and (64 <= programs <= 800 or case.head and splits == 1):
+        if shared <= 113_000 and case.k // (splits * bk) >= 2 and (64 <= programs <= 800 or (case.head and splits == 1)):
             found.append(SkinnyShape(rows, bn, bk, splits, 4 if bn == 64 else 8, stages))
     return found
 
