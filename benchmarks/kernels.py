@@ -28,7 +28,7 @@ from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_att
 from headrace.kernels.attention.triton_prefill import prefill_attention
 from headrace.kernels.linear import triton as linear
 from headrace.kernels.linear import tuning
-from headrace.kernels.linear.tuning import GemvShape, SkinnyShape
+from headrace.kernels.linear.tuning import GemvShape, Shape, SkinnyShape
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -37,6 +37,7 @@ SPREAD = 256 << 20  # bytes that one graph walks over
 
 def graph_seconds(run: Callable[[int], object], count: int, replays: int = 15) -> float:
     """Seconds of run(i), i = 0 .. count - 1 in one graph, by call."""
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for i in range(min(count, 2)):
@@ -64,9 +65,7 @@ def graph_seconds(run: Callable[[int], object], count: int, replays: int = 15) -
 class Case:
     """One linear map of a decode step: [norm] x @ w.T [gate] [residual] or argmax."""
 
-    def __init__(
-        self, n: int, k: int, *, norm: bool, gate: bool = False, residual: bool = False, head: bool = False
-    ):
+    def __init__(self, n: int, k: int, *, norm: bool, gate: bool = False, residual: bool = False, head: bool = False):
         self.n, self.k, self.norm, self.gate, self.residual, self.head = n, k, norm, gate, residual, head
         self.bytes = 2 * n * k
 
@@ -104,25 +103,30 @@ def cases_of(name: str) -> list[Case]:
     ]
 
 
-def candidates(rows: int, case: Case) -> list[GemvShape | SkinnyShape]:
+def candidates(rows: int, case: Case) -> list[Shape]:
     """Shapes worth trying."""
-    found: list[GemvShape | SkinnyShape] = []
+    found: list[Shape] = []
     if rows == 1:
         for bn, bk, warps in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048), (4, 8)):
             per_thread = bn * bk // (32 * warps) * (2 if case.gate else 1)
             if 16 <= per_thread <= 64 and bk <= case.k and not (case.head and bn < 4):
                 found.append(GemvShape(bn, bk, warps, 1))
         return found
-    widths = [(64, 4), (32, 2), (16, 1)] if rows == 16 else [(64, 4), (32, 2)] if rows == 32 else [(64, 4)]
-    for (bn, warps), bk, splits, stages in itertools.product(widths, (64, 128, 256), (1, 2, 4, 8), (3, 4, 6)):
-        tiles = -(-case.n // (2 * bn if case.gate else bn))
-        shared = stages * (bn * (2 if case.gate else 1) + rows) * bk * 2
-        fits = 20_000 <= shared <= (110_000 if bn > 16 else 70_000)
-        steps = case.k // (splits * bk)
-        programs = tiles * splits
-        if fits and steps >= 2 and (100 <= programs <= 800 or (splits == 1 and programs > 60)):
-            found.append(SkinnyShape(rows, bn, bk, splits, warps, stages))
+    double = 2 if case.gate else 1
+    for bn, bk, splits, stages in itertools.product((64, 128), (64, 128), (1, 2, 4, 8), (3, 4, 5)):
+        shared = stages * (bn * double + rows) * bk * 2
+        programs = -(-case.n // (bn * double)) * splits
+        if shared <= 113_000 and case.k // (splits * bk) >= 2 and (64 <= programs <= 800 or (case.head and splits == 1)):
+            found.append(SkinnyShape(rows, bn, bk, splits, 4 if bn == 64 else 8, stages))
     return found
+
+
+def _rule(rows: int, case: Case) -> Shape:
+    """What an unknown GPU would take."""
+    unknown = torch.device("cpu")
+    if rows == 1:
+        return tuning.gemv_shape(unknown, case.n, case.k, case.gate)
+    return tuning.skinny_shape(unknown, rows, case.n, case.k, case.gate)
 
 
 _compiling = threading.local()
@@ -148,14 +152,15 @@ def compile_all(jobs: list[Callable[[], object]]) -> None:
         list(pool.map(work, jobs))
 
 
-def tune(models: list[str], row_counts: list[int], limit: int) -> dict[str, list[int]]:
-    """The fastest shape of every (rows, case), and what it reached."""
-    table: dict[str, list[int]] = {}
+def tune(models: list[str], row_counts: list[int], limit: int, path: Path) -> None:
+    """Write the fastest shape of every (rows, case) to ``path``, beside what is there."""
+    table: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
     chosen = threading.local()
     rule = linear._shape
     linear._shape = lambda *args: getattr(chosen, "shape", None) or rule(*args)
     for name, rows in itertools.product(models, row_counts):
-        prepared = [(case, case.make(rows), candidates(rows, case)[:limit]) for case in cases_of(name)]
+        prepared = [(case, case.make(rows), [*candidates(rows, case)[:limit], _rule(rows, case)]) for case in cases_of(name)]
 
         def compile_job(run: Callable[[int], object], shape: Any) -> Callable[[], None]:
             def job() -> None:
@@ -182,10 +187,12 @@ def tune(models: list[str], row_counts: list[int], limit: int) -> dict[str, list
             top = " ".join(f"{'/'.join(map(str, s))}={t * 1e6:.1f}" for t, s in results[:4])
             print(f"{key:22s} rule {base * 1e6:7.1f} us, best {best * 1e6:7.1f} us "
                   f"{case.bytes / best / 1e12:.2f} TB/s | {top}", flush=True)  # fmt: skip
+        lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         del prepared
         torch.cuda.empty_cache()
     linear._shape = rule
-    return table
+    tuning._tuned.cache_clear()
 
 
 def bench_linear(recorder: Recorder, models: list[str]) -> None:
@@ -230,10 +237,7 @@ def bench_decode(recorder: Recorder, settings: list[tuple[int, int]]) -> None:
             per = -(-length // 16)
             size = 4 * count * length * kv * dim
             copies = max(1, min(8, SPREAD // size))
-            caches = [
-                torch.randn(2, count * per + 1, 16, kv, dim, dtype=DTYPE, device=DEVICE)
-                for _ in range(copies)
-            ]
+            caches = [torch.randn(2, count * per + 1, 16, kv, dim, dtype=DTYPE, device=DEVICE) for _ in range(copies)]
             tables = (torch.randperm(count * per, device=DEVICE).int() + 1).view(count, per)
             lens = torch.full((count,), length, dtype=torch.int32, device=DEVICE)
             q = torch.randn(count, heads, dim, dtype=DTYPE, device=DEVICE)
@@ -266,9 +270,7 @@ def bench_prefill(recorder: Recorder, settings: list[tuple[int, int]]) -> None:
 
         def run(_: int, q: Tensor = q, cache: Tensor = cache, starts: Tensor = starts, lens: Tensor = lens,
                 tables: Tensor = tables, out: Tensor = out) -> None:  # fmt: skip
-            prefill_attention(
-                q, cache[0], cache[1], starts, lens, scale=0.088, causal=True, tables=tables, out=out
-            )
+            prefill_attention(q, cache[0], cache[1], starts, lens, scale=0.088, causal=True, tables=tables, out=out)
 
         k = torch.randn(count, kv, length, dim, dtype=DTYPE, device=DEVICE)
         qs = torch.randn(count, heads, length, dim, dtype=DTYPE, device=DEVICE)
@@ -293,22 +295,13 @@ def main() -> None:
     args = parser.parse_args()
     recorder = Recorder("kernels", args)
     if args.tune:
-        table = tune(args.models, args.rows, args.limit)
         name = device_name().lower().replace(" ", "-")
         path = Path(args.tuned or Path(tuning.__file__).parent / "tuned" / f"{name}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        old = json.loads(path.read_text()) if path.exists() else {}
-        rows = (
-            f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted({**old, **table}.items())
-        )
-        path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-        tuning._tuned.cache_clear()
+        tune(args.models, args.rows, args.limit, path)
     if "linear" in args.what:
         bench_linear(recorder, args.models)
     if "decode" in args.what:
-        bench_decode(
-            recorder, [(1, 512), (1, 8192), (1, 32768), (16, 512), (64, 1024), (256, 1024), (256, 4096)]
-        )
+        bench_decode(recorder, [(1, 512), (1, 8192), (1, 32768), (16, 512), (64, 1024), (256, 1024), (256, 4096)])
     if "prefill" in args.what:
         bench_prefill(recorder, [(1, 4096), (8, 1024), (16, 512)])
 

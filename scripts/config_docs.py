@@ -23,6 +23,7 @@ from headrace.config.load import RULES  # noqa: E402
 from headrace.config.schema.fields import REQUIRED, Field, Section  # noqa: E402
 from headrace.config.schema.own import OWN  # noqa: E402
 from headrace.config.schema.top import TOP  # noqa: E402
+from headrace.config.support import GAPS  # noqa: E402
 
 FILES = ("docs/config.md", "docs/migration.md")
 _MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -103,9 +104,13 @@ def flags(items: Iterable[Foreign]) -> str:
 
 
 def renamed() -> str:
-    return table(("TensorRT-LLM", "vLLM", "here"), (
-        (f"`{trt}`", f"`{vllm}`", f"`{ {'max_model_len': 'max_model_len'}.get(vllm, vllm) }`") for trt, vllm in TRT_TO_VLLM.items()
-    ))  # fmt: skip
+    rows = ((f"`{trt}`", f"`{vllm}`", f"`{vllm}`") for trt, vllm in TRT_TO_VLLM.items())
+    return table(("TensorRT-LLM", "vLLM", "here"), rows)
+
+
+def gaps() -> str:
+    rows = ((f"`{gap.field}`", "refused" if gap.blocks else "ignored", gap.why) for gap in GAPS)
+    return table(("setting", "", "what happens instead"), rows)
 
 
 def variables() -> str:
@@ -131,6 +136,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "vllm": lambda: flags(VLLM_FLAGS),
     "tei": lambda: flags(TEI_FLAGS),
     "renamed": renamed,
+    "gaps": gaps,
     "variables": variables,
     "accelerators": accelerators,
 }

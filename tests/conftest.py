@@ -11,6 +11,11 @@ import pytest
 from headrace.checkpoints.base import Checkpoint
 from headrace.errors import HeadraceError
 
+# Processes that tests start find the package too, installed or not.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parents[1] / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels of tests/parity/test_triton_* run on the CPU
 

@@ -126,6 +126,8 @@ def main() -> None:
     cases = [parse_case(text) for text in args.cases]
     core = build_core(model, cases, eager=args.eager, step_tokens=args.step_tokens)
     for text, case in zip(args.cases, cases):
+        if isinstance(core.runner, GraphRunner) and case[2] > 1:
+            core.runner.warm_up(list(range(1, case[0] + 1)))
         run_case(core, (case[0], case[1], min(case[2], 8)), model.config.vocab_size, 1, temperature=args.temperature)
         for again in range(args.repeat):
             seconds = run_case(core, case, model.config.vocab_size, 2 + again, temperature=args.temperature)

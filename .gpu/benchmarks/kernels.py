@@ -28,7 +28,7 @@ from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_att
 from headrace.kernels.attention.triton_prefill import prefill_attention
 from headrace.kernels.linear import triton as linear
 from headrace.kernels.linear import tuning
-from headrace.kernels.linear.tuning import GemvShape, Shape, SkinnyShape, WarpSplitShape
+from headrace.kernels.linear.tuning import GemvShape, Shape, SkinnyShape
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -113,19 +113,20 @@ def candidates(rows: int, case: Case) -> list[Shape]:
                 found.append(GemvShape(bn, bk, warps, 1))
         return found
     double = 2 if case.gate else 1
-    sizes = itertools.product((8, 16, 32), (32, 64, 128), (4, 8), (2, 3, 4))
-    for bn, bk, warps, stages in sizes if not case.head else ():
-        shared = stages * (bn * double + rows) * bk * warps * 2
-        programs = -(-case.n // (bn * double))
-        registers = rows * bn * double // 32
-        if 24_000 <= shared <= 110_000 and 64 <= programs <= 600 and registers <= 64 and case.k >= bk * warps:
-            found.append(WarpSplitShape(rows, bn, bk, warps, stages))
-    for bn, bk, splits, stages in itertools.product((64, 128), (64, 128), (1, 2, 4), (3, 4, 5)):
+    for bn, bk, splits, stages in itertools.product((64, 128), (64, 128), (1, 2, 4, 8), (3, 4, 5)):
         shared = stages * (bn * double + rows) * bk * 2
         programs = -(-case.n // (bn * double)) * splits
-        if shared <= 113_000 and case.k // (splits * bk) >= 2 and (100 <= programs <= 800 or case.head):
+        if shared <= 113_000 and case.k // (splits * bk) >= 2 and (64 <= programs <= 800 or case.head and splits == 1):
             found.append(SkinnyShape(rows, bn, bk, splits, 4 if bn == 64 else 8, stages))
     return found
+
+
+def _rule(rows: int, case: Case) -> Shape:
+    """What an unknown GPU would take."""
+    unknown = torch.device("cpu")
+    if rows == 1:
+        return tuning.gemv_shape(unknown, case.n, case.k, case.gate)
+    return tuning.skinny_shape(unknown, rows, case.n, case.k, case.gate)
 
 
 _compiling = threading.local()
@@ -159,7 +160,7 @@ def tune(models: list[str], row_counts: list[int], limit: int, path: Path) -> No
     rule = linear._shape
     linear._shape = lambda *args: getattr(chosen, "shape", None) or rule(*args)
     for name, rows in itertools.product(models, row_counts):
-        prepared = [(case, case.make(rows), candidates(rows, case)[:limit]) for case in cases_of(name)]
+        prepared = [(case, case.make(rows), [*candidates(rows, case)[:limit], _rule(rows, case)]) for case in cases_of(name)]
 
         def compile_job(run: Callable[[int], object], shape: Any) -> Callable[[], None]:
             def job() -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "Failed",
     "FromCore",
     "Heartbeat",
+    "Loading",
     "Outputs",
     "Ready",
     "Shutdown",
@@ -72,6 +73,13 @@ class CoreStats(msgspec.Struct, frozen=True, array_like=True):
     host_ms: float = 0.0
 
 
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Bytes of weights in place so far, and in all; only before Ready."""
+
+    done: int
+    total: int
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The core has loaded its model and takes requests.
 
@@ -117,7 +125,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 ToCore = Submit | Abort | Shutdown
-FromCore = Ready | Outputs | EncodeOutputs | Heartbeat | Failed
+FromCore = Loading | Ready | Outputs | EncodeOutputs | Heartbeat | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_core: msgspec.msgpack.Decoder[ToCore] = msgspec.msgpack.Decoder(ToCore)

@@ -99,6 +99,36 @@ def test_generate_cancel_refuse_and_drain(how: str, tiny: EngineSpec) -> None:
     asyncio.run(scenario())
 
 
+def test_loading_tells_how_far_it_is(tiny: EngineSpec) -> None:
+    async def scenario() -> None:
+        told: list[tuple[int, int]] = []
+        client = await start(tiny, lambda done, total: told.append((done, total)))
+        await client.close()
+        assert told
+        assert told[-1][0] == told[-1][1] == client.ready.summary["weight_bytes"]
+
+    asyncio.run(scenario())
+
+
+def test_a_core_that_freezes_is_seen_and_may_recover(
+    tiny: EngineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.engines.dispatch._STALL_SECONDS_CPU", 1.5)
+
+    async def scenario() -> None:
+        client = await start(tiny)
+        assert client._process.pid is not None
+        os.kill(client._process.pid, signal.SIGSTOP)
+        await asyncio.sleep(2.5)
+        assert client.health().status == "stalled"
+        os.kill(client._process.pid, signal.SIGCONT)
+        await asyncio.sleep(1.5)
+        assert client.health().status == "ok"
+        await client.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_killed_core_is_noticed_by_everybody(tiny: EngineSpec) -> None:
     async def scenario() -> None:
         client = await start(tiny)

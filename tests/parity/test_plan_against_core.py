@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from headrace.checkpoints.fetch import installed
+from headrace.config.plan.weights import KEPT_BLOCKS
 from headrace.config.resolve import resolve
+from headrace.config.schema.own import SCHEMES
 from headrace.config.spec import EngineSpec
 from headrace.engines.build import build
 from headrace.engines.plan import cpu_machine, plan_for
+from headrace.quantization.registry import LOAD_TIME
+from headrace.quantization.schemes.int4 import fast_on_this_cpu
 from support.tiny_folder import write_llama
 
 
@@ -23,6 +27,10 @@ def same(spec: EngineSpec, tolerance: float) -> None:
     del core
     assert ready.engine == plan.engine
     assert summary["dtype"] == plan.dtype
+    assert plan.step_tokens == summary["max_num_batched_tokens"]
+    assert plan.max_model_len == ready.max_model_len
+    if not plan.kv_token_bytes:
+        return  # prepacked linears of encoders are in no summary
     assert plan.weights.parameters == pytest.approx(summary["parameters"], rel=tolerance)
     assert plan.weights.total == pytest.approx(summary["weight_bytes"], rel=tolerance)
     assert plan.pool_tokens == pytest.approx(summary["kv_tokens"], rel=tolerance)
@@ -49,9 +57,34 @@ def test_tiny_models(config: dict[str, Any], settings: dict[str, Any], tmp_path:
     same(resolve(str(tmp_path), **settings).spec, 1e-9)
 
 
-@pytest.mark.models
-def test_packaged_model() -> None:
-    if installed("smollm2-135m") is None:
-        pytest.skip("smollm2-135m is not on this machine")
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int4-g64"])
+def test_schemes_of_the_cpu(scheme: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    same(EngineSpec(model="smollm2-135m", kv_cache_bytes=64 * 2**20), 0.03)
+    write_llama(tmp_path, hidden_size=128, intermediate_size=256, vocab_size=320, num_attention_heads=8)
+    same(resolve(str(tmp_path), quantization=scheme).spec, 0.03)
+
+
+def test_kept_blocks_are_those_of_the_loader() -> None:
+    from headrace.quantization.ggml import KEEPABLE
+
+    assert set(KEPT_BLOCKS) == set(KEEPABLE)
+    assert cpu_machine().packs == fast_on_this_cpu()
+    assert {scheme for scheme in SCHEMES if scheme.startswith("int")} == set(LOAD_TIME)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("smollm2-135m", {}),
+        ("smollm2-135m", {"dtype": "float32", "max_model_len": 2048}),
+        ("minilm", {}),
+        ("minilm", {"dtype": "bfloat16"}),
+    ],
+)
+def test_packaged_models(model: str, settings: dict[str, Any]) -> None:
+    if installed(model) is None:
+        pytest.skip(f"{model} is not on this machine")
+    torch.set_num_threads(1)
+    pool = {} if model == "minilm" else {"kv_cache_bytes": 128 * 2**20}
+    same(EngineSpec(model=model, **settings, **pool), 0.03)

@@ -47,6 +47,7 @@ def make_batch(
         caches=[LayerCache(*caches)],
         max_query_len=max(query_lens),
         max_seq_len=max(seq_lens),
+        fresh=all(new in (1, length) for new, length in zip(query_lens, seq_lens)),
     )
     qkv = randn(total, heads + 2 * kv_heads, dim, dtype=dtype, seed=99)
     return qkv.split([heads, kv_heads, kv_heads], 1), batch
@@ -112,7 +113,8 @@ def test_fused_prologue(norm: bool, width: int) -> None:
     """Norm, rotation and cache write inside the decode kernel, through a row table."""
     dtype, heads, kv_heads, dim, lens = DTYPES[0], 4, 2, 64, [1, 140, 65]
     (q, k, v), batch = make_batch([1, 1, 1], lens, heads, kv_heads, dim, dtype)
-    weight = randn(heads + kv_heads, dim, dtype=dtype, seed=3) if norm else None
+    gains = randn(2, dim, dtype=dtype, seed=3)
+    weight = gains[[0] * heads + [1] * kv_heads] if norm else None
     cos = sin = None
     if width:
         angle = torch.arange(200)[:, None] * torch.rand(

@@ -8,7 +8,7 @@ from triton_device import DEVICE, DTYPES, error, randn, tolerance
 
 from headrace.kernels.linear import reference
 from headrace.kernels.linear import triton as fast
-from headrace.kernels.linear.tuning import GemvShape, SkinnyShape, WarpSplitShape
+from headrace.kernels.linear.tuning import GemvShape, SkinnyShape
 
 SHAPES = [(1, 48, 64), (1, 70, 200), (2, 96, 128), (5, 72, 264), (17, 40, 64), (50, 130, 96)]
 
@@ -43,26 +43,6 @@ def test_split_sums(splits: int, gate: str | None, monkeypatch: pytest.MonkeyPat
     first = fast.small_linear(x, weight, norm=norm, gate=gate)
     assert error(first, expected) < 2 * tolerance(dtype)
     assert torch.equal(first, fast.small_linear(x, weight, norm=norm, gate=gate))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gate", [None, "silu"])
-@pytest.mark.parametrize(("rows", "n", "k"), [(2, 40, 64), (5, 74, 264), (17, 96, 200)])
-def test_warps_share_k(
-    rows: int, n: int, k: int, gate: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fast, "_shape", lambda *_: WarpSplitShape(16 if rows <= 16 else 32, 16, 32, 4, 3))
-    x, weight = randn(rows, k, dtype=dtype, seed=0), randn(n, k, dtype=dtype, seed=1, scale=k**-0.5)
-    width = n if gate is None else n // 2
-    full = {
-        "norm": (randn(k, dtype=dtype, seed=2), 1e-5),
-        "bias": randn(n, dtype=dtype, seed=3),
-        "residual": randn(rows, width, dtype=dtype, seed=4),
-    }
-    for options in ({}, full):
-        expected = reference.small_linear(x.float(), weight.float(), gate=gate, **options)
-        assert error(fast.small_linear(x, weight, gate=gate, **options), expected) < 2 * tolerance(dtype)
-    assert torch.equal(fast.argmax_linear(x, weight), reference.argmax_linear(x, weight))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headrace.client import PerformanceClient, RequestProcessingPreference
 
-__all__ = ["EXAMPLES", "add_arguments", "register", "run"]
+__all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES = """\
 examples:
@@ -23,19 +23,6 @@ examples:
 
 Inputs are JSONL (objects or bare values), CSV, Parquet or lines of text; outputs JSONL, Parquet or npy, by name.
 """
-
-
-def register(subparsers: Any) -> None:
-    """Add ``client`` to the subparsers of the ``headrace`` command."""
-    parser = subparsers.add_parser(
-        "client",
-        help=__doc__,
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

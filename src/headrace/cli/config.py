@@ -48,7 +48,7 @@ def _check(args: argparse.Namespace) -> int:
     results = []
     good = True
     for file in args.files:
-        report = _read(file).report
+        report = _resolved(file)
         counted = report.problems or (
             args.strict and any(notice.kind in _STRICT for notice in report.notices)
         )
@@ -73,6 +73,21 @@ def _read(file: str) -> View:
         report = Report()
         report.problem(error.message.removeprefix(f"{file}: "), place=Place(file))
         return View({}, {}, report)
+
+
+def _resolved(file: str) -> Report:
+    """Problems and notices, those of the specification that it resolves to included."""
+    from headrace.config.report import Place
+    from headrace.config.resolve import resolve_view
+
+    view = _read(file)
+    if view.report.ok:
+        try:
+            resolve_view(view)
+        except ConfigError as error:
+            for problem in error.problems:
+                view.report.problem(problem.removeprefix(f"{file} "), place=Place(file))
+    return view.report
 
 
 def _print(file: str, report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,9 +11,11 @@ from headrace.config.resolve import Resolution, resolve
 from headrace.config.schema.fields import Bool, Enum, Field, Str
 from headrace.config.schema.own import OWN
 from headrace.config.yaml import scalar
+from headrace.errors import ConfigError
 
 __all__ = ["PLAN_FLAGS", "add_spec_flags", "resolution"]
 
+_FLAG = re.compile(r"^flag: (\w+): ")
 PLAN_FLAGS = (
     *(
         "revision",
@@ -45,10 +48,17 @@ def add_spec_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> Non
             group.add_argument(flag, metavar="TEXT" if isinstance(field.type, Str) else "N", help=text)
 
 
-def resolution(args: argparse.Namespace, names: Iterable[str]) -> Resolution:
-    """Resolve ``args.model`` with the flags. Raises ConfigError with every problem."""
+def resolution(args: argparse.Namespace, names: Iterable[str], *, model: str | None = None) -> Resolution:
+    """Resolve ``model`` (or ``args.model``) with the flags. Raises ConfigError with every problem."""
     settings = {name: _value(OWN.by_name[name], getattr(args, name)) for name in names}
-    return resolve(args.model, origin="flag", **settings)
+    try:
+        return resolve(args.model if model is None else model, origin="flag", **settings)
+    except ConfigError as error:
+        raise ConfigError([_FLAG.sub(_as_flag, problem) for problem in error.problems]) from None
+
+
+def _as_flag(found: re.Match[str]) -> str:
+    return f"--{found[1].replace('_', '-')} "
 
 
 def _value(field: Field, given: Any) -> Any:

@@ -14,7 +14,14 @@ CONFIG_ERROR, RUNTIME_ERROR, INTERRUPTED = 2, 1, 130
 COMMANDS = {
     "serve": "serve one or more models over HTTP (OpenAI's API)",
     "chat": "talk to a model in the terminal",
+    "plan": "what a model will take and reach, before anything loads",
+    "config": "check a config.yaml, or show what it resolves to",
+    "init": "write a commented config.yaml for a model",
     "models": "list the models that are here, and those that can be fetched by name",
+    "plan": "say whether a model fits, and how fast it can be, without a GPU and without reading weights",
+    "config": "check or show a config.yaml",
+    "init": "write a commented config.yaml for a model",
+    "client": "send many texts, chats or batch files to any server",
 }
 
 _TOP = """\
@@ -26,6 +33,7 @@ commands:
 {commands}
 
 first steps:
+  headrace plan ./Qwen3-8B --gpu H100  does it fit?
   headrace models                    what can be served by name
   headrace serve smollm2-135m        serve it on http://127.0.0.1:8000
   headrace chat                      talk to what is served there

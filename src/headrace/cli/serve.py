@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from headrace.cli.options import add_model_arguments, api_keys, specs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from headrace.config.spec import EngineSpec
     from headrace.llm import AsyncEngine
     from headrace.serving.server import Server
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = specs(args, args.models)
     keys = api_keys(args)
     from headrace.config import env
+    from headrace.llm.progress import LoadingBars
     from headrace.serving import logs
     from headrace.serving.server import Server, serve
     from headrace.serving.state import Model, ServerOptions
@@ -70,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
         allow_chat_template=args.allow_chat_template,
         log_prompts=args.log_prompts,
     )
-    server = Server([Model(spec) for spec in chosen], options, start_engine=_start)
+    bars = LoadingBars()
+    server = Server(
+        [Model(spec) for spec in chosen], options, start_engine=lambda spec: _start(spec, bars.of(spec.name))
+    )
     asyncio.run(serve(server, _listening, _ready))
     return 0
 
@@ -86,11 +92,21 @@ def _listening(server: Server) -> None:
     _say(f"headrace {__version__} on {server.url}\nloading {names} ...")
 
 
-async def _start(spec: EngineSpec) -> AsyncEngine:
+async def _start(spec: EngineSpec, on_loading: Callable[[int, int], None]) -> AsyncEngine:
+    import msgspec
+
+    from headrace.checkpoints.resolve import resolve
+    from headrace.engines.plan import plan_for
     from headrace.llm import AsyncEngine
 
     begin = time.perf_counter()
-    engine = await AsyncEngine.start(spec)
+    if spec.path is None:
+        path = await asyncio.to_thread(resolve, spec.model, spec.revision)
+        spec = msgspec.structs.replace(spec, path=path)
+    plan = await asyncio.to_thread(plan_for, spec)
+    _say(f"  {spec.name}: {plan.short()}")
+    plan.check_fits()
+    engine = await AsyncEngine.start(spec, on_loading)
     ready = engine.client.ready
     _say(
         f"  {spec.name}: {ready.engine} engine, context {ready.max_model_len}, "

@@ -12,6 +12,8 @@ from headrace.client.http1 import Reply
 from headrace.client.operation import Job, Operation, Target
 from headrace.client.payloads import encode, split
 from headrace.client.preference import RequestProcessingPreference
+from headrace.client.processes import Helpers
+from headrace.client.responses import Vectors, joined, parse_embeddings
 from headrace.client.transport import HttpClientWrapper
 
 __all__ = ["Core", "api_key_from_environment"]
@@ -36,6 +38,8 @@ class Core:
         client_wrapper: HttpClientWrapper | None = None,
         proxy: str | None = None,
         endpoint_pool: EndpointPool | None = None,
+        *,
+        processes: int = 1,
     ) -> None:
         api_key = api_key if api_key is not None else api_key_from_environment()
         if api_key is None:
@@ -43,6 +47,13 @@ class Core:
                 f"there is no API key: give api_key or set one of {', '.join(_KEYS)}", param="api_key"
             )
         wrapper = client_wrapper or HttpClientWrapper(http_version, proxy)
+        alone = endpoint_pool is not None or (client_wrapper is not None and client_wrapper.custom_tls)
+        if processes < 1 or (processes > 1 and alone):
+            raise InvalidArgument(
+                f"processes is {processes}; expected at least 1, and 1 with an endpoint_pool or ssl_context",
+                param="processes",
+            )
+        self._helpers = Helpers(processes - 1) if processes > 1 else None
         self._target = Target(base_url.rstrip("/"), wrapper, api_key, endpoint_pool)
         if endpoint_pool is not None:
             endpoint_pool.watch()
@@ -61,6 +72,14 @@ class Core:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r})"
+
+    async def embed_block(
+        self, groups: list[list[str]], fields: dict[str, Any], preference: RequestProcessingPreference
+    ) -> tuple[Vectors, list[Reply]]:
+        """Vectors of groups of texts, a request for each group; indices count from 0."""
+        jobs = _batch_jobs("/v1/embeddings", groups, lambda group: {"input": group, **fields})
+        parts = await self._all(jobs, len(groups), parse_embeddings, preference)
+        return joined([vectors for vectors, _ in parts]), [reply for _, reply in parts]
 
     async def _batches(
         self,

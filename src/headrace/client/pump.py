@@ -14,7 +14,7 @@ __all__ = ["async_iterator", "sync_iterator"]
 S = TypeVar("S")
 P = ParamSpec("P")
 R = TypeVar("R")
-_KEPT = 256  # finished items that wait for the caller, at most
+_KEPT = 16  # finished items that wait for the caller, at most (one may hold 128 vectors)
 
 
 class _Pump(Generic[R]):

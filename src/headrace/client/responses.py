@@ -137,6 +137,17 @@ class Vectors:
         self.object = object
 
 
+def joined(parts: list[Vectors]) -> Vectors:
+    """All rows in one; usage summed."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    usage = OpenAIUsage(
+        sum(part.usage.prompt_tokens for part in parts), sum(part.usage.total_tokens for part in parts)
+    )
+    return Vectors([row for part in parts for row in part.rows], first.model, usage, first.object)
+
+
 def parse_embeddings(job: Job, reply: Reply) -> tuple[Vectors, Reply]:
     """Check one reply of ``/v1/embeddings``. Raises BadReply unless each input has exactly one vector."""
     kind = _kind(reply)
@@ -194,9 +205,9 @@ class OpenAIEmbeddingsResponse(Timed):
         response_headers: one dict a request, names in lower case.
     """
 
-    def __init__(self, total_time: float, parts: list[tuple[Vectors, Reply]]) -> None:
-        super().__init__(total_time, [reply for _, reply in parts])
-        self._parts = [vectors for vectors, _ in parts]
+    def __init__(self, total_time: float, parts: list[Vectors], replies: list[Reply]) -> None:
+        super().__init__(total_time, replies)
+        self._parts = parts
         self.object = self._parts[0].object
         self.model = self._parts[0].model
         self.usage = OpenAIUsage(

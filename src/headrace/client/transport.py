@@ -77,6 +77,7 @@ class HttpClientWrapper:
             )
         elif http_version != 1:
             raise InvalidArgument(f"http_version is {http_version!r}; expected 1 or 2", param="http_version")
+        self.proxy = proxy
         self._proxy: Origin | None = None
         self._proxy_auth = ""
         if proxy is not None:
@@ -86,6 +87,7 @@ class HttpClientWrapper:
                 pair = f"{unquote(user.username)}:{unquote(user.password or '')}".encode()
                 self._proxy_auth = f"proxy-authorization: Basic {base64.b64encode(pair).decode()}\r\n"
         self._ssl = ssl_context
+        self.custom_tls = ssl_context is not None
         self._lock = threading.Lock()
         self._reset()
 

@@ -15,6 +15,7 @@ from headrace.config.schema.own import OWN
 from headrace.config.schema.view import View
 from headrace.config.secrets import hide_variables
 from headrace.config.spec import Adapter, Calibration, EngineSpec, Speculation
+from headrace.config.support import gaps
 from headrace.config.translate import own_settings
 from headrace.config.yaml import Node
 from headrace.errors import ConfigError
@@ -62,6 +63,8 @@ def resolve(model: str | None = None, *, origin: str = "argument", **settings: A
         given["model"] = model
     report = Report()
     spec = make_spec(given, report, origin)
+    for gap, sentence in gaps(spec):
+        report.notice("not_yet" if gap.blocks else "differs", sentence, gap.field)
     return Resolution(spec, report, origins=dict.fromkeys(given, origin))
 
 
@@ -83,6 +86,9 @@ def resolve_view(
             param="trt_llm",
         )
     spec = make_spec(values, view.report, origin, origins)
+    for gap, sentence in gaps(spec):
+        key = found[gap.field][1] if gap.field in found and gap.field not in given else gap.field
+        view.notice("not_yet" if gap.blocks else "differs", key, sentence)
     return Resolution(spec, view.report, str(view.get("resources.accelerator", "")), origins)
 
 

@@ -149,7 +149,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     adapters: tuple[Adapter, ...] = ()
     max_lora_rank: int = 64
     chunked_prefill: bool = True
-    admission: Admission = "reserve"
+    admission: Admission = "fill"
     host_kv_bytes: int = 0
     default_max_tokens: int | None = None
     stop: tuple[str, ...] = ()

@@ -10,7 +10,10 @@ import torch
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.resolve import open_checkpoint, resolve
+from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS, MIN_RESERVE_BYTES
 from headrace.config.spec import EngineSpec
+from headrace.config.support import require_supported
+from headrace.engines.encode import EncodeCore
 from headrace.engines.encode_build import build_encode
 from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
@@ -19,12 +22,14 @@ from headrace.engines.memory import kv_block_bytes, num_kv_blocks
 from headrace.engines.select import select
 from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.constraints.compiler import ConstraintCompiler
+from headrace.execution.encode_runner import EncodeRunner
 from headrace.execution.runner import Runner
+from headrace.execution.threads import ThreadGovernor
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
-from headrace.models.loading import load_decoder
+from headrace.models.loading import Progress, load_decoder
 from headrace.quantization.linear import PackedLinear
 from headrace.quantization.registry import keeps_packed, quantizer
 from headrace.scheduling.scheduler import Scheduler
@@ -32,23 +37,32 @@ from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["build", "eos_token_ids"]
 
-_CPU_STEP_TOKENS = 512
-_CUDA_STEP_TOKENS = 8192
-_ACTIVATION_BYTES = 1 << 30
 
-
-def build(spec: EngineSpec) -> tuple[Core, Ready]:
+def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Ready]:
     """Load the model of ``spec`` and make the core that serves it.
+
+    Args:
+        progress: told the bytes of weights in place and in all.
 
     Raises ModelError, ConfigError or DoesNotFit with the way out.
     """
     began = time.perf_counter()
-    if spec.num_threads is not None:
-        torch.set_num_threads(spec.num_threads)
+    require_supported(spec)
     checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
     device = _device(spec)
-    make = _build_encode if _encodes(spec, checkpoint) else _build_generate
-    core, ready = make(spec, checkpoint, device)
+    threads = spec.num_threads or torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # reading files gains little from more, and loses much where others compute
+    core: EncodeCore[EncodeRunner] | GenerateCore
+    try:
+        if _encodes(spec, checkpoint):
+            core, ready = _build_encode(spec, checkpoint, device)
+        else:
+            core, ready = _build_generate(spec, checkpoint, device, progress)
+    finally:
+        torch.set_num_threads(threads)
+    if device.type == "cpu" and spec.num_threads is None:
+        core.runner.threads = ThreadGovernor(threads)
     ready.summary["seconds"] = round(time.perf_counter() - began, 2)
     return core, ready
 
@@ -58,7 +72,14 @@ def _encodes(spec: EngineSpec, checkpoint: Checkpoint) -> bool:
     return select(inspect(checkpoint.path), spec).engine in ("bert", "embed")
 
 
-def _build_encode(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
+def _build_encode(
+    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device
+) -> tuple[EncodeCore[EncodeRunner], Ready]:
+    if spec.quantization:
+        raise ConfigError(
+            f"quantization is {spec.quantization!r}; encoders are not quantized yet: leave it out",
+            param="quantization",
+        )
     dtype = _dtype(spec, checkpoint, device)
     core, ready = build_encode(spec, checkpoint, device, dtype)
     ready.summary.update(_summary(checkpoint, core.runner.model, device, dtype))
@@ -82,7 +103,9 @@ def _summary(
     }
 
 
-def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
+def _build_generate(
+    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, progress: Progress | None
+) -> tuple[GenerateCore, Ready]:
     quantize = quantizer(spec.quantization, device) if spec.quantization else None
     dtype = _dtype(spec, checkpoint, device, packs=True)
     model = load_decoder(
@@ -90,6 +113,7 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         checkpoint,
         dtype=dtype,
         device=device,
+        progress=progress,
         transform=None
         if quantize is None
         else lambda _, linear: quantize(linear.weight, linear.bias, linear.parts),
@@ -105,11 +129,11 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
     eos_ids = eos_token_ids(checkpoint, tokenizer)
     max_model_len = _max_model_len(spec, model)
     step_tokens = spec.max_num_batched_tokens or (
-        _CUDA_STEP_TOKENS if device.type == "cuda" else _CPU_STEP_TOKENS
+        CUDA_STEP_TOKENS if device.type == "cuda" else CPU_STEP_TOKENS
     )
     layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
     block_bytes = kv_block_bytes(layout, spec.block_size, dtype)
-    blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, _ACTIVATION_BYTES)
+    blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, MIN_RESERVE_BYTES)
     caches = allocate_caches(layout, blocks, spec.block_size, dtype, device)
     runner = Runner(
         model,
@@ -129,6 +153,7 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         eos_ids=eos_ids,
         fingerprint=f"{checkpoint.fingerprint}/{dtype}",
         prefix_caching=spec.prefix_caching,
+        reserve=spec.admission == "reserve",
         prefix_regime=_prefix_regime(model),
     )
     compiler = None

@@ -16,6 +16,7 @@ from headrace.messages import (
     Failed,
     FromCore,
     Heartbeat,
+    Loading,
     Outputs,
     Ready,
     Submit,
@@ -24,6 +25,10 @@ from headrace.messages import (
 from headrace.types import EncodeOutput, FinishReason, Output, Request
 
 __all__ = ["DispatchClient", "error_of"]
+
+_STALL_SECONDS = 5.0  # a step of a GPU takes milliseconds
+_STALL_SECONDS_CPU = 20.0  # one of a CPU may take seconds
+_STALL_STEPS = 20
 
 
 def error_of(failed: Failed) -> errors.HeadraceError:
@@ -39,14 +44,12 @@ class DispatchClient:
     Args:
         spec: what the core was started with.
         ready: its first message.
-        stall_seconds: unfinished work without a sign of life for this long is a stall.
     """
 
-    def __init__(self, spec: EngineSpec, ready: Ready, *, stall_seconds: float = 30.0) -> None:
+    def __init__(self, spec: EngineSpec, ready: Ready) -> None:
         self.spec = spec
         self.ready = ready
         self.stats = CoreStats()
-        self.stall_seconds = stall_seconds
         self._generating: dict[str, asyncio.Queue[Output]] = {}
         self._encoding: dict[str, asyncio.Future[EncodeOutput]] = {}
         self._last_heard = time.monotonic()
@@ -113,9 +116,14 @@ class DispatchClient:
         if self._failure is not None:
             return Health("dead", self._failure)
         silent = time.monotonic() - self._last_heard
-        if silent > self.stall_seconds:
+        if silent > self._patience():
             return Health("stalled", f"the step loop has given no sign of life for {silent:.0f} s")
         return Health("draining") if self._draining else Health("ok")
+
+    def _patience(self) -> float:
+        """Seconds of silence that are a stall: many times what a step takes, so that load is not mistaken for it."""
+        least = _STALL_SECONDS if self.ready.summary.get("device", "cpu") != "cpu" else _STALL_SECONDS_CPU
+        return max(least, _STALL_STEPS * self.stats.step_ms / 1e3)
 
     async def close(self, drain: bool = True) -> None:
         """See EngineClient."""
@@ -143,7 +151,7 @@ class DispatchClient:
                 self.stats = stats
             case Failed():
                 self._fail(message.message)
-            case Ready():
+            case Ready() | Loading():
                 pass
 
     def _fail(self, reason: str) -> None:

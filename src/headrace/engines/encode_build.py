@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from headrace.checkpoints.base import Checkpoint
+from headrace.config.plan.memory import CPU_ENCODE_TOKENS, CUDA_ENCODE_TOKENS
 from headrace.config.spec import EngineSpec
 from headrace.engines.encode import EncodeCore
 from headrace.errors import ConfigError, UnsupportedCheckpoint
@@ -17,10 +18,6 @@ from headrace.models.encode_model import EncodeModel, load_encode_model
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["build_encode"]
-
-# On a CPU a few hundred rows keep the cores busy; more only delays the first result and leaves the caches.
-_CPU_BATCH_TOKENS = 2048
-_CUDA_BATCH_TOKENS = 16384
 
 
 def build_encode(
@@ -49,7 +46,7 @@ def build_encode(
     )
     model.max_tokens = _max_tokens(spec, model)
     batch_tokens = spec.max_num_batched_tokens or (
-        _CUDA_BATCH_TOKENS if device.type == "cuda" else _CPU_BATCH_TOKENS
+        CUDA_ENCODE_TOKENS if device.type == "cuda" else CPU_ENCODE_TOKENS
     )
     core = EncodeCore(EncodeRunner(model, device), max_tokens=batch_tokens, max_seqs=spec.max_num_seqs)
     summary: dict[str, Any] = {

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from headrace.checkpoints.base import Checkpoint
+from headrace.checkpoints.hub import cached_snapshot, headers
 from headrace.checkpoints.resolve import open_checkpoint
 from headrace.config.plan.facts import Facts, Quantized, Tensor
 from headrace.errors import UnsupportedCheckpoint
 
-__all__ = ["inspect"]
+__all__ = ["inspect", "inspect_hub"]
 
 _MAX_FILES = 2000
 _MAX_JSON = 16 << 20
@@ -33,6 +34,24 @@ def inspect(path: Path) -> Facts:
     if checkpoint.path.is_dir():
         return _folder(checkpoint.path, checkpoint.config, tensors, "safetensors")
     return _gguf(checkpoint, tensors)
+
+
+def inspect_hub(model: str, revision: str | None = None) -> Facts:
+    """Headers of a hub repository: of its cached copy, else fetched without the weights.
+
+    Raises MissingFile or UnsupportedCheckpoint as the hub says.
+    """
+    cached = cached_snapshot(model, revision)
+    if cached is not None:
+        return inspect(cached)
+    folder, files, found = headers(model, revision)
+    if not (folder / "config.json").is_file():
+        raise UnsupportedCheckpoint(
+            f"the hub repository {model!r} has no config.json; give a repository in Hugging Face's format"
+        )
+    tensors = {name: Tensor(info.shape, info.dtype, info.nbytes) for name, info in found.items()}
+    container = "safetensors" if tensors else "config"
+    return _folder(folder, _json(folder / "config.json"), tensors, container, files)
 
 
 def _has_weights(path: Path) -> bool:
@@ -58,8 +77,15 @@ def _gguf(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Facts:
     )
 
 
-def _folder(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], container: str) -> Facts:
-    files = _files(path)
+def _folder(
+    path: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    container: str,
+    names: frozenset[str] = frozenset(),
+) -> Facts:
+    """Args: names: of all files, where only some lie in ``path``."""
+    files = names or _files(path)
     modules = _json(path / "modules.json", list) if "modules.json" in files else []
     pooling = _json(path / "1_Pooling/config.json") if "1_Pooling/config.json" in files else {}
     return Facts(
@@ -70,6 +96,7 @@ def _folder(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], cont
         container=container,
         modules=tuple(str(entry.get("type", "")) for entry in modules if isinstance(entry, dict)),
         pooling=pooling,
+        max_tokens=_max_tokens(path, files),
         chat_template=_has_template(path, files),
         quantized=_quantized(path, config, files),
     )
@@ -81,6 +108,13 @@ def _files(path: Path) -> frozenset[str]:
         if entry.is_file():
             found.append(entry.relative_to(path).as_posix())
     return frozenset(found)
+
+
+def _max_tokens(path: Path, files: frozenset[str]) -> int:
+    if "sentence_bert_config.json" not in files:
+        return 0
+    found = _json(path / "sentence_bert_config.json").get("max_seq_length")
+    return found if isinstance(found, int) and found > 0 else 0
 
 
 def _has_template(path: Path, files: frozenset[str]) -> bool:

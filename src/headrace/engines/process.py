@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 import uuid
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -22,6 +23,7 @@ from headrace.errors import EngineDead, HeadraceError
 from headrace.messages import (
     Failed,
     FromCore,
+    Loading,
     Ready,
     Shutdown,
     ToCore,
@@ -35,12 +37,15 @@ __all__ = ["InProcessClient", "ProcessClient", "start", "start_in_process"]
 _CLOSE_SECONDS = 10.0
 
 
-async def start(spec: EngineSpec) -> ProcessClient:
+OnLoading = Callable[[int, int], None]  # bytes of weights in place, and in all
+
+
+async def start(spec: EngineSpec, on_loading: OnLoading | None = None) -> ProcessClient:
     """Start a core process for ``spec`` and wait until it has loaded its model.
 
     Raises the core's own error (ModelError, ConfigError, DoesNotFit, ...) when it cannot start.
     """
-    return await ProcessClient.start(spec)
+    return await ProcessClient.start(spec, on_loading)
 
 
 # --- the core's side of a process border -----------------------------------------------------------
@@ -93,21 +98,35 @@ class _ZmqTransport:
         self._socket.close()
 
 
+class _Throttle:
+    """Tells how far loading is, ten times a second at most, and at its end."""
+
+    def __init__(self, transport: _ZmqTransport) -> None:
+        self._transport = transport
+        self._last = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self._last > 0.1:
+            self._last = now
+            self._transport.broadcast(Loading(done, total))
+
+
 def _run_core(spec: EngineSpec, address: str, parent: int) -> None:
     """Entry point of a core process."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the serving process decides when a core ends
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Several processes share the cores here: threads that spin while they wait take them from each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Torch's threads are left to spin between two operations, which nearly halves a small model's step;
+    # execution/threads.py takes them away while other processes want the cores.
+    os.environ.update(spec.environment)
     transport = _ZmqTransport(address, parent)
     transport.wait_for_client()
     try:
         from headrace.engines.build import build
 
-        core, ready = build(spec)
+        core, ready = build(spec, _Throttle(transport))
         transport.broadcast(ready)
         CoreLoop(core, transport).run()
     except Exception as error:
@@ -131,7 +150,7 @@ class ProcessClient(DispatchClient):
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
     @classmethod
-    async def start(cls, spec: EngineSpec) -> ProcessClient:
+    async def start(cls, spec: EngineSpec, on_loading: OnLoading | None = None) -> ProcessClient:
         """See `headrace.engines.process.start`."""
         import zmq
         import zmq.asyncio
@@ -152,7 +171,7 @@ class ProcessClient(DispatchClient):
         socket.connect(address)
         await socket.send(b"")
         try:
-            ready = await _first_message(socket, process)
+            ready = await _until_ready(socket, process, on_loading)
         except BaseException:
             process.kill()
             socket.close()
@@ -189,10 +208,12 @@ class ProcessClient(DispatchClient):
                 return
 
 
-async def _first_message(socket: Any, process: BaseProcess) -> Ready:
+async def _until_ready(socket: Any, process: BaseProcess, on_loading: OnLoading | None) -> Ready:
     while True:
         if await socket.poll(100):
             message = decode_from_core(await socket.recv())
+            if isinstance(message, Loading) and on_loading is not None:
+                on_loading(message.done, message.total)
             if isinstance(message, Ready):
                 return message
             if isinstance(message, Failed):

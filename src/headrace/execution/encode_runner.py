@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.execution.threads import ThreadGovernor
 from headrace.layers.packed import PackedBatch
 from headrace.models.encode_model import EncodeModel
 from headrace.types import EncodeOutput, EncodeParams, EncodeTask, Request
@@ -31,10 +32,13 @@ class EncodeRunner:
         self.tasks = frozenset(model.card.tasks)
         self.vocab_size, self.max_tokens = model.vocab_size, model.max_tokens
         self.dimensions, self.token_types = model.dimensions, model.token_types
+        self.threads: ThreadGovernor | None = None  # chooses the CPU threads of each step
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request]) -> list[EncodeOutput]:
         """One forward pass over all requests, and what each of them asked for, in their order."""
+        if self.threads is not None:
+            self.threads.adjust()
         lengths = [len(request.token_ids) for request in requests]
         batch = self._pack(requests)
         hidden = self.model.hidden(batch)

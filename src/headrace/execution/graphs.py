@@ -1,8 +1,9 @@
-"""Decode steps as CUDA graphs: one launch a step, captured at a ladder of batch sizes when first needed.
+"""Steps as CUDA graphs: one launch a step, captured at ladders of sizes when first needed.
 
-A step in which every sequence has one new token and samples is a decode step. All that it needs from the host is
-four integers a sequence, in one copy; block tables and last tokens stay on the device by row. Everything else is
-the Runner's plain way, which is also the specification of this one.
+All that a step needs from the host is four integers a token and three a sequence, in one copy; block tables and
+last tokens stay on the device by row. In a decode step every sequence has one new token and samples: the graph
+runs from there to tokens or logits. A mixed step's graph runs to hidden states. Longer steps take the Runner's
+plain way, which is also the specification of these.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -23,50 +25,52 @@ from headrace.models.decoder import DecoderModel
 from headrace.scheduling.plan import Chunk, StepPlan
 from headrace.scheduling.sequence import Sequence
 
-__all__ = ["LADDER", "DecodeStep", "GraphRunner"]
+if TYPE_CHECKING:
+    from headrace.models.decoder_fast import DecodeBatch, FastDecoder
 
-LADDER = (
-    1,
-    2,
-    4,
-    8,
-    16,
-    24,
-    32,
-    48,
-    64,
-    96,
-    128,
-    160,
-    192,
-    224,
-    256,
-    320,
-    384,
-    448,
-    512,
-    640,
-    768,
-    896,
-    1024,
-)
+__all__ = ["GraphRunner", "GraphStep"]
+
+_DECODE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+_MIXED_TOKENS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+_MIXED_TOKENS += (2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192)
+_MIXED_SEQS = (16, 64, 256, 1024)
 _STAGES = 4  # pinned buffers in turn; at most two steps are in flight
 
 
-@dataclass(slots=True)
-class DecodeStep(Step):
-    """A decode step: its input waits in pinned memory.
+class _Key(NamedTuple):
+    """Which graph.
 
     Attributes:
-        size: batch size of the graph; rows past the sequences' number are padding.
-        packed: int32 [4, size], pinned on a GPU (see kernels/step).
-        greedy: the graph itself chooses the most likely tokens.
-        updates: rows of the block tables that changed in more than one place, int64 [N], and their contents.
-        tokens: int64 [P], with ``greedy``.
+        tokens, seqs: sizes that the step is padded to.
+        kind: decode to ``tokens`` (greedy) or to ``logits``, or ``mixed``.
+        some_single, fresh: of a mixed step, see AttentionBatch.
     """
 
-    size: int = 0
-    packed: Tensor | None = None
+    tokens: int
+    seqs: int
+    kind: str
+    some_single: bool = True
+    fresh: bool = False
+
+    @property
+    def size(self) -> int:
+        """int32 values that the host sends: packed [4, tokens], query_starts, seq_lens and rows."""
+        return 4 * self.tokens + (3 * self.seqs + 1 if self.kind == "mixed" else 0)
+
+
+@dataclass(slots=True)
+class GraphStep(Step):
+    """A step that a graph runs; its input waits in pinned memory.
+
+    Attributes:
+        input: int32 [key.size].
+        greedy: all tokens are the most likely ones.
+        updates: rows of the block tables that changed, int64 [N], and their contents.
+        tokens: int64 [P], of a greedy decode graph.
+    """
+
+    key: _Key = _Key(0, 0, "")
+    input: Tensor | None = None
     greedy: bool = False
     updates: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     tokens: Tensor | None = None
@@ -76,17 +80,17 @@ class DecodeStep(Step):
 class _Graph:
     """A captured step, or on a CPU the function itself."""
 
-    packed: Tensor
+    input: Tensor
     replay: Callable[[], object]
     output: list[Tensor]
 
 
 class GraphRunner(Runner):
-    """A Runner whose decode steps are graphs.
+    """A Runner whose steps are graphs.
 
     Args:
-        model: a DecoderModel; without length-dependent rotary embeddings.
-        capture: False runs the captured function directly (for tests on a CPU).
+        model: a DecoderModel without length-dependent rotary embeddings.
+        capture: False runs the captured functions directly.
         fast: use FastDecoder where it covers the model.
         Others: see Runner.
     """
@@ -114,21 +118,23 @@ class GraphRunner(Runner):
         self.decoder = model
         self.max_model_len = max_model_len
         self.capture = capture
-        # One more row, for padding: it owns the null block.
+        # One more row, for padding: its table is the null block.
         self._padding = max_num_seqs
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
-        self._device_tables = torch.zeros(
-            max_num_seqs + 1, self._tables.shape[1], dtype=torch.int32, device=device
-        )
-        self._ladder = [size for size in LADDER if size < max_num_seqs] + [max_num_seqs]
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        width = self._tables.shape[1]
+        self._device_tables = torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=device)
+        self._decode_sizes = _ladder(_DECODE, max_num_seqs)
+        self._seq_sizes = _ladder(_MIXED_SEQS, max_num_seqs)
+        self._graphs: dict[_Key, _Graph] = {}
         self._pool: tuple[int, int] | None = None
-        self._stages = [self._pinned(4, max_num_seqs) for _ in range(_STAGES)]
+        largest = max(4 * max_num_seqs, _Key(_MIXED_TOKENS[-1], max_num_seqs, "mixed").size)
+        pinned = device.type == "cuda"
+        self._stages = [torch.zeros(largest, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
         self._turn = 0
         self._plain = np.zeros(max_num_seqs, bool)
         self._changed: list[tuple[int, int]] = []
         self._fast = _fast_decoder(model, max_model_len) if fast else None
-        self._workspace = None if self._fast is None else self._fast.workspace(self._ladder[-1])
+        self._workspace = None if self._fast is None else self._fast.workspace(max_num_seqs)
 
     # --- preparing -------------------------------------------------------------------------------
 
@@ -137,41 +143,72 @@ class GraphRunner(Runner):
         for sequence in plan.admitted:
             self._plain[sequence.row] = _is_plain(sequence)
         self._changed = []
-        decode = plan.num_tokens == len(plan.chunks) and all(chunk.samples for chunk in plan.chunks)
-        step = self._prepare_decode(plan) if decode else super().prepare(plan)
-        return step
-
-    def _prepare_decode(self, plan: StepPlan) -> DecodeStep:
-        chunks = plan.chunks
-        num = len(chunks)
+        if plan.num_tokens > _MIXED_TOKENS[-1]:
+            return super().prepare(plan)
         for sequence in plan.admitted:
             self.sampler.admit(sequence)
             self._num_blocks[sequence.row] = 0
-        size = self._ladder[bisect.bisect_left(self._ladder, num)]
+        chunks = plan.sampling
+        rows = np.fromiter((c.row for c in plan.chunks), np.int64, len(plan.chunks))
+        greedy = bool(self._plain[rows].all())
+        if len(chunks) == plan.num_tokens:
+            size = _up(self._decode_sizes, len(chunks))
+            key = _Key(size, size, "tokens" if greedy else "logits")
+            return self._stage(GraphStep(plan, chunks, None, key=key, greedy=greedy), rows)
+        key = _Key(
+            _up(_MIXED_TOKENS, plan.num_tokens),
+            _up(self._seq_sizes, len(plan.chunks)),
+            "mixed",
+            some_single=plan.chunks[0].count == 1,
+            fresh=all(chunk.start == 0 or chunk.count == 1 for chunk in plan.chunks),
+        )
+        last = self._last(plan) if chunks else None
+        return self._stage(GraphStep(plan, chunks, None, last, key=key, greedy=greedy), rows)
+
+    def _stage(self, step: GraphStep, rows: np.ndarray) -> GraphStep:
+        """Write the step's input."""
+        key, chunks = step.key, step.plan.chunks
         self._turn = (self._turn + 1) % _STAGES
-        packed = self._stages[self._turn].view(-1)[: 4 * size].view(4, size)
-        host = packed.numpy()
-        rows = np.fromiter((c.row for c in chunks), np.int32, num)
-        starts = np.fromiter((c.start for c in chunks), np.int32, num)
-        host[0, :num], host[0, num:] = rows, self._padding
-        host[1, :num], host[1, num:] = starts, 0
-        host[2, :num] = [-1 if c.from_device else c.sequence.token_ids[c.start] for c in chunks]
-        host[2, num:] = 0
-        host[3] = -1
+        step.input = self._stages[self._turn][: key.size]
+        flat = step.input.numpy()
+        packed = flat[: 4 * key.tokens].reshape(4, key.tokens)
+        total = step.plan.num_tokens
+        starts = np.fromiter((c.start for c in chunks), np.int64, len(chunks))
+        counts = np.fromiter((c.count for c in chunks), np.int64, len(chunks))
+        ends = np.cumsum(counts)
+        packed[0, :total], packed[0, total:] = np.repeat(rows, counts), self._padding
+        packed[1, :total] = np.arange(total) + np.repeat(starts - ends + counts, counts)
+        packed[1, total:] = 0
+        packed[2, :total], packed[2, total:] = _tokens(chunks), 0
+        packed[3] = -1
+        if key.kind == "mixed":
+            num = len(chunks)
+            query_starts, seq_lens, seq_rows = np.split(flat[4 * key.tokens :], [key.seqs + 1, 2 * key.seqs + 1])
+            query_starts[0], query_starts[1 : num + 1], query_starts[num + 1 :] = 0, ends, total
+            seq_lens[:num], seq_lens[num:] = starts + counts, 0
+            seq_rows[:num], seq_rows[num:] = rows, self._padding
         self._update_tables(chunks)
-        step = DecodeStep(plan, chunks, None, size=size, packed=packed, greedy=bool(self._plain[rows].all()))
         if self._changed:
-            self._place_blocks(step, host, rows, starts)
+            self._place_blocks(step, packed, rows, starts, counts, ends)
         return step
 
-    def _place_blocks(self, step: DecodeStep, host: np.ndarray, rows: np.ndarray, starts: np.ndarray) -> None:
-        """One new block where the new token goes travels with the step; any other change is a row's upload."""
+    def _place_blocks(
+        self,
+        step: GraphStep,
+        packed: np.ndarray,
+        rows: np.ndarray,
+        starts: np.ndarray,
+        counts: np.ndarray,
+        ends: np.ndarray,
+    ) -> None:
+        """One new block where a lone new token goes travels with it; any other change is a row's upload."""
         at = {int(row): i for i, row in enumerate(rows)}
         whole = []
         for row, have in self._changed:
             i = at[row]
-            if have == self._num_blocks[row] - 1 and have == starts[i] // self.block_size:
-                host[3, i] = self._tables[row, have]
+            alone = counts[i] == 1 and have == self._num_blocks[row] - 1
+            if alone and have == starts[i] // self.block_size:
+                packed[3, ends[i] - 1] = self._tables[row, have]
             else:
                 whole.append(row)
         if whole:
@@ -186,107 +223,122 @@ class GraphRunner(Runner):
         super()._update_tables(chunks)
         self._changed = [(row, have) for row, have in before if have != self._num_blocks[row]]
 
+    def _pack(self, plan: StepPlan) -> PackedBatch:
+        """The plain way; the tables on the device follow."""
+        batch = super()._pack(plan)
+        if self._changed:
+            rows, blocks = self._row_update(np.asarray([row for row, _ in self._changed], np.int64))
+            self._device_tables[rows, : blocks.shape[1]] = blocks
+        return batch
+
     # --- running ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def run(self, step: Step) -> Step:
-        if not isinstance(step, DecodeStep):
+        if not isinstance(step, GraphStep) or step.key.kind == "mixed":
             return super().run(step)
-        for rows, blocks in step.updates:
-            self._device_tables[rows, : blocks.shape[1]] = blocks
-        graph = self._graph(step.size, step.greedy)
-        assert step.packed is not None
-        graph.packed.copy_(step.packed, non_blocking=True)
-        graph.replay()
-        output = graph.output[0][: len(step.chunks)]
+        output = self._replay(step)[: len(step.chunks)]
         if step.greedy:
             step.tokens = output
         else:
             step.logits = output
         return step
 
+    def _hidden(self, step: Step) -> Tensor:
+        if not isinstance(step, GraphStep):
+            return super()._hidden(step)
+        return self._replay(step)[: step.plan.num_tokens]
+
+    def _replay(self, step: GraphStep) -> Tensor:
+        for rows, blocks in step.updates:
+            self._device_tables[rows, : blocks.shape[1]] = blocks
+        graph = self._graph(step.key)
+        assert step.input is not None
+        graph.input.copy_(step.input, non_blocking=True)
+        graph.replay()
+        return graph.output[0]
+
     @torch.inference_mode()
     def sample(self, step: Step, masks: dict[int, Tensor] | None = None) -> Step:
-        if not isinstance(step, DecodeStep) or step.tokens is None:
+        if not isinstance(step, GraphStep) or not step.greedy or not step.chunks:
             return super().sample(step, masks)
         assert not masks, "constrained rows are not plain"
-        step.sampled = Sampled(step.tokens, {})
-        # Pinned on a GPU, so the copy does not wait.
-        step.host_tokens = step.tokens.to("cpu", non_blocking=True)
-        step.tokens = None
+        tokens = step.tokens
+        if tokens is None:  # a mixed step
+            assert step.logits is not None
+            tokens = argmax_rows(step.logits)
+            rows = np.fromiter((chunk.row for chunk in step.chunks), np.int64, len(step.chunks))
+            self._last_tokens[self._upload(rows)] = tokens
+        step.tokens = step.logits = None
+        step.sampled = Sampled(tokens, {})
         if self.device.type == "cuda":
+            step.host_tokens = tokens.to("cpu", non_blocking=True)  # pinned, so this does not wait
             step.done = torch.cuda.Event()
             step.done.record()
         else:
-            step.host_tokens = step.host_tokens.clone()
+            step.host_tokens = tokens.clone()
         return step
 
     # --- graphs ----------------------------------------------------------------------------------
 
-    def warm_up(self, sizes: list[int] | None = None) -> None:
-        """Capture the graphs of greedy steps now, at these batch sizes or on the whole ladder."""
+    def warm_up(self, sizes: list[int]) -> None:
+        """Capture the graphs of greedy decode steps of these batch sizes now."""
         with torch.inference_mode():
-            for size in sorted(sizes or self._ladder, reverse=True):
-                self._graph(self._ladder[bisect.bisect_left(self._ladder, size)], True)
+            for size in sorted({_up(self._decode_sizes, size) for size in sizes}, reverse=True):
+                self._graph(_Key(size, size, "tokens"))
 
-    def _graph(self, size: int, greedy: bool) -> _Graph:
-        found = self._graphs.get((size, greedy))
+    def _graph(self, key: _Key) -> _Graph:
+        found = self._graphs.get(key)
         if found is None:
-            found = self._graphs[size, greedy] = self._make(size, greedy)
+            found = self._graphs[key] = self._make(key)
         return found
 
-    def _make(self, size: int, greedy: bool) -> _Graph:
-        packed = torch.full((4, size), -1, dtype=torch.int32, device=self.device)
-        packed[0], packed[1] = self._padding, 0
+    def _make(self, key: _Key) -> _Graph:
+        # All padding: what runs before the first replay touches the null block only.
+        given = torch.zeros(key.size, dtype=torch.int32, device=self.device)
+        packed = given[: 4 * key.tokens].view(4, key.tokens)
+        packed[0], packed[3] = self._padding, -1
+        given[4 * key.tokens + 2 * key.seqs + 1 :] = self._padding
+        compute = self._compute_mixed if key.kind == "mixed" else self._compute_decode
         output: list[Tensor] = []
 
-        def compute() -> None:
-            output[:] = [self._compute(packed, greedy)]
+        def work() -> None:
+            output[:] = [compute(given, packed, key)]
 
         if not self.capture or self.device.type != "cuda":
-            return _Graph(packed, compute, output)
+            return _Graph(given, work, output)
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.device)
         side = torch.cuda.Stream(self.device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            compute()  # compiles and takes scratch; writes to the null block only
+            work()  # compiles, and takes scratch that must outlive the capture
+            output.clear()
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             side.synchronize()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                compute()
+                work()
             finally:
                 graph.capture_end()
         current.wait_stream(side)
-        return _Graph(packed, graph.replay, output)
+        return _Graph(given, graph.replay, output)
 
-    def _compute(self, packed: Tensor, greedy: bool) -> Tensor:
-        """The step itself: tokens int64 [B], or logits float32 [B, V]."""
-        model = self.decoder
+    def _compute_decode(self, given: Tensor, packed: Tensor, key: _Key) -> Tensor:
+        """Tokens int64 [B], or logits float32 [B, V]."""
+        model, rows = self.decoder, packed[0]
+        embedding = None if self._fast is None else model.embed.weight
         inputs = begin_step(
-            packed,
-            self._device_tables,
-            self._last_tokens,
-            model.embed.weight,
-            model.embed.scale,
-            self.block_size,
+            packed, self._device_tables, self._last_tokens, embedding, model.embed.scale, self.block_size
         )
-        rows = packed[0]
         if self._fast is not None:
-            from headrace.models.decoder_fast import DecodeBatch
-
-            assert self._workspace is not None
-            batch = DecodeBatch(
-                inputs.embedded, inputs.seq_lens, rows, self._device_tables, self.caches, self._workspace
-            )
-            if greedy:
+            batch = self._decode_batch(inputs.embedded, inputs.seq_lens, rows)
+            if key.kind == "tokens":
                 return self._fast.tokens(batch, self._last_tokens)
             return self._fast.logits(batch)
-        num = packed.shape[1]
         attention = AttentionBatch(
-            query_starts=torch.arange(num + 1, dtype=torch.int32, device=self.device),
+            query_starts=torch.arange(key.seqs + 1, dtype=torch.int32, device=self.device),
             seq_lens=inputs.seq_lens,
             block_tables=self._device_tables[rows.long()],
             slots=inputs.slots,
@@ -295,27 +347,61 @@ class GraphRunner(Runner):
             max_seq_len=self.max_model_len,
         )
         logits = model.logits(model(PackedBatch(inputs.token_ids, inputs.positions, attention)))
-        if not greedy:
+        if key.kind == "logits":
             return logits
         tokens = argmax_rows(logits)
         self._last_tokens[rows.long()] = tokens
         return tokens
 
-    def _pinned(self, *shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+    def _decode_batch(self, embedded: Tensor, seq_lens: Tensor, rows: Tensor) -> DecodeBatch:
+        from headrace.models.decoder_fast import DecodeBatch
 
-    # --- the plain way's tables, kept on the device too ---------------------------------------------
+        assert self._workspace is not None
+        return DecodeBatch(embedded, seq_lens, rows, self._device_tables, self.caches, self._workspace)
 
-    def _pack(self, plan: StepPlan) -> PackedBatch:
-        batch = super()._pack(plan)
-        if self._changed:
-            rows, blocks = self._row_update(np.asarray([row for row, _ in self._changed], np.int64))
-            self._device_tables[rows, : blocks.shape[1]] = blocks
-        return batch
+    def _compute_mixed(self, given: Tensor, packed: Tensor, key: _Key) -> Tensor:
+        """Hidden states [T, D]."""
+        inputs = begin_step(packed, self._device_tables, self._last_tokens, None, 1.0, self.block_size)
+        query_starts, seq_lens, rows = given[4 * key.tokens :].split([key.seqs + 1, key.seqs, key.seqs])
+        attention = AttentionBatch(
+            query_starts=query_starts,
+            seq_lens=seq_lens,
+            block_tables=self._device_tables[rows.long()],
+            slots=inputs.slots,
+            caches=self.caches,
+            max_query_len=key.tokens,
+            max_seq_len=self.max_model_len,
+            some_single=key.some_single,
+            fresh=key.fresh,
+        )
+        return self.decoder(PackedBatch(inputs.token_ids, inputs.positions, attention))  # type: ignore[no-any-return]
+
+
+def _ladder(sizes: tuple[int, ...], largest: int) -> list[int]:
+    return [size for size in sizes if size < largest] + [largest]
+
+
+def _up(ladder: list[int] | tuple[int, ...], size: int) -> int:
+    """The smallest step of a ladder that holds ``size``."""
+    return ladder[bisect.bisect_left(ladder, size)]
+
+
+def _tokens(chunks: list[Chunk]) -> list[int]:
+    """Token ids of the step; -1 where only the device knows."""
+    flat: list[int] = []
+    for chunk in chunks:
+        known = chunk.sequence.token_ids
+        if chunk.count == 1:
+            flat.append(-1 if chunk.from_device else known[chunk.start])
+        else:
+            flat.extend(known[chunk.start : chunk.start + chunk.count])
+            if chunk.from_device:
+                flat.append(-1)
+    return flat
 
 
 def _is_plain(sequence: Sequence) -> bool:
-    """The next token is the most likely one and nothing else is asked for."""
+    """Its next token is always the most likely one, and nothing else is asked for."""
     s = sequence.sampling
     return (
         s.greedy
@@ -326,8 +412,8 @@ def _is_plain(sequence: Sequence) -> bool:
     )
 
 
-def _fast_decoder(model: DecoderModel, max_model_len: int):  # type: ignore[no-untyped-def]
-    """A FastDecoder, or None where it does not cover the model or there is no Triton."""
+def _fast_decoder(model: DecoderModel, max_model_len: int) -> FastDecoder | None:
+    """None where it does not cover the model, or there is no Triton."""
     try:
         from headrace.models.decoder_fast import FastDecoder, reason_against
     except ImportError:

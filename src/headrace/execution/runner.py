@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace.execution.sampler import Sampled, Sampler, token_logprobs
+from headrace.execution.threads import ThreadGovernor
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.scheduling.plan import Chunk, StepPlan
 from headrace.types import TokenLogprobs
@@ -79,6 +80,9 @@ class Step:
 class Runner:
     """Runs a causal model over its paged cache.
 
+    Attributes:
+        threads: chooses the CPU threads of each step; None: they stay as they are.
+
     Args:
         model: see CausalModel.
         caches: one LayerCache a layer.
@@ -100,6 +104,7 @@ class Runner:
         rope_by_length: bool = False,
     ) -> None:
         self.model = model
+        self.threads: ThreadGovernor | None = None
         self.rope_by_length = rope_by_length
         self.caches = caches
         self.device = device
@@ -123,17 +128,23 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step) -> Step:
         """Launch the model."""
-        batch = step.batch
-        assert batch is not None
-        if step.unseen is not None:
-            at, rows = step.unseen
-            # A row whose logits were not finite has -1; it ends when the host sees that.
-            batch.token_ids[at] = self._last_tokens[rows].clamp(min=0)
-        hidden = self.model(batch)
+        hidden = self._hidden(step)
         step.prompt_logprobs = self._prompt_logprobs(step.plan, hidden)
         if step.chunks:
             step.logits = self.model.logits(hidden if step.last is None else hidden[step.last])
         return step
+
+    def _hidden(self, step: Step) -> Tensor:
+        """Hidden states [T, D] of the step's tokens."""
+        batch = step.batch
+        assert batch is not None
+        if self.threads is not None:
+            self.threads.adjust()
+        if step.unseen is not None:
+            at, rows = step.unseen
+            # A row whose logits were not finite has -1; it ends when the host sees that.
+            batch.token_ids[at] = self._last_tokens[rows].clamp(min=0)
+        return self.model(batch)
 
     @torch.inference_mode()
     def sample(self, step: Step, masks: dict[int, Tensor] | None = None) -> Step:
@@ -180,6 +191,8 @@ class Runner:
             caches=self.caches,
             max_query_len=int(counts.max()),
             max_seq_len=max_seq_len,
+            some_single=bool((counts == 1).any()),
+            fresh=not starts[counts > 1].any(),
             host_query_lens=counts.tolist() if host else None,
             host_seq_lens=ends.tolist() if host else None,
             host_blocks=[list(c.sequence.table.blocks) for c in chunks] if host else None,

@@ -13,8 +13,10 @@ import os
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
-__all__ = ["INTERPRETED", "launch_options", "num_multiprocessors", "supports_pdl"]
+__all__ = ["INTERPRETED", "launch_options", "num_multiprocessors", "prefetch_l2", "sequence_lanes", "supports_pdl"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -47,3 +49,24 @@ def launch_options(
     if options["PDL"]:
         options["launch_pdl"] = True
     return options
+
+
+def sequence_lanes(num_seqs: int) -> int:
+    """Width of a program's view of all sequences' lengths: few widths, since each is a kernel to compile."""
+    for lanes in (16, 128, 1024):
+        if num_seqs <= lanes:
+            return lanes
+    return int(triton.next_power_of_2(num_seqs))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def prefetch_l2(pointers) -> None:  # type: ignore[no-untyped-def]
+    """Ask for the 128-byte lines at ``pointers`` to come to L2. Addresses must be mapped; order means nothing."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

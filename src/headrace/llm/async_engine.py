@@ -71,14 +71,18 @@ class AsyncEngine:
             self._encoder = Encoder(client, encode_text, rerank_template, self._threads)
 
     @classmethod
-    async def start(cls, spec: EngineSpec) -> AsyncEngine:
+    async def start(
+        cls, spec: EngineSpec, on_loading: Callable[[int, int], None] | None = None
+    ) -> AsyncEngine:
         """Start an engine core as the spec says and wait until it is ready.
+
+        ``on_loading`` is told the bytes of weights in place and in all.
 
         Raises ConfigError and ModelError when the model cannot be served, EngineDead when its process dies.
         """
         from headrace.llm.startup import encode_side, start
 
-        client, text, defaults = await start(spec)
+        client, text, defaults = await start(spec, on_loading)
         encode_text, template = encode_side(client, text)
         return cls(
             client, text, sampling_defaults=defaults, encode_text=encode_text, rerank_template=template

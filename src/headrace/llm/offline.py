@@ -169,7 +169,9 @@ async def _start(model: Any, options: dict[str, Any]) -> AsyncEngine:
         made: AsyncEngine = await model()
         return made
     spec = model if isinstance(model, EngineSpec) else EngineSpec(model=model, **_known(options))
-    return await AsyncEngine.start(spec)
+    from headrace.llm.progress import LoadingBars
+
+    return await AsyncEngine.start(spec, LoadingBars().of(spec.name))
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:

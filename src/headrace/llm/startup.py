@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -23,7 +23,9 @@ __all__ = ["advice", "encode_side", "start"]
 _ADVISED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-async def start(spec: EngineSpec) -> tuple[EngineClient, TextKit, dict[str, Any]]:
+async def start(
+    spec: EngineSpec, on_loading: Callable[[int, int], None] | None = None
+) -> tuple[EngineClient, TextKit, dict[str, Any]]:
     """Start the core, and read tokenizer, template and sampling advice while it loads.
 
     Raises what resolving, reading or loading raises; then nothing is left running.
@@ -36,7 +38,7 @@ async def start(spec: EngineSpec) -> tuple[EngineClient, TextKit, dict[str, Any]
         path = await asyncio.to_thread(resolve, spec.model, spec.revision)
         spec = msgspec.structs.replace(spec, path=path)
     reading = asyncio.create_task(asyncio.to_thread(load_text, spec))
-    client = await start_core(spec)
+    client = await start_core(spec, on_loading)
     try:
         text = await reading
     except BaseException:

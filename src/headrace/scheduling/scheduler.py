@@ -36,6 +36,7 @@ class Scheduler:
         eos_ids: tokens that end a sequence unless it ignores them.
         fingerprint: what cached keys depend on besides tokens (model, dtype, ...).
         prefix_caching: look new prompts up in the prefix index.
+        reserve: let a sequence in only when all running ones can reach their limits, so that none is preempted.
         prefix_regime: from a prompt's length to whatever else its keys depend on (length-dependent rope).
         is_ready: asked before a sequence is first run (a grammar may still be compiling).
     """
@@ -51,6 +52,7 @@ class Scheduler:
         eos_ids: Iterable[int] = (),
         fingerprint: str = "",
         prefix_caching: bool = True,
+        reserve: bool = False,
         prefix_regime: Callable[[int], str] = lambda _: "",
         is_ready: Callable[[Sequence], bool] = lambda _: True,
     ) -> None:
@@ -61,6 +63,7 @@ class Scheduler:
         self.eos_ids = frozenset(eos_ids)
         self.fingerprint = fingerprint
         self.prefix_caching = prefix_caching
+        self.reserve = reserve
         self.prefix_regime = prefix_regime
         self.is_ready = is_ready
         self.sequences: dict[str, Sequence] = {}
@@ -286,9 +289,12 @@ class Scheduler:
         cached = 0
         if self.prefix_caching and sequence.sampling.prompt_logprobs is None:
             cached = table.match(sequence.token_ids)
-        reserve = int(self.pool.num_usable * _WATERMARK) if self.running or plan.chunks else 0
-        lacking = table.blocks_needed(len(sequence.token_ids)) + reserve > self.pool.num_available
-        if lacking or not table.grow(len(sequence.token_ids)):
+        if self.reserve:
+            needed = sum(s.table.blocks_needed(s.limit - 1) for s in (*self.running, sequence))
+        else:
+            spare = int(self.pool.num_usable * _WATERMARK) if self.running else 0
+            needed = table.blocks_needed(len(sequence.token_ids)) + spare
+        if needed > self.pool.num_available or not table.grow(len(sequence.token_ids)):
             table.release()
             return False
         if sequence.num_cached < 0:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from headrace.serving import openapi, probes
 from headrace.serving.middleware import ROUTES, around
+from headrace.serving.openai import batches
 from headrace.serving.openai.chat import chat_completions
 from headrace.serving.openai.completions import completions
 from headrace.serving.openai.embeddings import embeddings
@@ -61,6 +62,15 @@ TABLE = (
     Route("POST", "/tokenize", text.tokenize, "Tokens of texts.", TokenizeRequest),
     Route("POST", "/decode", text.decode, "Texts of token ids.", DecodeRequest),
     Route("GET", "/info", text.info, "The models behind these routes."),
+    Route("POST", "/v1/files", batches.create_file, "Upload a batch file (multipart: purpose, file)."),
+    Route("GET", "/v1/files", batches.list_files, "The files of this key."),
+    Route("GET", "/v1/files/{name}", batches.get_file, "One of them."),
+    Route("DELETE", "/v1/files/{name}", batches.delete_file, "Delete it."),
+    Route("GET", "/v1/files/{name}/content", batches.file_content, "Its content."),
+    Route("POST", "/v1/batches", batches.create_batch, "Answer every line of a file.", batches.BatchRequest),
+    Route("GET", "/v1/batches", batches.list_batches, "The batches of this key."),
+    Route("GET", "/v1/batches/{name}", batches.get_batch, "How far one of them is."),
+    Route("POST", "/v1/batches/{name}/cancel", batches.cancel_batch, "Stop it, keeping what is answered."),
     Route("GET", "/v1/models", list_models, "The models served here."),
     Route("GET", "/v1/models/{name:.+}", get_model, "One of them."),
     Route(

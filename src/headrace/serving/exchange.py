@@ -10,17 +10,29 @@ from headrace.serving.metrics import Record
 
 __all__ = ["Exchange", "begin", "current"]
 
+_HEADER = 2000  # longest warning header, bytes
+
 
 @dataclass(slots=True)
 class Exchange:
     """Attributes:
     prompt: set only where the server is told to log prompts.
+    warnings: what the request asked for and does not get; told in the header x-headrace-warnings.
     """
 
     request_id: str
     model: str = ""
     record: Record | None = None
     prompt: Any = None
+    warnings: tuple[str, ...] = ()
+
+    def headers(self) -> dict[str, str]:
+        """Headers of the reply, streamed or not."""
+        headers = {"x-request-id": self.request_id}
+        if self.warnings:
+            text = " | ".join(self.warnings).encode("ascii", "backslashreplace").decode()
+            headers["x-headrace-warnings"] = " ".join(text.split())[:_HEADER]
+        return headers
 
 
 _current: ContextVar[Exchange] = ContextVar("headrace_exchange")

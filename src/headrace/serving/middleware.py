@@ -44,7 +44,7 @@ async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await _answer(request, handler, state)
         status = response.status
         if not response.prepared:
-            response.headers["x-request-id"] = exchange.request_id
+            response.headers.update(exchange.headers())
             if state.draining:
                 response.force_close()
         return response

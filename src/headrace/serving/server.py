@@ -62,6 +62,8 @@ class Server:
                 "choose another --port or stop what uses it",
                 param="port",
             ) from error
+        if self.state.batches is not None:
+            self.state.batches.start(self.url)
 
     async def load(self) -> None:
         """Start the engines that are not there yet, all at once; the first failure is raised."""
@@ -78,6 +80,8 @@ class Server:
     async def close(self) -> None:
         """Take nothing new, let what runs finish within ``drain_seconds``, stop the engines."""
         state = self.state
+        if state.batches is not None:
+            await state.batches.stop()
         state.draining = True
         if self._site is not None:
             await self._site.stop()
@@ -91,6 +95,7 @@ class Server:
                 log.warning("requests cut off", extra={"fields": {"requests": len(late)}})
                 await asyncio.wait(late, timeout=_LAST_WORDS)
         await self._runner.cleanup()
+        await state.grammars.close()
         for model in state.models.all:
             if model.loaded is not None:
                 await model.loaded.close(drain=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import msgspec
 from aiohttp import web
@@ -14,6 +15,8 @@ from headrace.errors import ConfigError, NotFound, NotReady, nearest
 from headrace.llm import AsyncEngine
 from headrace.serving.admission import Admission
 from headrace.serving.auth import Keys
+from headrace.serving.batches import BatchJobs
+from headrace.serving.grammars import GrammarChecker
 from headrace.serving.metrics import Metrics
 
 __all__ = ["STATE", "Model", "Models", "ServerOptions", "State"]
@@ -29,6 +32,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         allow_chat_template: whether requests may bring their own chat template. Templates are programs: one
             can keep a thread busy for ever.
         log_prompts: whether the log may hold what clients send.
+        data_dir: folder for /v1/files and /v1/batches; None: they are off.
     """
 
     host: str = "127.0.0.1"
@@ -39,6 +43,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float = 30.0
     allow_chat_template: bool = False
     log_prompts: bool = False
+    data_dir: str | None = None
 
 
 class Model:
@@ -119,8 +124,16 @@ class State:
         self.keys = Keys(options.api_keys)
         self.metrics = Metrics(models.engines)
         self.admission = Admission(self.metrics)
+        self.grammars = GrammarChecker()
         self.running: set[asyncio.Task[object]] = set()
         self.draining = False
+        self.batches: BatchJobs | None = None
+        if options.data_dir is not None:
+            key = options.api_keys[0] if options.api_keys else None
+            self.batches = BatchJobs(Path(options.data_dir), key, self._all_loaded)
+
+    def _all_loaded(self) -> bool:
+        return all(model.loaded is not None for model in self.models.all)
 
 
 STATE: web.AppKey[State] = web.AppKey("state", State)

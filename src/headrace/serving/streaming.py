@@ -12,6 +12,7 @@ from headrace.llm import Delta, Generation
 from headrace.serving.call import Call
 from headrace.serving.errors import error_event, to_error
 from headrace.serving.exchange import current
+from headrace.serving.verify import Verifier
 
 __all__ = ["Writer", "send_stream"]
 
@@ -33,20 +34,26 @@ class Writer(Protocol):
         """Events for what one step brought; empty when there is nothing to tell."""
         ...
 
+    def content(self, index: int) -> str:
+        """The answer of one choice so far, as a constraint on it sees it."""
+        ...
+
     def end(self) -> bytes:
         """Events after the last text, [DONE] among them."""
         ...
 
 
-async def send_stream(call: Call, generation: Generation, writer: Writer) -> web.StreamResponse:
+async def send_stream(
+    call: Call, generation: Generation, writer: Writer, verifier: Verifier | None = None
+) -> web.StreamResponse:
     """Send a call as events; everything that is there at one moment goes out in one write.
 
     Headers wait for the first delta, so that what fails before it has its proper status code. What fails
     later is an error event, and the connection closes. Cancelling (the client left) aborts the call.
     """
-    response = web.StreamResponse(headers=_HEADERS | {"x-request-id": current().request_id})
+    response = web.StreamResponse(headers=_HEADERS | current().headers())
     try:
-        await _send(call, generation, writer, response)
+        await _send(call, generation, writer, response, verifier)
     except ConnectionResetError:  # noticed while writing, before the handler is cancelled
         call.record.fail(asyncio.CancelledError())
         return response
@@ -63,10 +70,19 @@ async def send_stream(call: Call, generation: Generation, writer: Writer) -> web
     return response
 
 
-async def _send(call: Call, generation: Generation, writer: Writer, response: web.StreamResponse) -> None:
+async def _send(
+    call: Call,
+    generation: Generation,
+    writer: Writer,
+    response: web.StreamResponse,
+    verifier: Verifier | None,
+) -> None:
     async for deltas in generation:
         call.record.tokens(deltas)
         data = writer.chunks(deltas)
+        if verifier is not None:
+            for delta in deltas:
+                await verifier.look(writer.content(delta.index), delta)
         if not response.prepared:
             await response.prepare(call.request)
             data = writer.begin() + data

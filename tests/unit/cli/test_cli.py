@@ -55,8 +55,8 @@ def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["x", "--max-num-seqs", "0"], "--max-num-seqs is 0"),
-        (["x", "--memory-fraction", "1.5"], "--memory-fraction is 1.5"),
+        (["x", "--max-num-seqs", "0"], "--max-num-seqs is '0'"),
+        (["x", "--memory-fraction", "1.5"], "--memory-fraction is '1.5'"),
         (["x", "y", "--served-model-name", "z"], "NAME=MODEL"),
         (["x", "--api-key", " "], "--api-key is empty"),
         (["x", "--api-key-file", "/nowhere"], "--api-key-file /nowhere"),
@@ -89,7 +89,14 @@ def parse(*arguments: str) -> object:
 
 def test_flags_become_specs(tmp_path: Path) -> None:
     args = parse(
-        "chat=some/repo", str(tmp_path), "--dtype", "bfloat16", "--kv-cache-bytes", "1.5G", "--threads", "3"
+        "chat=some/repo",
+        str(tmp_path),
+        "--dtype",
+        "bfloat16",
+        "--kv-cache-bytes",
+        "1.5Gi",
+        "--num-threads",
+        "3",
     )
     first, second = options.specs(args, args.models)
     assert (first.model, first.name) == ("some/repo", "chat")

@@ -426,6 +426,52 @@ def test_primary_key_override_and_preference_in_third_place() -> None:
         assert server.requests[1].headers["x-c"] == "1"
 
 
+def test_several_processes() -> None:
+    """The same results in the same order as with one; cancellation, errors and a dead helper are noticed."""
+    words = ["x" * (i % 97) for i in range(2000)]
+    wanted = preference(batch_size=1, max_concurrent_requests=16)
+    poison = threading.Event()
+    halt = threading.Event()
+
+    def handler(request: Recorded) -> Reply:
+        if poison.is_set():
+            return Reply({"error": "no"}, status=400)
+        return Reply(embeddings(request).body, delay=0.5 if halt.is_set() else 0)
+
+    with ScriptedServer(handler) as server:
+        client = PerformanceClient(server.url, "k", processes=2)
+        response = client.embed(words, "m", preference=wanted)
+        assert response.numpy()[:, 0].tolist() == [i % 97 for i in range(2000)]
+        assert [row.index for row in response.data] == list(range(2000))
+        assert response.usage.total_tokens == len(response.individual_request_times) == 2000
+        assert len(server.requests) == 2000
+        operations = {r.headers["x-baseten-customer-request-id"].rsplit("-", 2)[0] for r in server.requests}
+        assert len(operations) > 2  # one a block
+        assert client._helpers is not None
+        (helper,) = client._helpers._idle
+        os.kill(helper.pid, signal.SIGKILL)
+        time.sleep(0.2)
+        assert len(client.embed(words, "m", preference=wanted).data) == 2000
+        halt.set()
+        token = CancellationToken()
+        threading.Timer(0.3, token.cancel).start()
+        begun = time.monotonic()
+        with pytest.raises(Cancelled):
+            client.embed(words, "m", preference=preference(batch_size=1, cancel_token=token))
+        with pytest.raises(OSError) as late:
+            client.embed(words, "m", preference=preference(batch_size=1, timeout_s=0.4, total_timeout_s=0.4))
+        assert late.value.args[0] == 408
+        assert time.monotonic() - begun < 5
+        assert server.wait_for(lambda: server.in_flight == 0)
+        halt.clear()
+        poison.set()
+        with pytest.raises(HTTPError) as caught:
+            client.embed(words, "m", preference=wanted)
+        assert caught.value.response.json() == {"error": "no"}
+        with pytest.raises(InvalidArgument):
+            PerformanceClient(server.url, "k", processes=0)
+
+
 def test_import_is_light() -> None:
     code = (
         "import sys, headrace.client;"

@@ -243,9 +243,8 @@ def test_progress_tells_rate_and_time_left() -> None:
 
 def run_command(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    command.register(parser.add_subparsers())
-    args = parser.parse_args(["client", *words])
-    code: int = args.run(args)
+    command.add_arguments(parser)
+    code: int = command.run(parser.parse_args(words))
     return code
 
 

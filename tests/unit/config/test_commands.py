@@ -91,7 +91,7 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not fit" in capsys.readouterr().out
     assert run("plan", str(write_config(tmp_path / "e", BGE_LARGE)), "--gpu", "L4") == 0
     assert "no KV cache" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="max_model_len"):
+    with pytest.raises(ConfigError, match="max-model-len"):
         run("plan", str(folder), "--max-model-len", "many")
     with pytest.raises(ConfigError, match="engine: is 'bert'"):
         run("plan", str(folder), "--engine", "bert")
@@ -107,7 +107,7 @@ def test_plan_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run("plan", str(tmp_path / "config.yaml"), "--json") == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["machine"], data["quantization"], data["kv_dtype"]) == ("H100", "fp8", "fp8")
-    assert data["notices"][0]["kind"] == "lifted"
+    assert {notice["kind"] for notice in data["notices"]} == {"lifted", "not_yet"}
 
 
 def test_plan_is_quick_and_needs_no_torch(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_init_is_read_by_us_and_by_truss(
     view = check_text(text)
     assert [str(problem) for problem in view.report.problems] == []
     kinds = {notice.kind for notice in view.report.notices}
-    assert kinds <= {"lifted"}
+    assert kinds <= {"lifted"} | ({"not_yet"} if ":" in gpu else set())  # two GPUs
     spec = resolve_view(view).spec
     assert spec.model == model
     assert spec.engine == ("bert" if "bert" in model else "decoder")

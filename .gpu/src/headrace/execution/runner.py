@@ -185,6 +185,7 @@ class Runner:
             max_query_len=int(counts.max()),
             max_seq_len=max_seq_len,
             some_single=bool((counts == 1).any()),
+            fresh=not starts[counts > 1].any(),
             host_query_lens=counts.tolist() if host else None,
             host_seq_lens=ends.tolist() if host else None,
             host_blocks=[list(c.sequence.table.blocks) for c in chunks] if host else None,

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "launch_options", "num_multiprocessors", "prefetch_l2", "supports_pdl"]
+__all__ = ["INTERPRETED", "launch_options", "num_multiprocessors", "prefetch_l2", "sequence_lanes", "supports_pdl"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -49,6 +49,14 @@ def launch_options(
     if options["PDL"]:
         options["launch_pdl"] = True
     return options
+
+
+def sequence_lanes(num_seqs: int) -> int:
+    """Width of a program's view of all sequences' lengths: few widths, since each is a kernel to compile."""
+    for lanes in (16, 128, 1024):
+        if num_seqs <= lanes:
+            return lanes
+    return int(triton.next_power_of_2(num_seqs))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -58,6 +58,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
         container: ``safetensors``, ``gguf``, or ``config`` when there are no weights.
         modules: classes of modules.json; empty when there is none.
         pooling: 1_Pooling/config.json; empty when there is none.
+        max_tokens: of sentence_bert_config.json; 0 when it says nothing.
         chat_template: whether one is there.
     """
 
@@ -68,6 +69,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     container: str = "safetensors"
     modules: tuple[str, ...] = ()
     pooling: dict[str, Any] = {}
+    max_tokens: int = 0
     chat_template: bool = False
     quantized: Quantized = Quantized()
 

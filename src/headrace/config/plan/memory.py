@@ -10,9 +10,11 @@ import msgspec
 from headrace.config.plan.shape import ModelShape
 
 __all__ = [
+    "CPU_ENCODE_TOKENS",
     "CPU_POOL_BYTES",
     "CPU_POOL_SHARE",
     "CPU_STEP_TOKENS",
+    "CUDA_ENCODE_TOKENS",
     "CUDA_STEP_TOKENS",
     "MIN_RESERVE_BYTES",
     "Budget",
@@ -27,6 +29,8 @@ CPU_POOL_BYTES = 2 * GIB
 CPU_POOL_SHARE = 0.3  # of the memory that is free once the weights are there
 CPU_STEP_TOKENS = 512
 CUDA_STEP_TOKENS = 8192
+CPU_ENCODE_TOKENS = 2048  # a few hundred rows keep the cores busy; more only delays the first result
+CUDA_ENCODE_TOKENS = 16384
 MIN_RESERVE_BYTES = GIB  # left for activations and graphs, at least
 CUDA_CONTEXT_BYTES = (
     600 * 1024**2

@@ -11,7 +11,9 @@ from headrace.config.plan.checks import licence_files, warnings
 from headrace.config.plan.facts import Facts
 from headrace.config.plan.floors import Floors, floors
 from headrace.config.plan.memory import (
+    CPU_ENCODE_TOKENS,
     CPU_STEP_TOKENS,
+    CUDA_ENCODE_TOKENS,
     CUDA_STEP_TOKENS,
     Budget,
     activation_bytes,
@@ -20,7 +22,7 @@ from headrace.config.plan.memory import (
     shard,
 )
 from headrace.config.plan.shape import ModelShape, read_shape
-from headrace.config.plan.weights import Weights, weigh
+from headrace.config.plan.weights import KEPT_BLOCKS, Weights, weigh
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError, DoesNotFit
 
@@ -36,6 +38,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
         memory: bytes of one device.
         gpu: its data; None on a CPU, or when nothing is known of it.
         count: devices.
+        packs: a CPU that multiplies with weights of few bits as they are.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     cuda: bool
     gpu: Accelerator | None = None
     count: int = 1
+    packs: bool = False
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,11 +161,17 @@ def human_bytes(count: float) -> str:
 
 
 class _Layout(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to place the model: what varies between a plan and its options."""
+    """One way to place the model: what varies between a plan and its options.
+
+    Attributes:
+        keep_blocks: see weigh.
+    """
 
     scheme: str
     kv_dtype: str
     ranks: int
+    dtype: str
+    keep_blocks: bool = False
 
 
 def draw_plan(
@@ -177,15 +187,11 @@ def draw_plan(
         ConfigError: a context beyond the checkpoint's, or ranks that do not divide the heads.
     """
     shape = read_shape(facts, encoder=engine in ("bert", "embed"))
-    dtype = _dtype(spec, facts, machine)
-    layout = _Layout(
-        scheme=spec.quantization,
-        kv_dtype=dtype if spec.kv_cache_dtype == "auto" else spec.kv_cache_dtype,
-        ranks=spec.tensor_parallel_size,
-    )
+    layout = _layout(spec, facts, shape, machine)
+    dtype = layout.dtype
     _check_request(spec, facts, shape, machine, layout)
-    weights = weigh(facts, shape, int(_BYTES[dtype]), layout.scheme)
-    budget, kv_token = _budget(spec, facts, shape, machine, dtype, layout)
+    weights = weigh(facts, shape, int(_BYTES[dtype]), layout.scheme, keep_blocks=layout.keep_blocks)
+    budget, kv_token = _budget(spec, facts, shape, machine, layout)
     pool_tokens = _pool_tokens(spec, budget, kv_token, shape)
     context, largest = _context(spec, shape, pool_tokens)
     fits, shortage = _fits(spec, budget, kv_token, context, pool_tokens)
@@ -218,7 +224,7 @@ def draw_plan(
         weights=weights,
         budget=budget,
         kv_token_bytes=kv_token,
-        step_tokens=_step_tokens(spec, machine),
+        step_tokens=_step_tokens(spec, machine, shape),
         pool_tokens=pool_tokens,
         max_model_len=context,
         largest_context=largest,
@@ -226,23 +232,42 @@ def draw_plan(
         fits=fits,
         shortage=shortage,
         floors=bounds,
-        options=_options(spec, facts, shape, machine, dtype, layout),
+        options=_options(spec, facts, shape, machine, layout),
         warnings=tuple(warnings(facts, shape, spec, engine, dtype)),
         licence_files=licence_files(facts),
         estimates=_estimates(weights, machine, spec),
     )
 
 
-def _dtype(spec: EngineSpec, facts: Facts, machine: Machine) -> str:
-    """As the core chooses: float32 on a CPU, else the checkpoint's 16-bit type; V100 and T4 know no bfloat16."""
-    if spec.dtype != "auto":
-        return spec.dtype
-    if not machine.cuda:
-        return "float32"
+def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine) -> _Layout:
+    """As the core chooses: bfloat16 over weights of few bits on a CPU, float32 over others, and on a GPU the
+    checkpoint's 16-bit type; GPUs before Ampere know no bfloat16."""
+    blocks = any(tensor.dtype in KEPT_BLOCKS and len(tensor.shape) == 2 for tensor in facts.tensors.values())
+    packs = machine.packs and not shape.encoder
+    keep = packs and blocks and not spec.quantization and spec.dtype in ("auto", "bfloat16")
     stored = facts.text_config.get("dtype") or facts.text_config.get("torch_dtype")
-    if stored == "float16" or (machine.gpu is not None and machine.gpu.known and machine.gpu.compute < 80):
-        return "float16"
-    return "bfloat16"
+    if spec.dtype != "auto":
+        dtype: str = spec.dtype
+    elif not machine.cuda:
+        dtype = "bfloat16" if keep or (spec.quantization and not shape.encoder) else "float32"
+    elif stored == "float16" or (machine.gpu is not None and machine.gpu.known and machine.gpu.compute < 80):
+        dtype = "float16"
+    else:
+        dtype = "bfloat16"
+    return _Layout(
+        scheme=spec.quantization,
+        kv_dtype=dtype if spec.kv_cache_dtype == "auto" else spec.kv_cache_dtype,
+        ranks=spec.tensor_parallel_size,
+        dtype=dtype,
+        keep_blocks=keep,
+    )
+
+
+def _own_format(facts: Facts, layout: _Layout) -> str:
+    """What the weights are in without conversion; "" for the dtype. ggml's blocks are unpacked but on a CPU."""
+    if facts.quantized.method != "gguf":
+        return facts.quantized.method
+    return facts.quantized.source if layout.keep_blocks else ""
 
 
 def _check_request(
@@ -269,17 +294,23 @@ def _check_request(
         raise ConfigError(problems)
 
 
-def _step_tokens(spec: EngineSpec, machine: Machine) -> int:
-    return spec.max_num_batched_tokens or (CUDA_STEP_TOKENS if machine.cuda else CPU_STEP_TOKENS)
+def _step_tokens(spec: EngineSpec, machine: Machine, shape: ModelShape) -> int:
+    if spec.max_num_batched_tokens:
+        return spec.max_num_batched_tokens
+    if shape.encoder:
+        return CUDA_ENCODE_TOKENS if machine.cuda else CPU_ENCODE_TOKENS
+    return CUDA_STEP_TOKENS if machine.cuda else CPU_STEP_TOKENS
 
 
 def _budget(
-    spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine, dtype: str, layout: _Layout
+    spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine, layout: _Layout
 ) -> tuple[Budget, int]:
     """The split of one rank, and bytes of KV a token."""
-    size = int(_BYTES[dtype])
-    weights = weigh(facts, shape, size, layout.scheme)
-    activations = activation_bytes(shape, _step_tokens(spec, machine), spec.max_num_seqs, size, layout.ranks)
+    size = int(_BYTES[layout.dtype])
+    weights = weigh(facts, shape, size, layout.scheme, keep_blocks=layout.keep_blocks)
+    activations = activation_bytes(
+        shape, _step_tokens(spec, machine, shape), spec.max_num_seqs, size, layout.ranks
+    )
     graphs = (
         graph_bytes(shape, spec.max_num_seqs) if machine.cuda and not spec.eager and not shape.encoder else 0
     )
@@ -335,14 +366,14 @@ def _arithmetic(scheme: str, dtype: str, gpu: Accelerator) -> str:
 
 
 def _options(
-    spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine, dtype: str, now: _Layout
+    spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine, now: _Layout
 ) -> tuple[Option, ...]:
     """Fewer bits for weights and cache, and more GPUs: what each would hold."""
     if not machine.cuda:
         return ()
     found = []
     for layout, what in _layouts(facts, shape, machine, now):
-        budget, kv_token = _budget(spec, facts, shape, machine, dtype, layout)
+        budget, kv_token = _budget(spec, facts, shape, machine, layout)
         tokens = _pool_tokens(spec, budget, kv_token, shape)
         context, largest = _context(spec, shape, tokens)
         fits, _ = _fits(spec, budget, kv_token, context, tokens)

@@ -107,7 +107,7 @@ def read_shape(facts: Facts, *, encoder: bool = False) -> ModelShape:
         head_dim=head_dim,
         intermediate=intermediate,
         vocab=_need(config, "vocab", where),
-        context=_get(config, _NAMES["context"], 0),
+        context=_context(facts, config, encoder),
         tied=bool(config.get("tie_word_embeddings", _tied_by_default(facts.architecture))),
         kv_layers=0 if encoder else _kv_layers(config, layers),
         windows=windows,
@@ -128,6 +128,19 @@ def read_shape(facts: Facts, *, encoder: bool = False) -> ModelShape:
         encoder=encoder,
         rope=_rope(config),
     )
+
+
+def _context(facts: Facts, config: Mapping[str, Any], encoder: bool) -> int:
+    """Tokens of one input. RoBERTa and MPNet number positions from behind the padding's id."""
+    positions = _get(config, _NAMES["context"], 0)
+    if not encoder:
+        return positions
+    if "roberta" in facts.architecture.lower() or "camembert" in facts.architecture.lower():
+        padding = config.get("pad_token_id")
+        positions -= (padding if isinstance(padding, int) else 1) + 1
+    elif facts.architecture.startswith("MPNet"):
+        positions -= 2
+    return min(positions, facts.max_tokens) if facts.max_tokens else positions
 
 
 def _tied_by_default(architecture: str) -> bool:

@@ -11,7 +11,7 @@ import msgspec
 from headrace.config.plan.facts import DTYPE_BYTES, Facts, Tensor
 from headrace.config.plan.shape import ModelShape
 
-__all__ = ["KINDS", "Weights", "classify", "expected_tensors", "weigh"]
+__all__ = ["KEPT_BLOCKS", "KINDS", "Weights", "classify", "expected_tensors", "weigh"]
 
 KINDS = ("embedding", "attention", "mlp", "experts", "norm", "head", "vision", "other")
 
@@ -32,6 +32,13 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 )  # fmt: skip
 _BERT_FFN = re.compile(r"\.layer\.\d+\.(intermediate|output)\.dense\.")
 _LINEAR = ("attention", "mlp", "experts")
+
+# ggml's block types that a CPU multiplies with as they are: planes of 4-bit codes, columns that share a scale.
+KEPT_BLOCKS: dict[str, tuple[int, int]] = {
+    "Q4_0": (1, 32), "Q4_1": (1, 32), "Q4_K": (1, 32),
+    "Q2_K": (2, 16), "Q3_K": (2, 16), "Q5_0": (2, 32), "Q5_1": (2, 32), "Q5_K": (2, 32), "Q6_K": (2, 16),
+    "Q8_0": (2, 32), "IQ4_NL": (2, 32), "IQ4_XS": (2, 32), "MXFP4": (2, 32),
+}  # fmt: skip
 _PACKED_SCALE = re.compile(r"(scale|scales|zeros|qzeros|g_idx|absmax|_scale_inv|input_scale|weight_scale_2)$")
 
 
@@ -70,12 +77,15 @@ def classify(name: str) -> str:
     return "other"
 
 
-def weigh(facts: Facts, shape: ModelShape, dtype_bytes: int, scheme: str) -> Weights:
+def weigh(
+    facts: Facts, shape: ModelShape, dtype_bytes: int, scheme: str, *, keep_blocks: bool = False
+) -> Weights:
     """Add up a checkpoint.
 
     Args:
         dtype_bytes: of what is not quantized.
         scheme: that the linears are converted to at load; "" keeps the checkpoint's own format.
+        keep_blocks: matrices of a GGUF file stay in few bits; the table of embeddings stays in the file's map.
     """
     estimated = not facts.tensors
     tensors = expected_tensors(shape, dtype_bytes) if estimated else facts.tensors
@@ -88,7 +98,11 @@ def weigh(facts: Facts, shape: ModelShape, dtype_bytes: int, scheme: str) -> Wei
         count = _logical(name, tensor)
         parameters += count
         expert_parameters += count if kind == "experts" and ".shared_expert" not in name else 0
-        by_kind[kind] += _in_memory(name, tensor, kind, dtype_bytes, scheme)
+        if keep_blocks and len(tensor.shape) == 2 and tensor.dtype in KEPT_BLOCKS:
+            table = kind == "embedding"  # it stays in the file's map and takes no memory of its own
+            by_kind["head" if table else kind] += 0 if table and not shape.tied else _kept_bytes(tensor)
+        else:
+            by_kind[kind] += _in_memory(name, tensor, kind, dtype_bytes, scheme)
     share = shape.chosen / shape.experts if shape.experts and shape.chosen else 1.0
     active = round(parameters - expert_parameters * (1 - share))
     expert_bytes = by_kind["experts"] * (expert_parameters / max(_count(tensors, "experts"), 1))
@@ -129,7 +143,15 @@ def _in_memory(name: str, tensor: Tensor, kind: str, dtype_bytes: int, scheme: s
     return tensor.numel * dtype_bytes
 
 
+def _kept_bytes(tensor: Tensor) -> int:
+    """Codes, and a 16-bit scale and offset for each group."""
+    planes, group = KEPT_BLOCKS[tensor.dtype]
+    return tensor.numel * planes // 2 + tensor.numel // group * 4
+
+
 def _converted(kind: str, scheme: str, name: str) -> bool:
+    if kind == "head" and scheme.startswith("int") and name.endswith("lm_head.weight"):
+        return True
     if kind not in _LINEAR or re.search(r"\.(gate|router)\.weight$", name):
         return False  # routers stay exact
     return kind != "attention" or not scheme.endswith("mlp_only")
@@ -139,21 +161,24 @@ def packed_bytes(shape: tuple[int, ...], scheme: str) -> int:
     """Bytes of one matrix [..., out, in] under a scheme, scales included.
 
     fp8: float32 a row; fp8_block: float32 a 128 x 128 tile; nvfp4: one byte for 16 and a float32; mxfp4: one byte
-    for 32; int8: float32 a row; int4: two 16-bit numbers for 128.
+    for 32; int8: a 16-bit scale a row; int4: a 16-bit scale and offset for 32 (``-g64``, ``-g128``: for so many).
     """
     numel, columns = math.prod(shape), shape[-1]
     rows = numel // max(columns, 1)
     name = scheme.removesuffix("_mlp_only")
     if name == "fp8_block":
         return numel + 4 * -(-rows // 128) * -(-columns // 128)
-    if name in ("fp8", "int8"):
+    if name == "int8":
+        return numel + 2 * rows
+    if name == "fp8":
         return numel + 4 * rows
     if name == "nvfp4":
         return -(-numel // 2) + rows * -(-columns // 16) + 4
     if name == "mxfp4":
         return -(-numel // 2) + rows * -(-columns // 32)
-    assert name == "int4", scheme
-    return -(-numel // 2) + rows * -(-columns // 128) * 4
+    assert name.startswith("int4"), scheme
+    group = int(name.removeprefix("int4").removeprefix("-g") or 32)
+    return -(-numel // 2) + rows * -(-columns // group) * 4
 
 
 def expected_tensors(shape: ModelShape, dtype_bytes: int) -> dict[str, Tensor]:

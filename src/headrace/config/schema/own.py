@@ -28,7 +28,10 @@ from headrace.config.yaml import Node
 
 __all__ = ["KV_DTYPES", "OWN", "SCHEMES"]
 
-SCHEMES = ("fp8", "fp8_mlp_only", "fp8_block", "nvfp4", "nvfp4_mlp_only", "mxfp4", "int8", "int4")
+SCHEMES = (
+    *("fp8", "fp8_mlp_only", "fp8_block", "nvfp4", "nvfp4_mlp_only", "mxfp4"),
+    *("int8", "int4", "int4-g64", "int4-g128"),
+)
 POOLINGS = (
     *(
         "cls",
@@ -126,7 +129,7 @@ OWN = Section(
     F(
         "admission",
         Enum("reserve", "fill"),
-        "reserve",
+        "fill",
         "Reserve room for whole outputs, or fill and preempt.",
     ),
     F("block_size", Int(8, 256, multiple=8), 16, "Tokens of one KV block."),

@@ -75,26 +75,21 @@ def attention(
     assert batch.slots is not None and batch.block_tables is not None
     write_cache(k, v, cache.k, cache.v, batch.slots)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    num_tokens, num_seqs = q.shape[0], batch.seq_lens.shape[0]
     if batch.max_query_len > 1:
+        # Keys that all lie in this batch are read there: the same numbers without the way through the table.
+        fresh = batch.fresh and k.dtype == cache.k.dtype and k.stride() == v.stride()
         prefill_attention(
-            q, cache.k, cache.v, batch.query_starts, batch.seq_lens, scale=scale, causal=batch.causal, window=window,
-            soft_cap=soft_cap, tables=batch.block_tables, skip_single=True, out=out,
+            q, k if fresh else cache.k, v if fresh else cache.v, batch.query_starts, batch.seq_lens, scale=scale,
+            causal=batch.causal, window=window, soft_cap=soft_cap, tables=None if fresh else batch.block_tables,
+            skip_single=True, out=out,
         )  # fmt: skip
-    # Tokens that a batch can hold beside one sequence of two or more: then some sequence decodes.
-    if batch.decode_only or num_tokens < 2 * num_seqs or _some_single(batch):
+    if batch.decode_only or batch.some_single:
         decode_attention(
             q, cache.k, cache.v, batch.block_tables, batch.seq_lens, _workspace(batch, q, k), scale=scale,
             window=window, soft_cap=soft_cap, out=out,
             query_starts=None if batch.decode_only else batch.query_starts,
         )  # fmt: skip
     return out
-
-
-def _some_single(batch: AttentionBatch) -> bool:
-    """Whether a sequence has one new token; if the host does not know, it may."""
-    lens = batch.host_query_lens
-    return batch.query_starts.shape[0] > 2 if lens is None else 1 in lens
 
 
 def _workspace(batch: AttentionBatch, q: Tensor, k: Tensor) -> DecodeWorkspace:

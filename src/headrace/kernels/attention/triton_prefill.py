@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.kernels.launch import INTERPRETED, launch_options
+from headrace.kernels.launch import INTERPRETED, launch_options, sequence_lanes
 
 __all__ = ["prefill_attention"]
 
@@ -46,11 +46,10 @@ def _span(acc, peak, norm, q, k_ptr, v_ptr, table_ptr, key_row, first_key, kv_bl
             k = tl.load(k_ptr + slot[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
             v = tl.load(v_ptr + slot[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
         score = tl.dot(q, tl.trans(k.to(dtype)), out_dtype=tl.float32, input_precision="ieee")
+        factor = scale * 1.4426950408889634
         if CAPPED:
-            score = score * scale
-            score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0) * 1.4426950408889634
-        else:
-            score = score * (scale * 1.4426950408889634)
+            score = soft_cap * (2.0 * tl.sigmoid(2.0 * score * scale / soft_cap) - 1.0)
+            factor = 1.4426950408889634
         if MASKED:
             seen = ok[None, :]
             if CAUSAL:
@@ -58,12 +57,12 @@ def _span(acc, peak, norm, q, k_ptr, v_ptr, table_ptr, key_row, first_key, kv_bl
             if WINDOW > 0:
                 seen = seen & (tl.abs(last[:, None] - at[None, :]) < WINDOW)
             score = tl.where(seen, score, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 1))
+        new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
         if MASKED:
             safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         else:
             safe = new_peak
-        p = tl.exp2(score - safe[:, None])
+        p = tl.exp2(score * factor - safe[:, None])
         alpha = tl.exp2(peak - safe)
         norm = norm * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
@@ -176,21 +175,21 @@ def prefill_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     assert q.stride(2) == 1 and k.stride(-1) == 1 and k.stride() == v.stride()
     paged = tables is not None
-    rows, tile, warps, stages = _shape(padded, num_tokens * group // max(num_seqs, 1), q.element_size())
+    rows, tile, warps, stages = _shape(padded, num_tokens * group // max(num_seqs, 1), q.element_size(), paged)
     grid = (num_tokens * group // rows + num_seqs, num_heads // group)
     _prefill[grid](
         q, q.stride(0), q.stride(1), k, v, 0 if paged else k.stride(0), k.stride(0), k.stride(-3), k.stride(-2), out,
         tables if paged else seq_lens, tables.stride(0) if paged else 0, query_starts, seq_lens, num_seqs, num_heads,
         scale, soft_cap or 0.0,
         G=group, D=head_dim, DP=padded, BLOCK=k.shape[1] if paged else 1, ROWS=rows, TILE=tile,
-        SEQS=max(16, triton.next_power_of_2(num_seqs)), WINDOW=window or 0, CAPPED=soft_cap is not None,
+        SEQS=sequence_lanes(num_seqs), WINDOW=window or 0, CAPPED=soft_cap is not None,
         CAUSAL=causal, PAGED=paged, SKIP_SINGLE=skip_single, **launch_options(q.device, warps, stages),
     )  # fmt: skip
     return out
 
 
-def _shape(padded: int, rows_per_seq: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(query rows, keys, warps, stages) of a tile."""
+def _shape(padded: int, rows_per_seq: int, itemsize: int, paged: bool) -> tuple[int, int, int, int]:
+    """(query rows, keys, warps, stages) of a tile. Keys by way of a table take two stages a buffer."""
     if INTERPRETED:
         return 16, 16, 4, 1
     if itemsize == 4:
@@ -198,5 +197,5 @@ def _shape(padded: int, rows_per_seq: int, itemsize: int) -> tuple[int, int, int
     if padded > 128:
         return 64, 32, 4, 2
     if rows_per_seq <= 64:
-        return 64, 64, 4, 2
-    return 128, 64, 8, 3
+        return 64, 64, 4, 3
+    return 128, 64, 8, 5 if paged else 3

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from headrace.kernels.dispatch import kernel
 
-__all__ = ["dense", "pack"]
+__all__ = ["dense", "pack", "product"]
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -28,3 +28,8 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
         [T, out].
     """
     return kernel("dense", "dense", x.device.type)(x, weight, bias, activation)  # type: ignore[no-any-return]
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` over weights as they are, [..., in] -> [..., out]: fast for one row, too."""
+    return kernel("dense", "product", x.device.type)(x, weight, bias)  # type: ignore[no-any-return]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["activated", "dense", "pack"]
+__all__ = ["activated", "dense", "pack", "product"]
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -15,6 +15,10 @@ def pack(weight: Tensor) -> Tensor:
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
     return activated(F.linear(x, weight, bias), activation)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
 def activated(x: Tensor, name: str | None) -> Tensor:

@@ -14,26 +14,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.kernels.launch import launch_options
-from headrace.kernels.linear.tuning import GemvShape, SkinnyShape, gemv_shape, skinny_shape
+from headrace.kernels.launch import launch_options, prefetch_l2
+from headrace.kernels.linear.tuning import GemvShape, Shape, gemv_shape, skinny_shape
 from headrace.kernels.step.triton import reduce_best
 
 __all__ = ["argmax_linear", "small_linear"]
 
 _GATES = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Ask for the 128-byte lines at ``pointers`` to come to L2."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -136,9 +123,9 @@ def _skinny(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr,
         lines = tl.arange(0, BK // LINE) * LINE
         ahead = w_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K + lines[None, :]
         for k in range(lo, tl.minimum(hi, lo + 4 * BK), BK):
-            _prefetch(ahead + k)
+            prefetch_l2(ahead + k)
             if GATE > 0:
-                _prefetch(ahead + N.to(tl.int64) * K + k)
+                prefetch_l2(ahead + N.to(tl.int64) * K + k)
         gdc_wait()
     x_at = x_ptr + m[None, :] * x_row + cols[:, None]
     acc = tl.zeros([BN, BM], tl.float32)
@@ -224,9 +211,7 @@ class _Scratch:
     def get(self, device: torch.device, num_parts: int, num_arrivals: int) -> tuple[Tensor, Tensor]:
         parts, arrivals = self.parts.get(device), self.arrivals.get(device)
         if parts is None or parts.numel() < num_parts:
-            parts = self.parts[device] = torch.empty(
-                max(num_parts, 1 << 20), dtype=torch.float32, device=device
-            )
+            parts = self.parts[device] = torch.empty(max(num_parts, 1 << 20), dtype=torch.float32, device=device)
         if arrivals is None or arrivals.numel() < num_arrivals:
             arrivals = torch.zeros(max(num_arrivals, 4096), dtype=torch.int32, device=device)
             self.arrivals[device] = arrivals
@@ -237,7 +222,7 @@ _SCRATCH = _Scratch()
 
 
 def _launch(
-    x: Tensor, weight: Tensor, out: Tensor, best: Tensor | None, shape: GemvShape | SkinnyShape, *,
+    x: Tensor, weight: Tensor, out: Tensor, best: Tensor | None, shape: Shape, *,
     norm: tuple[Tensor, float] | None, bias: Tensor | None, gate: str | None, residual: Tensor | None,
 ) -> None:  # fmt: skip
     num_rows, k = x.shape
@@ -267,7 +252,7 @@ def _launch(
     )  # fmt: skip
 
 
-def _shape(x: Tensor, weight: Tensor, gate: str | None) -> GemvShape | SkinnyShape:
+def _shape(x: Tensor, weight: Tensor, gate: str | None) -> Shape:
     num_rows, k = x.shape
     n = weight.shape[0]
     if num_rows == 1:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["GemvShape", "SkinnyShape", "gemv_shape", "skinny_shape"]
+__all__ = ["GemvShape", "Shape", "SkinnyShape", "gemv_shape", "skinny_shape"]
 
 
 class GemvShape(NamedTuple):
@@ -36,6 +36,9 @@ class SkinnyShape(NamedTuple):
     stages: int
 
 
+Shape = GemvShape | SkinnyShape
+
+
 def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
     """For x [1, k] and weight [n, k]."""
     found = _tuned(device).get(_key(1, n, k, gated))
@@ -51,13 +54,13 @@ def skinny_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -
     found = _tuned(device).get(_key(bm, n, k, gated))
     if found is not None:
         return SkinnyShape(*found)
-    bk = 128 if k >= 128 else 64
+    bk = 64 if gated or k < 128 else 128
     tiles = -(-n // (128 if gated else 64))
-    # Enough programs for two on each of some 132 multiprocessors, each with four or more steps of its own.
+    # Enough programs for two on each of some 132 multiprocessors, each with two or more steps of its own.
     splits = 1
-    while tiles * splits < 200 and splits < 8 and k // (splits * 2 * bk) >= 4:
+    while tiles * splits < 180 and splits < 8 and k // (splits * 2 * bk) >= 2:
         splits *= 2
-    return SkinnyShape(bm, 64, bk, splits, 4, 3 if gated or bm == 64 else 4)
+    return SkinnyShape(bm, 64, bk, splits, 4, 3 if bm == 64 and not gated else 4)
 
 
 def _key(rows: int, n: int, k: int, gated: bool) -> str:

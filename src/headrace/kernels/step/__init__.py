@@ -12,7 +12,7 @@ __all__ = ["StepInputs", "argmax_rows", "begin_step"]
 
 
 class StepInputs(NamedTuple):
-    """What a decode step of B sequences reads, made on the device.
+    """What a step of B tokens reads, made on the device.
 
     Attributes:
         embedded: [B, D] rows of the embedding table, times its scale.
@@ -28,7 +28,7 @@ class StepInputs(NamedTuple):
 
 
 def begin_step(
-    packed: Tensor, tables: Tensor, last_tokens: Tensor, embedding: Tensor, scale: float, block_size: int
+    packed: Tensor, tables: Tensor, last_tokens: Tensor, embedding: Tensor | None, scale: float, block_size: int
 ) -> StepInputs:
     """Unpack a step, keep the block tables up to date, and look the tokens up.
 
@@ -36,7 +36,7 @@ def begin_step(
         packed: int32 [4, B]: row, position, token (-1: the row's last sampled one), new block (-1: none).
         tables: int32 [rows, W], block tables by row; the new block of a row is written to its place.
         last_tokens: int64 [rows]; a negative one (the row has failed) counts as 0.
-        embedding: [V, D].
+        embedding: [V, D]; None: nothing is looked up, and ``embedded`` is [B, 0].
     """
     run = kernel("step", "begin_step", packed.device.type)
     return run(packed, tables, last_tokens, embedding, scale, block_size)  # type: ignore[no-any-return]

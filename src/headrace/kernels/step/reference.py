@@ -11,14 +11,14 @@ __all__ = ["argmax_rows", "begin_step"]
 
 
 def begin_step(
-    packed: Tensor, tables: Tensor, last_tokens: Tensor, embedding: Tensor, scale: float, block_size: int
+    packed: Tensor, tables: Tensor, last_tokens: Tensor, embedding: Tensor | None, scale: float, block_size: int
 ) -> StepInputs:
     rows, positions, tokens, blocks = packed.long()
     grown = blocks >= 0
     tables[rows[grown], positions[grown] // block_size] = blocks[grown].int()
     tokens = torch.where(tokens >= 0, tokens, last_tokens[rows].clamp(min=0))
     slots = tables[rows, positions // block_size].long() * block_size + positions % block_size
-    embedded = embedding[tokens]
+    embedded = packed.new_empty(len(tokens), 0) if embedding is None else embedding[tokens]
     if scale != 1.0:
         embedded = embedded * scale
     return StepInputs(embedded, tokens, positions, slots, (positions + 1).int())

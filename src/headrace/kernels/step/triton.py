@@ -45,15 +45,16 @@ def _begin_step(packed_ptr, tables_ptr, table_row, last_ptr, embed_ptr, out_ptr,
 
 
 def begin_step(
-    packed: Tensor, tables: Tensor, last_tokens: Tensor, embedding: Tensor, scale: float, block_size: int
+    packed: Tensor, tables: Tensor, last_tokens: Tensor, embedding: Tensor | None, scale: float, block_size: int
 ) -> StepInputs:
     device, num = packed.device, packed.shape[1]
-    width = embedding.shape[1]
-    embedded = torch.empty(num, width, dtype=embedding.dtype, device=device)
+    table = packed if embedding is None else embedding
+    width = 0 if embedding is None else table.shape[1]
+    embedded = torch.empty(num, width, dtype=table.dtype, device=device)
     tokens, positions, slots = (torch.empty(num, dtype=torch.int64, device=device) for _ in range(3))
     lens = torch.empty(num, dtype=torch.int32, device=device)
     _begin_step[(num,)](
-        packed, tables, tables.stride(0), last_tokens, embedding, embedded, tokens, positions, slots, lens, num, width,
+        packed, tables, tables.stride(0), last_tokens, table, embedded, tokens, positions, slots, lens, num, width,
         scale, BLOCK=block_size, CHUNK=1024, SCALED=scale != 1.0, **launch_options(device, 4, 1, pdl=False),
     )  # fmt: skip
     return StepInputs(embedded, tokens, positions, slots, lens)

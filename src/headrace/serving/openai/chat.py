@@ -13,13 +13,15 @@ from headrace.llm import AsyncEngine, Completion, Delta, Generation
 from headrace.llm.protocols import Prompt
 from headrace.serving.body import read
 from headrace.serving.call import open_call
-from headrace.serving.constraints import check_tool_choice
+from headrace.serving.constraints import check_tool_choice, constrain
+from headrace.serving.exchange import current
 from headrace.serving.openai import replies
 from headrace.serving.openai.generate import answer, reply_id
 from headrace.serving.openai.logprobs import TokenNames
 from headrace.serving.openai.replies import ChatChunk, ChatDelta, ChunkChoice
 from headrace.serving.openai.sampling import check_stream, num_choices, sampling_params
 from headrace.serving.openai.schemas import ChatRequest, Message
+from headrace.serving.verify import Verifier
 from headrace.types import FinishReason
 
 __all__ = ["chat_completions"]
@@ -38,12 +40,21 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         engine = call.model.engine
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        wanted = await constrain(body, call.state.grammars)
         params = sampling_params(
-            body, engine, logprobs=logprobs, max_tokens=getattr(body, limit), limit=limit
+            body,
+            engine,
+            logprobs=logprobs,
+            max_tokens=getattr(body, limit),
+            limit=limit,
+            constraint=wanted.spec if wanted else None,
         )
         prompt = await render(body, engine, call.state.options.allow_chat_template)
         call.show_prompt(prompt.text)
-        return await answer(call, engine, body, [prompt], params, lambda run: ChatAnswer(body, engine, run))
+        verifier = Verifier(call.state.grammars, wanted)
+        return await answer(
+            call, engine, body, [prompt], params, lambda run: ChatAnswer(body, engine, run), verifier
+        )
 
 
 async def render(body: ChatRequest, engine: AsyncEngine, allow_template: bool) -> Prompt:
@@ -121,6 +132,7 @@ class ChatAnswer:
         self._usage_each = bool(options and options.continuous_usage_stats)
         self._tier = UNSET if body.service_tier is None else "default"
         self._prefix = ""
+        self._contents: list[list[str]] = [[] for _ in generation.choices]
         last = body.messages[-1]
         if body.echo and last.role == "assistant":
             self._prefix = _text(last)
@@ -149,6 +161,7 @@ class ChatAnswer:
         always = body.logprobs or body.return_token_ids
         events = []
         for delta in deltas:
+            self._contents[delta.index].append(delta.text)
             if not (delta.text or delta.finish_reason or always):
                 continue
             text = delta.text if delta.text or delta.finish_reason is None else UNSET
@@ -162,12 +175,19 @@ class ChatAnswer:
             events.append(replies.event(self._chunk([choice])))
         return b"".join(events)
 
+    def content(self, index: int) -> str:
+        """See Writer."""
+        return "".join(self._contents[index])
+
     def end(self) -> bytes:
         """Usage if asked for, and the end."""
-        if not self._usage_end:
+        warnings = current().warnings
+        if not self._usage_end and not warnings:
             return replies.DONE
         chunk = self._chunk([])
-        chunk.usage = replies.usage_reply(self._run.usage)
+        chunk.warnings = warnings or UNSET
+        if self._usage_end:
+            chunk.usage = replies.usage_reply(self._run.usage)
         return replies.event(chunk) + replies.DONE
 
     def reply(self, choices: list[Completion]) -> replies.ChatReply:
@@ -180,6 +200,8 @@ class ChatAnswer:
             replies.usage_reply(self._run.usage),
             service_tier=self._tier,
         )
+        if current().warnings:
+            reply.warnings = current().warnings
         if self._body.return_token_ids:
             reply.prompt_token_ids = self._run.prompts[0].token_ids
         if self._body.prompt_logprobs is not None:
@@ -187,6 +209,7 @@ class ChatAnswer:
         return reply
 
     def _choice(self, done: Completion) -> replies.ChatChoice:
+        self._contents[done.index] = [done.text]
         reason = done.finish_reason or FinishReason.STOP
         message = replies.ChatMessage("assistant", self._prefix + done.text)
         choice = replies.ChatChoice(done.index, message, replies.finish(reason), stop_reason=done.stop_reason)

@@ -17,7 +17,6 @@ StopList = Annotated[list[StopText], Field(max_length=32)]
 TokenIds = list[int]
 _BEAMS = "it belongs to beam search, which is not offered; sampling and best_of are"
 _REMOTE = "prefill and decode run in one engine here"
-_LATER = "constrained decoding is not part of this version"
 
 
 class StreamOptions(ApiModel):
@@ -82,15 +81,20 @@ class GenerateFields(ApiModel):
     cache_salt: str | None = acts(None, "Prompt prefixes are shared only within one salt.", max_length=256)
     user: str | None = harmless("For the caller's own books.")
     request_id: str | None = harmless("Use the x-request-id header.")
-    response_format: dict[str, Any] | None = acts(None, f"`text`; other types are refused: {_LATER}.")
-    structured_outputs: dict[str, Any] | None = refused(_LATER)
-    guided_json: Any = refused(_LATER)
-    guided_regex: str | None = refused(_LATER)
-    guided_choice: list[str] | None = refused(_LATER)
-    guided_grammar: str | None = refused(_LATER)
+    response_format: dict[str, Any] | None = acts(
+        None,
+        "`text`, `json_object`, `json_schema`, `regex`, `choice`, `grammar` (Lark or GBNF), `structural_tag`.",
+    )
+    structured_outputs: dict[str, Any] | None = acts(
+        None, "vLLM's form: one of json, json_object, regex, choice, grammar, structural_tag."
+    )
+    guided_json: Any = acts(None, "A JSON schema (older form of `structured_outputs`).")
+    guided_regex: str | None = acts(None, "The whole answer matches this regular expression.")
+    guided_choice: list[str] | None = acts(None, "The answer is one of these.")
+    guided_grammar: str | None = acts(None, "The answer follows this grammar (Lark or GBNF).")
     guided_decoding_backend: str | None = harmless("There is one back end.")
-    guided_whitespace_pattern: str | None = refused(_LATER)
-    structural_tag: Any = refused(_LATER)
+    guided_whitespace_pattern: str | None = refused("whitespace in JSON is the compiler's choice")
+    structural_tag: Any = acts(None, "Free text with tags whose inside is constrained.")
     logits_processors: Any = refused("no foreign code runs in the engine")
     disaggregated_params: Any = refused(_REMOTE)
     kv_transfer_params: Any = refused(_REMOTE)

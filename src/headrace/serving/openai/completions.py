@@ -6,19 +6,23 @@ from collections.abc import Sequence
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET
 
 from headrace.errors import InvalidRequest
 from headrace.llm import AsyncEngine, Completion, Delta, Generation
 from headrace.llm.protocols import Prompt
 from headrace.serving.body import read
 from headrace.serving.call import open_call
+from headrace.serving.constraints import constrain
+from headrace.serving.exchange import current
 from headrace.serving.openai import replies
 from headrace.serving.openai.generate import answer, reply_id
 from headrace.serving.openai.logprobs import TokenNames, joined
 from headrace.serving.openai.replies import TextChoice, TextLogprobs, TextReply
 from headrace.serving.openai.sampling import check_stream, num_choices, sampling_params
 from headrace.serving.openai.schemas import CompletionRequest
-from headrace.types import SamplingParams
+from headrace.serving.verify import Verifier
+from headrace.types import ConstraintSpec, SamplingParams
 
 __all__ = ["completions", "inputs_of"]
 
@@ -35,12 +39,16 @@ async def completions(request: web.Request) -> web.StreamResponse:
     _, runs = num_choices(body)
     async with open_call(request, body.model, runs * len(inputs)) as call:
         engine = call.model.engine
-        params = _params(body, engine)
+        wanted = await constrain(body, call.state.grammars)
+        params = _params(body, engine, wanted.spec if wanted else None)
         prompts = await engine.prompts(inputs, add_special_tokens=body.add_special_tokens is not False)
         if body.echo:
             prompts = [_with_text(prompt, engine) for prompt in prompts]
         call.show_prompt(body.prompt)
-        return await answer(call, engine, body, prompts, params, lambda run: TextAnswer(body, engine, run))
+        verifier = None if body.max_tokens == 0 else Verifier(call.state.grammars, wanted)
+        return await answer(
+            call, engine, body, prompts, params, lambda run: TextAnswer(body, engine, run), verifier
+        )
 
 
 def inputs_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
@@ -50,9 +58,13 @@ def inputs_of(given: str | list[str] | list[int] | list[list[int]]) -> list[str 
     return [given] if isinstance(given[0], int) else list(given)
 
 
-def _params(body: CompletionRequest, engine: AsyncEngine) -> SamplingParams:
+def _params(
+    body: CompletionRequest, engine: AsyncEngine, constraint: ConstraintSpec | None
+) -> SamplingParams:
     """``max_tokens: 0`` (only with echo) runs one token, which the answer then leaves out."""
-    params = sampling_params(body, engine, logprobs=body.logprobs, max_tokens=_limit(body, engine))
+    params = sampling_params(
+        body, engine, logprobs=body.logprobs, max_tokens=_limit(body, engine), constraint=constraint
+    )
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         return msgspec.structs.replace(params, prompt_logprobs=body.logprobs)
     return params
@@ -83,6 +95,7 @@ class TextAnswer:
         self._usage_end = bool(options and options.include_usage)
         self._usage_each = bool(options and options.continuous_usage_stats)
         self._offsets = [0] * len(generation.choices)
+        self._contents: list[list[str]] = [[] for _ in generation.choices]
 
     def _echo(self, prompt: int) -> str:
         """The prompt's text, after any truncation."""
@@ -112,6 +125,7 @@ class TextAnswer:
         drop = body.max_tokens == 0
         events = []
         for delta in deltas:
+            self._contents[delta.index].append(delta.text)
             if not (delta.text or delta.finish_reason or always):
                 continue
             text = "" if drop else delta.text
@@ -128,23 +142,33 @@ class TextAnswer:
 
     def end(self) -> bytes:
         """Usage if asked for, and the end."""
-        if not self._usage_end:
+        warnings = current().warnings
+        if not self._usage_end and not warnings:
             return replies.DONE
         chunk = self._chunk([])
-        chunk.usage = replies.usage_reply(self._run.usage)
+        chunk.warnings = warnings or UNSET
+        if self._usage_end:
+            chunk.usage = replies.usage_reply(self._run.usage)
         return replies.event(chunk) + replies.DONE
+
+    def content(self, index: int) -> str:
+        """See Writer."""
+        return "".join(self._contents[index])
 
     def reply(self, choices: list[Completion]) -> TextReply:
         """Everything at once."""
         per_prompt = len(choices) // len(self._run.prompts)
         rows = [self._choice(choice, choice.index // per_prompt) for choice in choices]
-        return TextReply(
+        reply = TextReply(
             self._id, self._created, self._body.model, rows, replies.usage_reply(self._run.usage)
         )
+        reply.warnings = current().warnings or UNSET
+        return reply
 
     def _choice(self, done: Completion, place: int) -> TextChoice:
         body = self._body
         text = "" if body.max_tokens == 0 else done.text
+        self._contents[done.index] = [text]
         start = self._echo(place) if body.echo else ""
         choice = TextChoice(done.index, start + text, replies.finish(done.finish_reason) or "stop")
         choice.stop_reason = done.stop_reason

@@ -18,6 +18,7 @@ from headrace.serving.openai.common import GenerateFields
 from headrace.serving.openai.replies import encode
 from headrace.serving.openai.sampling import num_choices
 from headrace.serving.streaming import Writer, send_stream
+from headrace.serving.verify import Verifier
 from headrace.types import SamplingParams
 
 __all__ = ["Answer", "answer", "reply_id"]
@@ -43,8 +44,9 @@ async def answer(
     prompts: list[Prompt],
     params: SamplingParams,
     make: Callable[[Generation], Answer],
+    verifier: Verifier | None = None,
 ) -> web.StreamResponse:
-    """Run the prompts and answer."""
+    """Run the prompts and answer. ``verifier`` looks at each text before it is called finished."""
     n, runs = num_choices(body)
     generation = engine.open(
         prompts,
@@ -58,7 +60,7 @@ async def answer(
     call.record.follow(generation)
     writer = make(generation)
     if body.stream:
-        return await send_stream(call, generation, writer)
+        return await send_stream(call, generation, writer, verifier)
     choices = await _collect(generation, call)
     kept: list[Completion] = []
     for place in range(len(prompts)):
@@ -66,7 +68,12 @@ async def answer(
         for completion in best(own, n, keep_logprobs=params.logprobs is not None):
             completion.index = len(kept)
             kept.append(completion)
-    return web.Response(body=encode(writer.reply(kept)), content_type="application/json")
+    reply = writer.reply(kept)
+    if verifier is not None:
+        for completion in kept:
+            await verifier.look(writer.content(completion.index), completion)
+        reply = writer.reply(kept) if verifier.warned else reply
+    return web.Response(body=encode(reply), content_type="application/json")
 
 
 async def _collect(generation: Generation, call: Call) -> list[Completion]:

@@ -111,6 +111,7 @@ class ChatReply(msgspec.Struct, tag_field="object", tag="chat.completion"):
     service_tier: str | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
     prompt_logprobs: list[Any] | UnsetType = UNSET
+    warnings: tuple[str, ...] | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct):
@@ -143,6 +144,7 @@ class ChatChunk(msgspec.Struct, tag_field="object", tag="chat.completion.chunk")
     system_fingerprint: str | None = None
     service_tier: str | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    warnings: tuple[str, ...] | UnsetType = UNSET
 
 
 class TextLogprobs(msgspec.Struct):
@@ -176,3 +178,4 @@ class TextReply(msgspec.Struct, tag_field="object", tag="text_completion"):
     choices: list[TextChoice]
     usage: UsageReply | UnsetType | None = UNSET
     system_fingerprint: str | None = None
+    warnings: tuple[str, ...] | UnsetType = UNSET

@@ -6,9 +6,8 @@ from typing import Any
 
 from headrace.errors import InvalidRequest
 from headrace.llm import AsyncEngine
-from headrace.serving.constraints import constraint_of
 from headrace.serving.openai.common import GenerateFields
-from headrace.types import SamplingParams
+from headrace.types import ConstraintSpec, SamplingParams
 
 __all__ = ["check_stream", "num_choices", "sampling_params"]
 
@@ -36,6 +35,7 @@ def sampling_params(
     logprobs: int | None,
     max_tokens: int | None,
     limit: str = "max_tokens",
+    constraint: ConstraintSpec | None = None,
 ) -> SamplingParams:
     """Sampling parameters of a request; what it leaves out follows the checkpoint's advice.
 
@@ -53,7 +53,7 @@ def sampling_params(
         "stop": _texts(body.stop),
         "stop_token_ids": tuple(body.stop_token_ids or ()),
         "bad_words": _bad_words(body, engine),
-        "constraint": constraint_of(body),
+        "constraint": constraint,
     }
     try:
         return SamplingParams(**values)

@@ -76,9 +76,12 @@ def attention(
     write_cache(k, v, cache.k, cache.v, batch.slots)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch.max_query_len > 1:
+        # Keys that all lie in this batch are read there: the same numbers without the way through the table.
+        fresh = batch.fresh and k.dtype == cache.k.dtype and k.stride() == v.stride()
         prefill_attention(
-            q, cache.k, cache.v, batch.query_starts, batch.seq_lens, scale=scale, causal=batch.causal, window=window,
-            soft_cap=soft_cap, tables=batch.block_tables, skip_single=True, out=out,
+            q, k if fresh else cache.k, v if fresh else cache.v, batch.query_starts, batch.seq_lens, scale=scale,
+            causal=batch.causal, window=window, soft_cap=soft_cap, tables=None if fresh else batch.block_tables,
+            skip_single=True, out=out,
         )  # fmt: skip
     if batch.decode_only or batch.some_single:
         decode_attention(

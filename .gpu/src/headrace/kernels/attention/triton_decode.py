@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors, prefetch_l2
+from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors, sequence_lanes
 
 __all__ = ["MAX_SPLITS", "DecodeShape", "DecodeWorkspace", "QKNormRope", "decode_attention", "decode_shape"]
 
@@ -29,8 +29,9 @@ class DecodeShape(NamedTuple):
 
     Attributes:
         tile: keys of one load.
-        min_split: keys of the smallest piece; a multiple of tile.
+        min_split: keys of the smallest piece.
         programs: on each multiprocessor.
+        registers: of a thread at most; None: the compiler decides.
     """
 
     tile: int
@@ -38,6 +39,7 @@ class DecodeShape(NamedTuple):
     programs: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def decode_shape(num_heads: int, padded: int) -> DecodeShape:
@@ -49,7 +51,11 @@ def decode_shape(num_heads: int, padded: int) -> DecodeShape:
         return DecodeShape(16, 16, 2, 4, 1)
     if padded > 128:
         return DecodeShape(32, 128, 1, 4, 3)
-    return DecodeShape(64, 128 if num_heads <= 128 else 512 if num_heads <= 512 else 1024, 2, 4, 4)
+    if num_heads <= 32:
+        return DecodeShape(64, 64, 2, 4, 3)
+    if num_heads <= 128:
+        return DecodeShape(64, 256, 2, 4, 5)
+    return DecodeShape(64, 1024, 2, 4, 7)
 
 
 @dataclass(slots=True)
@@ -80,7 +86,8 @@ class QKNormRope:
     """What turns a raw projection into queries, keys and cache entries inside the attention kernel.
 
     Attributes:
-        weight: [Hq + Hkv, D] gains of the norm over each head, or None.
+        weight: [Hq + Hkv, D] gains of the norm over each head, one for all query heads and one for all key
+            heads; or None.
         cos, sin: float32 [L, R] by position; R rotated dimensions, sin negated in its first half; or None.
     """
 
@@ -91,33 +98,53 @@ class QKNormRope:
 
 
 @triton.jit
-def _norm_rope(
-    x,
-    other,
-    gain_ptr,
-    cos_ptr,
-    sin_ptr,
-    offs_d,
-    offs_o,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    eps,
-    NORM: tl.constexpr,
-    dtype: tl.constexpr,
-):
+def _norm_rope(x, other, gain, gain_other, cos, sin, D: tl.constexpr, R: tl.constexpr, eps, NORM: tl.constexpr,
+               dtype: tl.constexpr):  # fmt: skip
     """x and ``other`` (x with the halves of its first R dimensions swapped), float32 [H, DP] -> rotated [H, DP]."""
     if NORM:
         rs = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        gain = tl.load(gain_ptr + offs_d[None, :], mask=offs_d[None, :] < D, other=0.0).to(tl.float32)
         x = (x * rs * gain).to(dtype).to(tl.float32)
         if R > 0:
-            swapped = tl.load(gain_ptr + offs_o[None, :], mask=offs_o[None, :] < D, other=0.0).to(tl.float32)
-            other = (other * rs * swapped).to(dtype).to(tl.float32)
+            other = (other * rs * gain_other).to(dtype).to(tl.float32)
     if R > 0:
-        cos = tl.load(cos_ptr + offs_d, mask=offs_d < R, other=1.0)[None, :]
-        sin = tl.load(sin_ptr + offs_d, mask=offs_d < R, other=0.0)[None, :]
-        x = x * cos + other * sin
+        x = x * cos[None, :] + other * sin[None, :]
     return x.to(dtype)
+
+
+@triton.jit
+def _load_tile(k_cache, v_cache, table_ptr, key, hi, cache_block, cache_token, head_offset, BLOCK: tl.constexpr,
+               TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+    """Keys and values [TILE, DP] from ``key`` on, zero from ``hi`` on."""
+    at = key + tl.arange(0, TILE)
+    d = tl.arange(0, DP)[None, :]
+    ok = at < hi
+    block = tl.load(table_ptr + at // BLOCK, mask=ok, other=0).to(tl.int64)
+    slot = block * cache_block + (at % BLOCK) * cache_token + head_offset
+    if D == DP:
+        full = ok[:, None]
+    else:
+        full = ok[:, None] & (d < D)
+    k = tl.load(k_cache + slot[:, None] + d, mask=full, other=0.0)
+    v = tl.load(v_cache + slot[:, None] + d, mask=full, other=0.0)
+    return k, v, ok
+
+
+@triton.jit
+def _add_tile(acc, peak, norm, q, k, v, ok, scale, soft_cap, CAPPED: tl.constexpr):
+    """One step of the online softmax, in powers of 2."""
+    dtype: tl.constexpr = q.dtype
+    score = tl.dot(q, tl.trans(k.to(dtype)), out_dtype=tl.float32, input_precision="ieee") * scale
+    if CAPPED:
+        score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
+    score = tl.where(ok[None, :], score * 1.4426950408889634, float("-inf"))
+    top = tl.maximum(peak, tl.max(score, 1))
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    p = tl.exp2(score - safe[:, None])
+    alpha = tl.exp2(peak - safe)
+    norm = norm * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    acc = tl.dot(p.to(dtype), v.to(dtype), acc, out_dtype=tl.float32, input_precision="ieee")
+    return acc, top, norm
 
 
 @triton.jit
@@ -153,6 +180,12 @@ def _merge(
     g = tl.arange(0, GM)
     i = tl.arange(0, MAX_SPLITS)
     d = tl.arange(0, DP)
+    c = tl.arange(0, CHUNK)
+    # Everything that does not depend on the maximum is asked for first.
+    at = base + (c[:, None] * num_heads + head + g[None, :]) * W
+    ok = (c[:, None] < count) & (g[None, :] < G)
+    m = tl.load(partial_ptr + at + DP, mask=ok, other=float("-inf"), cache_modifier=".cg")
+    part = tl.load(partial_ptr + at[:, :, None] + d[None, None, :], mask=ok[:, :, None], other=0.0, cache_modifier=".cg")
     rows = base + (i[:, None] * num_heads + head + g[None, :]) * W
     live = (i[:, None] < count) & (g[None, :] < G)
     top = tl.load(partial_ptr + rows + DP, mask=live, other=float("-inf"), cache_modifier=".cg")
@@ -160,9 +193,8 @@ def _merge(
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     norm = tl.load(partial_ptr + rows + DP + 1, mask=live, other=0.0, cache_modifier=".cg")
     total = tl.sum(norm * tl.exp2(top - peak[None, :]), 0)
-    acc = tl.zeros([GM, DP], tl.float32)
-    c = tl.arange(0, CHUNK)
-    for start in range(0, count, CHUNK):
+    acc = tl.sum(part * tl.exp2(m - peak[None, :])[:, :, None], 0)
+    for start in range(CHUNK, count, CHUNK):
         at = base + ((start + c)[:, None] * num_heads + head + g[None, :]) * W
         ok = ((start + c)[:, None] < count) & (g[None, :] < G)
         m = tl.load(partial_ptr + at + DP, mask=ok, other=float("-inf"), cache_modifier=".cg")
@@ -187,10 +219,13 @@ def _decode(
     FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr,
     MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # Lengths and tables are written by no kernel that may still run (kernels/step), so they are read, and the first
-    # keys called to L2, before the wait.
+    # Lengths, tables and older keys are written by no kernel that may still run (kernels/step), so a fused step
+    # reads them before it waits for the projection. A program without work leaves at once, to make room for the
+    # next kernel; one that has work always waits.
     if PDL:
         gdc_launch_dependents()
+        if not FUSED:
+            gdc_wait()  # the new keys are the work of the kernel before
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     num_heads = num_kv_heads * G
     s_all = tl.arange(0, SEQS)
@@ -225,84 +260,72 @@ def _decode(
         split = first + piece - base
         lo = split * size
         hi = tl.minimum(lo + size, length)
+        newest = hi == length
         if WINDOW > 0:
             lo = tl.maximum(lo, length - WINDOW)
-
-        if PDL:
-            if work == tl.program_id(0):
-                line = tl.arange(0, MIN_SPLIT)
-                near = lo + line < hi
-                block = tl.load(table_ptr + (lo + line) // BLOCK, mask=near, other=0).to(tl.int64)
-                slot = block * cache_block + ((lo + line) % BLOCK) * cache_token + head * cache_head
-                for part in tl.static_range(0, DP, 64):
-                    prefetch_l2(k_cache + slot + part)
-                    prefetch_l2(v_cache + slot + part)
-            gdc_wait()
-        q_at = q_ptr + token * q_row + (head * G + g)[:, None] * q_head
+        if FUSED:
+            hi = tl.minimum(hi, length - 1)
+        k, v, ok = _load_tile(k_cache, v_cache, table_ptr, lo, hi, cache_block, cache_token, head * cache_head, BLOCK,
+                              TILE, D, DP)  # fmt: skip
+        q_heads = tl.minimum(head * G + g, num_heads - 1)[:, None]
+        q_at = q_ptr + token * q_row + q_heads * q_head
         q_ok = (g[:, None] < G) & (d[None, :] < D)
-        q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
         peak = tl.full([GP], float("-inf"), tl.float32)
         norm = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, DP], tl.float32)
         if FUSED:
             # The new key and value never leave registers: they open the sum of the piece that they end.
             pos = length - 1
-            cos_at = cos_ptr + pos.to(tl.int64) * R
-            sin_at = sin_ptr + pos.to(tl.int64) * R
+            one = tl.arange(0, 1)[:, None]
+            k_ok = newest & (one == 0) & (d[None, :] < D)
+            in_d = d < D
+            cos = tl.full([DP], 1.0, tl.float32)
+            sin = tl.zeros([DP], tl.float32)
+            if R > 0:
+                cos = tl.load(cos_ptr + pos.to(tl.int64) * R + d, mask=d < R, other=1.0)
+                sin = tl.load(sin_ptr + pos.to(tl.int64) * R + d, mask=d < R, other=0.0)
+            gain = tl.full([1, DP], 1.0, tl.float32)
+            gain_other = gain
+            gain_k = gain
+            gain_k_other = gain
+            if NORM:  # one gain for all query heads, one for all key heads (HeadNorm)
+                gain = tl.load(gain_ptr + (head * G) * D + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
+                gain_other = tl.load(gain_ptr + (head * G) * D + swap, mask=in_d, other=0.0).to(tl.float32)[None, :]
+                gain_k = tl.load(gain_ptr + (num_heads + head) * D + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
+                gain_k_other = tl.load(gain_ptr + (num_heads + head) * D + swap, mask=in_d, other=0.0)
+                gain_k_other = gain_k_other.to(tl.float32)[None, :]
+            block = tl.load(table_ptr + pos // BLOCK).to(tl.int64)
+            if PDL:
+                gdc_wait()
+            k_at = k_ptr + token * kv_row + head * kv_head + one
+            q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
+            new_k = tl.load(k_at + d[None, :], mask=k_ok, other=0.0).to(tl.float32)
+            new_v = tl.load(v_ptr + token * kv_row + head * kv_head + one + d[None, :], mask=k_ok, other=0.0)
             other = q.to(tl.float32)
+            other_k = new_k
             if R > 0:
                 other = tl.load(q_at + swap[None, :], mask=q_ok, other=0.0).to(tl.float32)
-            gains = gain_ptr + tl.minimum(head * G + g, num_heads - 1)[:, None] * D
-            q = _norm_rope(q.to(tl.float32), other, gains, cos_at, sin_at, d, swap, D, R, eps, NORM, dtype)
-            if hi == length:
-                one = tl.arange(0, 1)[:, None]
-                k_at = k_ptr + token * kv_row + head * kv_head + one
-                d_ok = (one == 0) & (d[None, :] < D)
-                new_k = tl.load(k_at + d[None, :], mask=d_ok, other=0.0).to(tl.float32)
-                other_k = new_k
-                if R > 0:
-                    other_k = tl.load(k_at + swap[None, :], mask=d_ok, other=0.0).to(tl.float32)
-                gains_k = gain_ptr + (num_heads + head) * D + one
-                new_k = _norm_rope(new_k, other_k, gains_k, cos_at, sin_at, d, swap, D, R, eps, NORM, dtype)
-                new_v = tl.load(
-                    v_ptr + token * kv_row + head * kv_head + one + d[None, :], mask=d_ok, other=0.0
-                )
-                block = tl.load(table_ptr + pos // BLOCK).to(tl.int64)
-                slot = (
-                    block * cache_block + (pos % BLOCK) * cache_token + head * cache_head + one + d[None, :]
-                )
-                new_k = new_k.to(k_cache.dtype.element_ty)
-                new_v = new_v.to(v_cache.dtype.element_ty)
-                tl.store(k_cache + slot, new_k, mask=d_ok)
-                tl.store(v_cache + slot, new_v, mask=d_ok)
-                score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
-                if CAPPED:
-                    score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
-                peak = score * 1.4426950408889634
-                norm = norm + 1.0
-                acc += new_v.to(tl.float32)
-                hi = hi - 1
-
-        n = tl.arange(0, TILE)
-        for key in range(lo, hi, TILE):
-            at = key + n
-            ok = at < hi
-            block = tl.load(table_ptr + at // BLOCK, mask=ok, other=0).to(tl.int64)
-            slot = block * cache_block + (at % BLOCK) * cache_token + head * cache_head
-            k = tl.load(k_cache + slot[:, None] + d[None, :], mask=ok[:, None] & (d[None, :] < D), other=0.0)
-            v = tl.load(v_cache + slot[:, None] + d[None, :], mask=ok[:, None] & (d[None, :] < D), other=0.0)
-            score = tl.dot(q, tl.trans(k.to(dtype)), out_dtype=tl.float32, input_precision="ieee") * scale
+                other_k = tl.load(k_at + swap[None, :], mask=k_ok, other=0.0).to(tl.float32)
+            q = _norm_rope(q.to(tl.float32), other, gain, gain_other, cos, sin, D, R, eps, NORM, dtype)
+            new_k = _norm_rope(new_k, other_k, gain_k, gain_k_other, cos, sin, D, R, eps, NORM, dtype)
+            slot = block * cache_block + (pos % BLOCK) * cache_token + head * cache_head + one + d[None, :]
+            new_k = new_k.to(k_cache.dtype.element_ty)
+            new_v = new_v.to(v_cache.dtype.element_ty)
+            tl.store(k_cache + slot, new_k, mask=k_ok)
+            tl.store(v_cache + slot, new_v, mask=k_ok)
+            score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
             if CAPPED:
                 score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
-            score = tl.where(ok[None, :], score * 1.4426950408889634, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(score, 1))
-            p = tl.exp2(score - new_peak[:, None])
-            alpha = tl.exp2(peak - new_peak)
-            norm = norm * alpha + tl.sum(p, 1)
-            acc = acc * alpha[:, None] + tl.dot(
-                p.to(dtype), v.to(dtype), out_dtype=tl.float32, input_precision="ieee"
-            )
-            peak = new_peak
+            peak = tl.where(newest, score * 1.4426950408889634, float("-inf"))
+            norm = tl.where(newest, norm + 1.0, norm)
+            acc += new_v.to(tl.float32)
+        else:
+            q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
+        acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, ok, scale, soft_cap, CAPPED)
+        for key in range(lo + TILE, hi, TILE):
+            k, v, ok = _load_tile(k_cache, v_cache, table_ptr, key, hi, cache_block, cache_token, head * cache_head,
+                                  BLOCK, TILE, D, DP)  # fmt: skip
+            acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, ok, scale, soft_cap, CAPPED)
 
         o_at = token * num_heads * D
         if count == 1:
@@ -324,8 +347,6 @@ def _decode(
                 o_ok = (gm[:, None] < G) & (d[None, :] < D)
                 tl.store(out_ptr + o_at + (head * G + gm)[:, None] * D + d[None, :], o.to(dtype), mask=o_ok)
                 tl.store(arrivals_ptr + seq * num_kv_heads + head, 0)
-    if PDL:
-        gdc_wait()
 
 
 def decode_attention(
@@ -381,6 +402,8 @@ def decode_attention(
     most = num_seqs * num_kv_heads * MAX_SPLITS
     programs = min(most, num_multiprocessors(q.device) * shape.programs)
     options = launch_options(q.device, shape.warps, shape.stages)
+    if shape.registers is not None:
+        options["maxnreg"] = shape.registers
     _decode[(programs,)](
         q, q.stride(0), q.stride(1),
         new_k if new_k is not None else q, new_v if new_v is not None else q,
@@ -392,7 +415,7 @@ def decode_attention(
         fused.cos if width else workspace.partial, fused.sin if width else workspace.partial,
         num_seqs, num_kv_heads, scale, soft_cap or 0.0,
         G=group, GP=max(16, merged), GM=merged, D=head_dim, DP=padded, R=width,
-        BLOCK=block_size, TILE=shape.tile, SEQS=max(16, triton.next_power_of_2(num_seqs)), WINDOW=window or 0,
+        BLOCK=block_size, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=norm, ROWS=rows is not None,
         STARTS=query_starts is not None, MAX_SPLITS=MAX_SPLITS, MIN_SPLIT=shape.min_split,
         CHUNK=max(1, min(8, 2048 // (merged * padded))), **options,

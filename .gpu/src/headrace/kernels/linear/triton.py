@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.launch import launch_options, prefetch_l2
-from headrace.kernels.linear.tuning import GemvShape, Shape, WarpSplitShape, gemv_shape, skinny_shape
+from headrace.kernels.linear.tuning import GemvShape, Shape, gemv_shape, skinny_shape
 from headrace.kernels.step.triton import reduce_best
 
 __all__ = ["argmax_linear", "small_linear"]
@@ -198,81 +198,6 @@ def _skinny(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr,
             tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
-def _warp_split(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr, M, N, K, eps,
-                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WARPS: tl.constexpr, NORM: tl.constexpr,
-                BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr, ARGMAX: tl.constexpr,
-                PDL: tl.constexpr):  # fmt: skip
-    """out[m, n] for all M rows and BN columns: each warp sums its own share of K, then the shares are added.
-
-    Small matrices have too few columns to fill the device with wide tiles, and adding shares of several programs
-    costs more than reading the matrix.
-    """
-    if PDL:
-        gdc_launch_dependents()
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    n_ok = rows < N
-    m = tl.arange(0, BM)
-    m_ok = m < M
-    STEP: tl.constexpr = WARPS * BK
-    part = tl.arange(0, WARPS)[:, None, None] * BK
-    w_rows = w_ptr + tl.minimum(rows, N - 1).to(tl.int64)[None, None, :] * K
-    # As [share of K, K, N]: the transpose that tl.dot wants, read along K.
-    w_at = w_rows + part + tl.arange(0, BK)[None, :, None]
-    if PDL:
-        lines = tl.arange(0, STEP // 64) * 64
-        ahead = w_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K + lines[None, :]
-        for k in range(0, tl.minimum(K, 4 * STEP), STEP):
-            prefetch_l2(ahead + k)
-            if GATE > 0:
-                prefetch_l2(ahead + N.to(tl.int64) * K + k)
-        gdc_wait()
-    cols = part + tl.arange(0, BK)[None, None, :]
-    x_at = x_ptr + m[None, :, None] * x_row + cols
-    acc = tl.zeros([WARPS, BM, BN], tl.float32)
-    acc2 = tl.zeros([WARPS, BM, BN], tl.float32)
-    squares = tl.zeros([WARPS, BM], tl.float32)
-    k_in = part + tl.arange(0, BK)[None, :, None]
-    for k in range(0, K, STEP):
-        w = tl.load(w_at + k, mask=k_in + k < K, other=0.0)
-        x = tl.load(x_at + k, mask=(cols + k < K) & m_ok[None, :, None], other=0.0)
-        if NORM:
-            gain = tl.load(gain_ptr + cols + k, mask=cols + k < K, other=0.0).to(tl.float32)
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 2)
-            x = (wide * gain).to(x.dtype)
-        acc = tl.dot(x, w, acc, out_dtype=tl.float32, input_precision="ieee")
-        if GATE > 0:
-            w2 = tl.load(w_at + N.to(tl.int64) * K + k, mask=k_in + k < K, other=0.0)
-            acc2 = tl.dot(x, w2, acc2, out_dtype=tl.float32, input_precision="ieee")
-    y = tl.sum(acc, 0)
-    scale = tl.full([BM], 1.0, tl.float32)
-    if NORM:
-        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        y = y * scale[:, None]
-    if BIAS:
-        y += tl.load(bias_ptr + rows, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    if GATE > 0:
-        up = tl.sum(acc2, 0) * scale[:, None]
-        if BIAS:
-            up += tl.load(bias_ptr + N + rows, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-        y = _gate(y, GATE) * up
-    ok = m_ok[:, None] & n_ok[None, :]
-    at = m[:, None].to(tl.int64) * N + rows[None, :]
-    if RESIDUAL:
-        y += tl.load(res_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    if ARGMAX:
-        bad = (y != y) | (y == float("inf"))
-        y = tl.where(n_ok[None, :], tl.where(bad, float("inf"), y), float("-inf"))
-        top = tl.max(y, 1)
-        first = tl.min(tl.where(y == top[:, None], rows[None, :], 2147483647), 1)
-        to = m * tl.num_programs(0) + tl.program_id(0)
-        tl.store(out_ptr + to, top, mask=m_ok)
-        tl.store(best_ptr + to, first, mask=m_ok)
-    else:
-        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=ok)
-
-
 class _Scratch:
     """Split sums and arrival counters by device: one step runs at a time on a device, and its kernels in order.
 
@@ -316,12 +241,6 @@ def _launch(
         even = n % shape.bn == 0 and k % shape.bk == 0
         _gemv[(tiles,)](x, weight, out, gain, bias, residual, best, n, k, eps, BN=shape.bn, BK=shape.bk, EVEN=even,
                         **flags, **options)  # fmt: skip
-        return
-    if isinstance(shape, WarpSplitShape):
-        _warp_split[(tiles,)](
-            x, x.stride(0), weight, out, gain, bias, residual, best, num_rows, n, k, eps,
-            BM=shape.bm, BN=shape.bn, BK=shape.bk, WARPS=shape.warps, **flags, **options,
-        )  # fmt: skip
         return
     height = (1 if gate is None else 2) * shape.bn + 1
     parts, arrivals = x, x

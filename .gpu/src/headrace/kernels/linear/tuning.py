@@ -1,7 +1,7 @@
 """Tile shapes of the small-row kernels: data for measured (GPU, shape) pairs, a rule for all others.
 
 ``tuned/<gpu>.json`` maps ``"<rows>:<N>x<K>[g]"`` (rows: 1, 16, 32 or 64; g: gated) to a list of numbers in the
-order of the fields of GemvShape, WarpSplitShape or SkinnyShape (4, 5 or 6 of them). benchmarks/kernels.py --tune measures and writes them.
+order of GemvShape's or SkinnyShape's fields. benchmarks/kernels.py --tune measures and writes them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["GemvShape", "Shape", "SkinnyShape", "WarpSplitShape", "gemv_shape", "skinny_shape"]
+__all__ = ["GemvShape", "Shape", "SkinnyShape", "gemv_shape", "skinny_shape"]
 
 
 class GemvShape(NamedTuple):
@@ -36,18 +36,7 @@ class SkinnyShape(NamedTuple):
     stages: int
 
 
-class WarpSplitShape(NamedTuple):
-    """Up to ``bm`` rows: ``bn`` outputs a program, ``bk`` columns a load of each warp, K split over the warps."""
-
-    bm: int
-    bn: int
-    bk: int
-    warps: int
-    stages: int
-
-
-Shape = GemvShape | SkinnyShape | WarpSplitShape
-_BY_LENGTH: dict[int, type[Shape]] = {4: GemvShape, 5: WarpSplitShape, 6: SkinnyShape}
+Shape = GemvShape | SkinnyShape
 
 
 def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
@@ -59,19 +48,19 @@ def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
     return GemvShape(2 if gated else 4, bk, 4, 1)
 
 
-def skinny_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> Shape:
+def skinny_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> SkinnyShape:
     """For x [rows, k], rows from 2 to 64, and weight [n, k]."""
     bm = 16 if rows <= 16 else 32 if rows <= 32 else 64
     found = _tuned(device).get(_key(bm, n, k, gated))
     if found is not None:
-        return _BY_LENGTH[len(found)](*found)
-    bk = 128 if k >= 128 else 64
+        return SkinnyShape(*found)
+    bk = 64 if gated or k < 128 else 128
     tiles = -(-n // (128 if gated else 64))
-    # Enough programs for two on each of some 132 multiprocessors, each with four or more steps of its own.
+    # Enough programs for two on each of some 132 multiprocessors, each with two or more steps of its own.
     splits = 1
-    while tiles * splits < 200 and splits < 8 and k // (splits * 2 * bk) >= 4:
+    while tiles * splits < 180 and splits < 8 and k // (splits * 2 * bk) >= 2:
         splits *= 2
-    return SkinnyShape(bm, 64, bk, splits, 4, 3 if gated or bm == 64 else 4)
+    return SkinnyShape(bm, 64, bk, splits, 4, 3 if bm == 64 and not gated else 4)
 
 
 def _key(rows: int, n: int, k: int, gated: bool) -> str:

@@ -1,0 +1,183 @@
+"""What a reader of quantized checkpoints provides, and the checkpoint that it makes of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headrace.checkpoints.base import Checkpoint, TensorInfo
+from headrace.errors import UnsupportedCheckpoint
+from headrace.quantization.scaled import Activations, QuantizedWeight
+
+__all__ = ["Container", "Module", "QuantizedCheckpoint", "refuse"]
+
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16", "BOOL"})
+_KV_SCALES = (
+    ".k_scale",
+    ".v_scale",
+    ".kv_scale",
+    ".output_scale",
+    ".q_scale",
+    ".k_zero_point",
+    ".v_zero_point",
+)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One quantized matrix.
+
+    Attributes:
+        shape: logical [rows, columns].
+        tensors: the raw tensors that it takes.
+        read: them as one weight.
+        activations: how its input is rounded.
+    """
+
+    shape: tuple[int, ...]
+    tensors: tuple[str, ...]
+    read: Callable[[], QuantizedWeight]
+    activations: Callable[[], Activations] = Activations
+
+
+@dataclass
+class Container(ABC):
+    """A convention of names and packings.
+
+    Args:
+        settings: the block that declares it.
+        raw: the checkpoint as it lies there.
+        where: file and key of the block, for messages.
+    """
+
+    settings: Mapping[str, Any]
+    raw: Checkpoint
+    where: str
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """For people: ``fp8 (compressed-tensors)``."""
+
+    @abstractmethod
+    def modules(self) -> dict[str, Module]:
+        """Logical tensor name (``....weight``) -> what it is made of. Raises UnsupportedCheckpoint."""
+
+    @property
+    def kv_cache(self) -> str:
+        """``fp8`` when the checkpoint asks for an FP8 cache, else ``auto``."""
+        return "auto"
+
+    # --- for readers -----------------------------------------------------------------------------
+
+    def need(self, name: str, dtypes: Iterable[str], shape: tuple[int, ...] | None = None) -> TensorInfo:
+        """Facts of a raw tensor that must be there, of one of these types and this shape."""
+        if name not in self.names:
+            raise UnsupportedCheckpoint(
+                f"{self.raw.path} holds no tensor {name!r}, which {self.label} calls for", param=name
+            )
+        info = self.raw.info(name)
+        if info.dtype not in dtypes or (shape is not None and info.shape != shape):
+            wanted = f"{'/'.join(dtypes)}" + (f" {list(shape)}" if shape is not None else "")
+            raise UnsupportedCheckpoint(
+                f"tensor {name!r} is {info.dtype} {list(info.shape)}; {self.label} calls for {wanted}",
+                param=name,
+            )
+        return info
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """All raw tensors."""
+        return frozenset(self.raw.names())
+
+    def float(self, name: str) -> Tensor:
+        """A raw tensor as float32, finite."""
+        value = self.raw.load(name).float()
+        if not bool(torch.isfinite(value).all()):
+            raise UnsupportedCheckpoint(f"tensor {name!r} holds NaN or infinity", param=name)
+        return value
+
+    def refuse(self, key: str, value: object, expected: str) -> UnsupportedCheckpoint:
+        """The error for a setting; raise it."""
+        return refuse(f"{self.where}.{key}", value, expected)
+
+
+def refuse(key: str, value: object, expected: str) -> UnsupportedCheckpoint:
+    """The error for a setting that is not supported; raise it."""
+    return UnsupportedCheckpoint(
+        f"{key} is {value!r}; expected {expected}. Take another quantization of this model, or its 16-bit weights",
+        param=key,
+    )
+
+
+class QuantizedCheckpoint:
+    """Implements Checkpoint: dense weights to those who load, packed ones to those who ask.
+
+    ``names`` are those of the unquantized model. ``config`` has no quantization_config any more.
+
+    Args:
+        raw: the checkpoint as it lies there.
+        container: its reader.
+
+    Raises UnsupportedCheckpoint when a tensor is missing, has another shape or type, or belongs to nothing.
+    """
+
+    def __init__(self, raw: Checkpoint, container: Container) -> None:
+        self.raw, self.container = raw, container
+        self.path: Path = raw.path
+        self.config = {key: value for key, value in raw.config.items() if key != "quantization_config"}
+        self.generation_config: dict[str, Any] = raw.generation_config
+        self.modules = container.modules()
+        if not self.modules:
+            raise UnsupportedCheckpoint(
+                f"{container.where} declares {self.label}, but no tensor of {self.path} is quantized so; "
+                "remove the block if the weights are in 16 bits",
+                param="quantization_config",
+            )
+        taken = {name for module in self.modules.values() for name in module.tensors}
+        self._rest = [n for n in raw.names() if n not in taken and not n.endswith(_KV_SCALES)]
+        for name in self._rest:
+            if raw.info(name).dtype not in _PLAIN:
+                raise UnsupportedCheckpoint(
+                    f"tensor {name!r} is {raw.info(name).dtype} and belongs to no matrix that {self.label} "
+                    "describes",
+                    param=name,
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        return self.raw.fingerprint
+
+    @property
+    def label(self) -> str:
+        """For people: format and container."""
+        return self.container.label
+
+    def names(self) -> list[str]:
+        return [*self._rest, *self.modules]
+
+    def info(self, name: str) -> TensorInfo:
+        module = self.modules.get(name)
+        if module is None:
+            return self.raw.info(name)
+        return TensorInfo(
+            module.shape, self.container.label, sum(self.raw.info(raw).nbytes for raw in module.tensors)
+        )
+
+    def load(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        if name in self.modules:
+            tensor = self.quantized(name).dequantize()
+        else:
+            tensor = self.raw.load(name)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def quantized(self, name: str) -> QuantizedWeight:
+        """A matrix as it is packed. ``name`` is one of ``modules``."""
+        return self.modules[name].read()

@@ -1,0 +1,235 @@
+"""compressed-tensors (llm-compressor's format), by the fields of its ``quantization_config``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headrace.kernels.quantized_linear.formats import pack_nibbles
+from headrace.quantization.containers.base import Container, Module
+from headrace.quantization.containers.fp8 import fp8_module
+from headrace.quantization.scaled import Activations
+from headrace.quantization.schemes.fp4 import MXFP4_GROUP, NVFP4_GROUP, Fp4Weight
+from headrace.quantization.schemes.group_int import GroupIntWeight
+
+__all__ = ["CompressedTensors", "unpack_words"]
+
+_FORMATS = {
+    "float-quantized",
+    "naive-quantized",
+    "int-quantized",
+    "pack-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+}
+_SCALES = ("F32", "F16", "BF16")
+
+
+def unpack_words(packed: Tensor, bits: int, count: int, *, dim: int = 1) -> Tensor:
+    """int32 words to uint8 codes along ``dim``, lowest bits first, ``count`` of them."""
+    per_word = 32 // bits
+    shifts = torch.arange(per_word, dtype=torch.int32) * bits
+    if dim == 0:
+        return unpack_words(packed.t(), bits, count).t()
+    codes: Tensor = (packed[..., None] >> shifts) & (2**bits - 1)
+    return codes.flatten(1)[:, :count].to(torch.uint8)
+
+
+class CompressedTensors(Container):
+    """``quant_method: compressed-tensors``."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.settings.get('format', '?')} (compressed-tensors)"
+
+    @property
+    def kv_cache(self) -> str:
+        scheme = self.settings.get("kv_cache_scheme")
+        if not scheme:
+            return "auto"
+        if scheme.get("num_bits") != 8 or scheme.get("type") != "float":
+            raise self.refuse("kv_cache_scheme", scheme, "8-bit float, or none")
+        return "fp8"
+
+    def modules(self) -> dict[str, Module]:
+        if self.settings.get("quantization_status", "compressed") not in ("compressed", "frozen"):
+            raise self.refuse("quantization_status", self.settings["quantization_status"], "compressed")
+        if (self.settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
+            raise self.refuse("sparsity_config", self.settings["sparsity_config"], "dense")
+        if self.settings.get("transform_config"):
+            raise self.refuse("transform_config", "set", "none (rotated weights are not supported)")
+        groups = self.settings.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups:
+            raise self.refuse("config_groups", groups, "at least one group")
+        found = {}
+        for base in sorted(self._bases()):
+            group = self._group_of(base, groups)
+            found[f"{base}.weight"] = self._module(base, group)
+        return found
+
+    def _bases(self) -> set[str]:
+        """Modules that have a packed or scaled weight."""
+        suffixes = (".weight_packed", ".weight_scale")
+        return {n.removesuffix(s) for n in self.names for s in suffixes if n.endswith(s)}
+
+    def _group_of(self, base: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The group whose targets name the module; the one for all linears else."""
+        general = None
+        for group in groups.values():
+            for target in group.get("targets", ()):
+                if target == "Linear":
+                    general = general or group
+                elif target.startswith("re:"):
+                    if re.match(target[3:], base):
+                        return group  # type: ignore[no-any-return]
+                elif base == target or base.endswith("." + target):
+                    return group  # type: ignore[no-any-return]
+        if general is None:
+            raise self.refuse("config_groups", list(groups), f"a target that covers {base}")
+        return general  # type: ignore[no-any-return]
+
+    def _module(self, base: str, group: Mapping[str, Any]) -> Module:
+        weights = group.get("weights") or {}
+        form = group.get("format") or self.settings.get("format")
+        if form not in _FORMATS:
+            raise self.refuse("format", form, f"one of {sorted(_FORMATS)}")
+        bits, kind = weights.get("num_bits"), weights.get("type", "int")
+        if form in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
+            return self._fp4(base, nvfp4=form.startswith("nv"))
+        if form == "pack-quantized":
+            if kind != "int" or bits not in (4, 8):
+                raise self.refuse(
+                    "config_groups.weights", f"{kind} of {bits} bits", "int of 4 or 8 bits packed"
+                )
+            return self._packed(base, weights, bits)
+        if bits != 8:
+            raise self.refuse("config_groups.weights.num_bits", bits, "8")
+        if kind == "float":
+            return self._fp8(base, weights, group.get("input_activations"))
+        return self._int8(base, weights, group.get("input_activations"))
+
+    def _fp8(self, base: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Module:
+        strategy = weights.get("strategy", "tensor")
+        if strategy not in ("tensor", "channel", "block"):
+            raise self.refuse("config_groups.weights.strategy", strategy, "tensor, channel or block for FP8")
+        block = None
+        if strategy == "block":
+            size = weights.get("block_structure")
+            if not isinstance(size, list) or len(size) != 2:
+                raise self.refuse("config_groups.weights.block_structure", size, "[rows, columns]")
+            block = (int(size[0]), int(size[1]))
+        if inputs is not None and (inputs.get("type") != "float" or inputs.get("num_bits") != 8):
+            raise self.refuse("config_groups.input_activations", dict(inputs), "8-bit float, or none")
+        static = inputs is not None and not inputs.get("dynamic", False)
+        return fp8_module(
+            self,
+            f"{base}.weight",
+            f"{base}.weight_scale",
+            block,
+            input_scale=f"{base}.input_scale" if static else None,
+            dynamic=inputs is not None,
+        )
+
+    def _int8(self, base: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Module:
+        """Weights only: 8-bit integer activations are left in 16 bits, which is more precise."""
+        name = f"{base}.weight"
+        rows, columns = self.need(name, ("I8",)).shape
+        scale, zero, groups = self._scales(base, rows, columns, weights)
+
+        def read() -> GroupIntWeight:
+            codes = (self.raw.load(name).to(torch.int16) + 128).to(torch.uint8)
+            zeros = torch.zeros(rows, groups) if zero is None else self.float(zero).reshape(rows, groups)
+            return GroupIntWeight(codes, self._grid(scale, rows, groups), zeros + 128, 8)
+
+        static = [f"{base}.input_scale", f"{base}.input_zero_point"]
+        tensors = [name, scale, zero, *(extra for extra in static if extra in self.names)]
+        return Module((rows, columns), tuple(part for part in tensors if part is not None), read)
+
+    def _scales(
+        self, base: str, rows: int, columns: int, weights: Mapping[str, Any]
+    ) -> tuple[str, str | None, int]:
+        """Names of scale and zero point, and the number of groups of a row."""
+        strategy = weights.get("strategy", "tensor")
+        size = weights.get("group_size")
+        if strategy not in ("tensor", "channel", "group"):
+            raise self.refuse("config_groups.weights.strategy", strategy, "tensor, channel or group")
+        groups = (
+            math.ceil(columns / size) if strategy == "group" and isinstance(size, int) and size > 0 else 1
+        )
+        if columns % groups:
+            raise self.refuse("config_groups.weights.group_size", size, f"a divisor of {columns} columns")
+        scale = f"{base}.weight_scale"
+        shape = self.need(scale, _SCALES).shape
+        if math.prod(shape) not in (1, rows * groups):
+            self.need(scale, _SCALES, (rows, groups))
+        zero = f"{base}.weight_zero_point"
+        return scale, zero if zero in self.names else None, groups
+
+    def _grid(self, scale: str, rows: int, groups: int) -> Tensor:
+        value = self.float(scale)
+        return (
+            value.reshape(rows, groups) if value.numel() > 1 else value.reshape(1, 1).expand(rows, groups)
+        ).clone()
+
+    def _packed(self, base: str, weights: Mapping[str, Any], bits: int) -> Module:
+        packed, shape = f"{base}.weight_packed", f"{base}.weight_shape"
+        words = self.need(packed, ("I32",)).shape
+        self.need(shape, ("I64", "I32"), (2,))
+        rows, columns = (int(n) for n in self.raw.load(shape).tolist())
+        per_word = 32 // bits
+        self.need(packed, ("I32",), (rows, math.ceil(columns / per_word)))
+        scale, zero, groups = self._scales(base, rows, columns, weights)
+        index = f"{base}.weight_g_idx"
+        order = index if index in self.names else None
+        low = 2 ** (bits - 1)
+        assert len(words) == 2
+
+        def read() -> GroupIntWeight:
+            codes = unpack_words(self.raw.load(packed), bits, columns)
+            zeros = torch.full((rows, groups), float(low))
+            if zero is not None:
+                stored = self.raw.load(zero)
+                if stored.dtype is torch.int32 and stored.shape != (rows, groups):
+                    zeros = unpack_words(stored, bits, rows, dim=0).float().contiguous()
+                else:
+                    zeros = stored.float().reshape(rows, groups) + low
+            return GroupIntWeight(
+                pack_nibbles(codes) if bits == 4 else codes.contiguous(),
+                self._grid(scale, rows, groups),
+                zeros,
+                bits,
+                self.raw.load(order).long() if order is not None else None,
+            )
+
+        tensors = (packed, shape, scale, zero, order)
+        return Module((rows, columns), tuple(part for part in tensors if part is not None), read)
+
+    def _fp4(self, base: str, *, nvfp4: bool) -> Module:
+        """NVFP4's global scale divides here."""
+        packed, scale = f"{base}.weight_packed", f"{base}.weight_scale"
+        rows, half = self.need(packed, ("U8",)).shape
+        group = NVFP4_GROUP if nvfp4 else MXFP4_GROUP
+        self.need(scale, ("F8_E4M3",) if nvfp4 else ("U8",), (rows, half * 2 // group))
+        whole = f"{base}.weight_global_scale"
+        if nvfp4:
+            self.need(whole, ("F32",))
+
+        def read() -> Fp4Weight:
+            row_scale = torch.ones(rows)
+            if nvfp4:
+                row_scale = (1.0 / self.float(whole).reshape(1)).expand(rows).clone()
+            return Fp4Weight(self.raw.load(packed), self.raw.load(scale), row_scale)
+
+        extra = (f"{base}.input_global_scale", f"{base}.input_scale")
+        tensors = [
+            packed,
+            scale,
+            *([whole] if nvfp4 else []),
+            *(name for name in extra if name in self.names),
+        ]
+        return Module((rows, half * 2), tuple(tensors), read, Activations)

@@ -1,0 +1,96 @@
+"""FP8 checkpoints that keep the tensor's name: DeepSeek's blocks, and scales for whole matrices or rows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from headrace.quantization.containers.base import Container, Module
+from headrace.quantization.scaled import Activations
+from headrace.quantization.schemes.fp8 import Fp8Weight
+
+__all__ = ["DeepSeekFp8", "fp8_module"]
+
+_SCALE_TYPES = ("F32", "BF16", "F16")
+
+
+def fp8_module(
+    container: Container,
+    weight: str,
+    scale: str,
+    block: tuple[int, int] | None,
+    *,
+    input_scale: str | None = None,
+    dynamic: bool = True,
+) -> Module:
+    """One FP8 matrix and its scales, which multiply.
+
+    Args:
+        block: rows and columns that share a scale; None: by the scale's shape one for all, or one a row.
+        input_scale: the tensor of a static activation scale, if there is one.
+        dynamic: whether activations are rounded by their own scales, else static or not at all.
+    """
+    rows, columns = container.need(weight, ("F8_E4M3",)).shape
+    found = container.need(scale, _SCALE_TYPES).shape
+    if block is not None:
+        container.need(scale, _SCALE_TYPES, (math.ceil(rows / block[0]), math.ceil(columns / block[1])))
+        shared = (min(block[0], rows), min(block[1], columns))
+    elif math.prod(found) == 1:
+        shared = (rows, columns)
+    else:
+        container.need(scale, _SCALE_TYPES, (rows,) if len(found) == 1 else (rows, 1))
+        shared = (1, columns)
+
+    def read() -> Fp8Weight:
+        scales = container.float(scale)
+        grid = (math.ceil(rows / shared[0]), math.ceil(columns / shared[1]))
+        return Fp8Weight(container.raw.load(weight), scales.reshape(grid).contiguous(), shared)
+
+    def activations() -> Activations:
+        if input_scale is not None:
+            return Activations("static", _scalar(container, input_scale))
+        if not dynamic:
+            return Activations()
+        return Activations("group" if block is not None else "token")
+
+    tensors = (weight, scale) if input_scale is None else (weight, scale, input_scale)
+    return Module((rows, columns), tensors, read, activations)
+
+
+def _scalar(container: Container, name: str) -> Tensor:
+    value = container.float(name)
+    if value.numel() != 1 or float(value.reshape(())) <= 0:
+        raise container.refuse(name, value.tolist(), "one positive number")
+    return value.reshape(()).to(torch.float32)
+
+
+class DeepSeekFp8(Container):
+    """``quant_method: fp8``: DeepSeek-V3's and Qwen 3's blocks (``weight_scale_inv``), or one scale a matrix."""
+
+    @property
+    def label(self) -> str:
+        return "fp8 (blocks)" if self.settings.get("weight_block_size") else "fp8"
+
+    def modules(self) -> dict[str, Module]:
+        if self.settings.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+            raise self.refuse("fmt", self.settings["fmt"], "e4m3")
+        scheme = self.settings.get("activation_scheme", "dynamic")
+        if scheme not in ("dynamic", "static"):
+            raise self.refuse("activation_scheme", scheme, "dynamic or static")
+        size = self.settings.get("weight_block_size")
+        if size is not None and (not isinstance(size, list) or len(size) != 2 or not all(size)):
+            raise self.refuse("weight_block_size", size, "[rows, columns]")
+        block = (int(size[0]), int(size[1])) if size else None
+        suffix = "weight_scale_inv" if block else "weight_scale"
+        found = {}
+        for name in self.raw.names():
+            if not name.endswith(".weight") or self.raw.info(name).dtype != "F8_E4M3":
+                continue
+            base = name.removesuffix("weight")
+            static = f"{base}input_scale" if f"{base}input_scale" in self.names else None
+            if scheme == "static" and static is None:
+                self.need(f"{base}input_scale", _SCALE_TYPES)
+            found[name] = fp8_module(self, name, base + suffix, block, input_scale=static)
+        return found

@@ -1,0 +1,124 @@
+"""AWQ and GPTQ: 4- and 8-bit codes in 32-bit words, input features first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace.kernels.quantized_linear.formats import pack_nibbles
+from headrace.quantization.containers.base import Container, Module
+from headrace.quantization.containers.compressed_tensors import unpack_words
+from headrace.quantization.schemes.group_int import GroupIntWeight
+
+__all__ = ["AWQ", "GPTQ"]
+
+_SCALES = ("F16", "BF16", "F32")
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of a word's eight columns, where each one's four bits lie
+_V1_OFFSET = 0x11111111  # what GPTQ's first format took off each four-bit zero point
+
+
+def _weight(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, order: Tensor | None) -> GroupIntWeight:
+    """From uint8 [in, out] and [groups, out] to rows of outputs."""
+    rows = codes.t().contiguous()
+    packed = pack_nibbles(rows) if bits == 4 else rows
+    return GroupIntWeight(packed, scale.float().t().contiguous(), zero.float().t().contiguous(), bits, order)
+
+
+class AWQ(Container):
+    """``quant_method: awq``, version gemm: columns of the output interleaved within a word (Lin et al. 2023)."""
+
+    @property
+    def label(self) -> str:
+        return "awq"
+
+    def modules(self) -> dict[str, Module]:
+        bits = self.settings.get("bits", self.settings.get("w_bit", 4))
+        version = str(self.settings.get("version", "gemm")).lower()
+        if bits != 4:
+            raise self.refuse("bits", bits, "4")
+        if version != "gemm":
+            raise self.refuse("version", version, "gemm")
+        if not self.settings.get("zero_point", True):
+            raise self.refuse("zero_point", False, "true")
+        bases = [name.removesuffix(".qweight") for name in self.raw.names() if name.endswith(".qweight")]
+        return {f"{base}.weight": self._module(base) for base in bases}
+
+    def _module(self, base: str) -> Module:
+        weight, zero, scale = (f"{base}.{part}" for part in ("qweight", "qzeros", "scales"))
+        columns, words = self.need(weight, ("I32",)).shape
+        groups, rows = self.need(scale, _SCALES).shape
+        self.need(weight, ("I32",), (columns, rows // 8))
+        self.need(zero, ("I32",), (groups, rows // 8))
+        if columns % groups or rows % 8:
+            raise self.refuse("group_size", columns / groups, f"a divisor of {columns} input features")
+        assert words == rows // 8
+
+        def read() -> GroupIntWeight:
+            codes, zeros = self._columns(weight, rows), self._columns(zero, rows)
+            return _weight(codes, self.float(scale), zeros, 4, None)
+
+        return Module((rows, columns), (weight, zero, scale), read)
+
+    def _columns(self, name: str, count: int) -> Tensor:
+        """uint8 [n, count] in the order of the outputs."""
+        stored = unpack_words(self.raw.load(name), 4, count)
+        words: Tensor = stored.unflatten(1, (-1, 8))
+        return words[:, :, torch.tensor(_AWQ_PLACES)].flatten(1)
+
+
+class GPTQ(Container):
+    """``quant_method: gptq``: input features packed along a word (Frantar et al. 2022), with or without desc_act.
+
+    The first format (``checkpoint_format: gptq``) stores zero points less one; ``gptq_v2`` as they are.
+    """
+
+    @property
+    def label(self) -> str:
+        return "gptq"
+
+    def modules(self) -> dict[str, Module]:
+        bits = self.settings.get("bits")
+        if bits not in (4, 8):
+            raise self.refuse("bits", bits, "4 or 8")
+        form = self.settings.get("checkpoint_format", "gptq")
+        if form not in ("gptq", "gptq_v2"):
+            raise self.refuse("checkpoint_format", form, "gptq or gptq_v2")
+        if self.settings.get("dynamic"):
+            raise self.refuse("dynamic", "set", "none (rules by module are not supported)")
+        bases = [name.removesuffix(".qweight") for name in self.raw.names() if name.endswith(".qweight")]
+        return {f"{base}.weight": self._module(base, bits, form == "gptq") for base in bases}
+
+    def _module(self, base: str, bits: int, offset: bool) -> Module:
+        weight, zero, scale = (f"{base}.{part}" for part in ("qweight", "qzeros", "scales"))
+        index = f"{base}.g_idx"
+        words, rows = self.need(weight, ("I32",)).shape
+        groups = self.need(scale, _SCALES).shape[0]
+        per_word = 32 // bits
+        columns = words * per_word
+        self.need(scale, _SCALES, (groups, rows))
+        self.need(zero, ("I32",), (groups, rows // per_word))
+        if index in self.names:
+            self.need(index, ("I32", "I64"), (columns,))
+        elif self.settings.get("desc_act"):
+            self.need(index, ("I32",))
+        elif columns % groups:
+            raise self.refuse("group_size", columns / groups, f"a divisor of {columns} input features")
+
+        def read() -> GroupIntWeight:
+            codes = unpack_words(self.raw.load(weight), bits, columns, dim=0)
+            stored = self.raw.load(zero)
+            if offset:  # word by word, as it was taken off, borrows between fields included
+                stored = stored + (_V1_OFFSET if bits == 4 else 0x01010101)
+            zeros = unpack_words(stored, bits, rows)
+            order = self._order(index, columns, groups) if index in self.names else None
+            return _weight(codes, self.float(scale), zeros, bits, order)
+
+        tensors = (weight, zero, scale, *([index] if index in self.names else []))
+        return Module((rows, columns), tensors, read)
+
+    def _order(self, name: str, columns: int, groups: int) -> Tensor | None:
+        order = self.raw.load(name).long()
+        if int(order.min()) < 0 or int(order.max()) >= groups:
+            raise self.refuse(name, [int(order.min()), int(order.max())], f"groups from 0 to {groups - 1}")
+        plain = torch.arange(columns) // (columns // groups) if columns % groups == 0 else None
+        return None if plain is not None and torch.equal(order, plain) else order

@@ -1,0 +1,161 @@
+"""A linear over any weight that carries its own scales, with or without rounded activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headrace.kernels.quantized_linear import round_activations
+from headrace.quantization.schemes.fp4 import Fp4Weight
+from headrace.quantization.schemes.fp8 import Fp8Weight
+from headrace.quantization.schemes.group_int import GroupIntWeight
+
+__all__ = ["Activations", "QuantizedWeight", "ScaledLinear", "joined_linear"]
+
+_CHUNK_ELEMENTS = 1 << 22  # of float32 weights that live at once
+
+QuantizedWeight = Fp8Weight | Fp4Weight | GroupIntWeight
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How the input of a linear is rounded before the product.
+
+    Attributes:
+        kind: ``none`` (16 bits, weight-only), ``token`` (FP8, a scale a row, computed as it comes), ``group`` (FP8,
+            a scale for each 128 columns of a row) or ``static`` (FP8, one calibrated scale).
+        scale: float32 scalar, for ``static``.
+    """
+
+    kind: Literal["none", "token", "group", "static"] = "none"
+    scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.kind == "static") == (self.scale is not None)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """[M, K] as the product sees it, float32."""
+        if self.kind == "none":
+            return x.float()
+        return round_activations(x, group=128 if self.kind == "group" else None, scale=self.scale)
+
+
+class ScaledLinear(nn.Module):
+    """``round(x) @ weight.T + bias``, rounded once to the type of x.
+
+    Plain attributes, not parameters: no cast of the model may reach into the packing.
+
+    Args:
+        weight: [out, in], on the device where it will be used.
+        bias: [out] or None.
+        parts: rows of each projection fused into this one, in order.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        *,
+        bias: Tensor | None = None,
+        parts: tuple[int, ...] | None = None,
+        activations: Activations = Activations(),
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.parts = parts or (self.out_features,)
+        assert sum(self.parts) == self.out_features
+        self.quantized, self.activations = weight, activations
+        self.bias = bias
+        self._fast = _fast_product(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in the type of x."""
+        rows = x.reshape(-1, self.in_features)
+        out = self._fast(rows, self.quantized, self.activations) if self._fast else self._reference(rows)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _reference(self, rows: Tensor) -> Tensor:
+        """float32 [M, out] from dequantized weights, a few rows of them at a time."""
+        x = self.activations.rounded(rows)
+        step = max(_CHUNK_ELEMENTS // self.in_features // 128, 1) * 128
+        weight = self.quantized
+        if self.out_features <= step:
+            return F.linear(x, weight.dequantize())
+        starts = range(0, self.out_features, step)
+        return torch.cat([F.linear(x, _rows(weight, at, at + step).dequantize()) for at in starts], dim=1)
+
+    def dequantize(self) -> Tensor:
+        """The weights that forward multiplies with, float32 [out, in]."""
+        return self.quantized.dequantize()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the weights."""
+        return self.quantized.nbytes
+
+
+def _rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
+    part = slice(start, stop)
+    match weight:
+        case Fp8Weight():
+            height = weight.block[0]
+            rows = weight.codes[part].shape[0]
+            if height == 1 or start % height == 0:
+                scale = weight.scale[start // height : -(-(start + rows) // height)]
+                return Fp8Weight(weight.codes[part], scale, weight.block)
+            assert height >= weight.shape[0], "blocks of 128 rows start on multiples of 128"
+            return Fp8Weight(weight.codes[part], weight.scale, weight.block)
+        case Fp4Weight():
+            return Fp4Weight(weight.packed[part], weight.scale[part], weight.row_scale[part])
+        case GroupIntWeight():
+            return GroupIntWeight(
+                weight.codes[part], weight.scale[part], weight.zero[part], weight.bits, weight.order
+            )
+
+
+def _fast_product(weight: QuantizedWeight) -> Callable[..., Tensor] | None:
+    """The device's own product; None: the reference."""
+    return None
+
+
+def joined_linear(
+    weights: Sequence[QuantizedWeight],
+    *,
+    bias: Tensor | None,
+    activations: Sequence[Activations],
+) -> ScaledLinear | None:
+    """One linear over projections of the same input, or None where their formats do not go together.
+
+    A static scale of the joint input is the largest of the parts'.
+    """
+    first = weights[0]
+    same_kind = all(type(weight) is type(first) for weight in weights)
+    if not same_kind or len({part.kind for part in activations}) != 1:
+        return None
+    joined: QuantizedWeight
+    if isinstance(first, Fp8Weight):
+        fp8 = [weight for weight in weights if isinstance(weight, Fp8Weight)]
+        if len({weight.block[1] for weight in fp8}) != 1:
+            return None
+        joined = Fp8Weight.joined(fp8)
+    elif isinstance(first, Fp4Weight):
+        fp4 = [weight for weight in weights if isinstance(weight, Fp4Weight)]
+        if len({weight.group for weight in fp4}) != 1:
+            return None
+        joined = Fp4Weight.joined(fp4)
+    else:
+        ints = [weight for weight in weights if isinstance(weight, GroupIntWeight)]
+        if not all(first.joins(weight) for weight in ints):
+            return None
+        joined = GroupIntWeight.joined(ints)
+    scales = [part.scale for part in activations if part.scale is not None]
+    together = Activations(activations[0].kind, torch.stack(scales).max() if scales else None)
+    return ScaledLinear(
+        joined, bias=bias, parts=tuple(weight.shape[0] for weight in weights), activations=together
+    )
