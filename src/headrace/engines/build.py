@@ -175,7 +175,7 @@ def _runner(
     spec: EngineSpec, model: DecoderModel, caches: list[LayerCache], device: torch.device, max_model_len: int
 ) -> Runner:
     """CUDA graphs where they can run, else the plain way."""
-    sizes = {"block_size": spec.block_size, "max_num_seqs": spec.max_num_seqs, "max_model_len": max_model_len}
+    sizes: dict[str, Any] = {"block_size": spec.block_size, "max_num_seqs": spec.max_num_seqs, "max_model_len": max_model_len}
     by_length = model.config.rope_boundary is not None
     if device.type == "cuda" and not spec.eager and not by_length:
         from headrace.execution.graphs import GraphRunner
