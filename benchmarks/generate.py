@@ -30,7 +30,9 @@ CASES = ["1x128/256", "1x4096/1", "16x128/256", "64x512/128", "256x1024/128", "1
 BLOCK = 16
 
 
-def build_core(model: DecoderModel, cases: list[tuple[int, int, int]], *, eager: bool, step_tokens: int) -> GenerateCore:
+def build_core(
+    model: DecoderModel, cases: list[tuple[int, int, int]], *, eager: bool, step_tokens: int
+) -> GenerateCore:
     """A core whose cache holds every case at once."""
     device = model.embed.weight.device
     dtype = model.embed.weight.dtype
@@ -40,7 +42,12 @@ def build_core(model: DecoderModel, cases: list[tuple[int, int, int]], *, eager:
     caches = allocate_caches(layout, blocks, BLOCK, dtype, device)
     rows = max(count for count, _, _ in cases)
     length = max(8192, max(inputs + outputs for _, inputs, outputs in cases))
-    sizes: dict[str, Any] = {"device": device, "block_size": BLOCK, "max_num_seqs": rows, "max_model_len": length}
+    sizes: dict[str, Any] = {
+        "device": device,
+        "block_size": BLOCK,
+        "max_num_seqs": rows,
+        "max_model_len": length,
+    }
     runner = Runner(model, caches, **sizes) if eager else GraphRunner(model, caches, **sizes)
     scheduler = Scheduler(
         BlockPool(blocks), block_size=BLOCK, max_num_seqs=rows, max_num_batched_tokens=step_tokens,
@@ -49,14 +56,18 @@ def build_core(model: DecoderModel, cases: list[tuple[int, int, int]], *, eager:
     return GenerateCore(runner, scheduler, overlap=device.type == "cuda")
 
 
-def run_case(core: GenerateCore, case: tuple[int, int, int], vocab: int, seed: int, **sampling: Any) -> dict[str, float]:
+def run_case(
+    core: GenerateCore, case: tuple[int, int, int], vocab: int, seed: int, **sampling: Any
+) -> dict[str, float]:
     """Seconds, and where they went."""
     count, inputs, outputs = case
     rng = random.Random(seed)
     sampling = {"temperature": 0.0, **sampling}
     params = SamplingParams(max_tokens=outputs, ignore_eos=True, **sampling)
     requests = [
-        Request(id=f"{seed}-{i}", token_ids=tuple(rng.randrange(vocab) for _ in range(inputs)), sampling=params)
+        Request(
+            id=f"{seed}-{i}", token_ids=tuple(rng.randrange(vocab) for _ in range(inputs)), sampling=params
+        )
         for i in range(count)
     ]
     torch.cuda.synchronize() if torch.cuda.is_available() else None
@@ -128,7 +139,13 @@ def main() -> None:
     for text, case in zip(args.cases, cases):
         if isinstance(core.runner, GraphRunner) and case[2] > 1:
             core.runner.warm_up(list(range(1, case[0] + 1)))
-        run_case(core, (case[0], case[1], min(case[2], 8)), model.config.vocab_size, 1, temperature=args.temperature)
+        run_case(
+            core,
+            (case[0], case[1], min(case[2], 8)),
+            model.config.vocab_size,
+            1,
+            temperature=args.temperature,
+        )
         for again in range(args.repeat):
             seconds = run_case(core, case, model.config.vocab_size, 2 + again, temperature=args.temperature)
             least = floor_seconds(model, case)

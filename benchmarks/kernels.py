@@ -65,7 +65,9 @@ def graph_seconds(run: Callable[[int], object], count: int, replays: int = 15) -
 class Case:
     """One linear map of a decode step: [norm] x @ w.T [gate] [residual] or argmax."""
 
-    def __init__(self, n: int, k: int, *, norm: bool, gate: bool = False, residual: bool = False, head: bool = False):
+    def __init__(
+        self, n: int, k: int, *, norm: bool, gate: bool = False, residual: bool = False, head: bool = False
+    ):
         self.n, self.k, self.norm, self.gate, self.residual, self.head = n, k, norm, gate, residual, head
         self.bytes = 2 * n * k
 
@@ -116,7 +118,11 @@ def candidates(rows: int, case: Case) -> list[Shape]:
     for bn, bk, splits, stages in itertools.product((64, 128), (64, 128), (1, 2, 4, 8), (3, 4, 5)):
         shared = stages * (bn * double + rows) * bk * 2
         programs = -(-case.n // (bn * double)) * splits
-        if shared <= 113_000 and case.k // (splits * bk) >= 2 and (64 <= programs <= 800 or (case.head and splits == 1)):
+        if (
+            shared <= 113_000
+            and case.k // (splits * bk) >= 2
+            and (64 <= programs <= 800 or (case.head and splits == 1))
+        ):
             found.append(SkinnyShape(rows, bn, bk, splits, 4 if bn == 64 else 8, stages))
     return found
 
@@ -160,7 +166,10 @@ def tune(models: list[str], row_counts: list[int], limit: int, path: Path) -> No
     rule = linear._shape
     linear._shape = lambda *args: getattr(chosen, "shape", None) or rule(*args)
     for name, rows in itertools.product(models, row_counts):
-        prepared = [(case, case.make(rows), [*candidates(rows, case)[:limit], _rule(rows, case)]) for case in cases_of(name)]
+        prepared = [
+            (case, case.make(rows), [*candidates(rows, case)[:limit], _rule(rows, case)])
+            for case in cases_of(name)
+        ]
 
         def compile_job(run: Callable[[int], object], shape: Any) -> Callable[[], None]:
             def job() -> None:
@@ -237,7 +246,10 @@ def bench_decode(recorder: Recorder, settings: list[tuple[int, int]]) -> None:
             per = -(-length // 16)
             size = 4 * count * length * kv * dim
             copies = max(1, min(8, SPREAD // size))
-            caches = [torch.randn(2, count * per + 1, 16, kv, dim, dtype=DTYPE, device=DEVICE) for _ in range(copies)]
+            caches = [
+                torch.randn(2, count * per + 1, 16, kv, dim, dtype=DTYPE, device=DEVICE)
+                for _ in range(copies)
+            ]
             tables = (torch.randperm(count * per, device=DEVICE).int() + 1).view(count, per)
             lens = torch.full((count,), length, dtype=torch.int32, device=DEVICE)
             q = torch.randn(count, heads, dim, dtype=DTYPE, device=DEVICE)
@@ -270,7 +282,9 @@ def bench_prefill(recorder: Recorder, settings: list[tuple[int, int]]) -> None:
 
         def run(_: int, q: Tensor = q, cache: Tensor = cache, starts: Tensor = starts, lens: Tensor = lens,
                 tables: Tensor = tables, out: Tensor = out) -> None:  # fmt: skip
-            prefill_attention(q, cache[0], cache[1], starts, lens, scale=0.088, causal=True, tables=tables, out=out)
+            prefill_attention(
+                q, cache[0], cache[1], starts, lens, scale=0.088, causal=True, tables=tables, out=out
+            )
 
         k = torch.randn(count, kv, length, dim, dtype=DTYPE, device=DEVICE)
         qs = torch.randn(count, heads, length, dim, dtype=DTYPE, device=DEVICE)
@@ -301,7 +315,9 @@ def main() -> None:
     if "linear" in args.what:
         bench_linear(recorder, args.models)
     if "decode" in args.what:
-        bench_decode(recorder, [(1, 512), (1, 8192), (1, 32768), (16, 512), (64, 1024), (256, 1024), (256, 4096)])
+        bench_decode(
+            recorder, [(1, 512), (1, 8192), (1, 32768), (16, 512), (64, 1024), (256, 1024), (256, 4096)]
+        )
     if "prefill" in args.what:
         bench_prefill(recorder, [(1, 4096), (8, 1024), (16, 512)])
 

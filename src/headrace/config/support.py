@@ -63,7 +63,6 @@ GAPS = (
     Gap("deterministic", _is_set, "reductions depend on the batch"),
     Gap("default_route", _is_set, "every task has its own route", False),
     Gap("speculation", _is_set, "no drafts: the same output, at the usual speed", False),
-    Gap("eager", _is_set, "no CUDA graphs in any case", False),
     Gap("seed", _is_set, "requests without a seed draw one", False),
     Gap("allow_patterns", _is_set, "the files that are needed are fetched", False),
     Gap("ignore_patterns", _is_set, "the files that are needed are fetched", False),

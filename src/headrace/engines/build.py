@@ -27,6 +27,7 @@ from headrace.execution.runner import Runner
 from headrace.execution.threads import ThreadGovernor
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
+from headrace.layers.packed import LayerCache
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
 from headrace.models.loading import Progress, load_decoder
@@ -135,15 +136,7 @@ def _build_generate(
     block_bytes = kv_block_bytes(layout, spec.block_size, dtype)
     blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, MIN_RESERVE_BYTES)
     caches = allocate_caches(layout, blocks, spec.block_size, dtype, device)
-    runner = Runner(
-        model,
-        caches,
-        device=device,
-        block_size=spec.block_size,
-        max_num_seqs=spec.max_num_seqs,
-        max_model_len=max_model_len,
-        rope_by_length=model.config.rope_boundary is not None,
-    )
+    runner = _runner(spec, model, caches, device, max_model_len)
     scheduler = Scheduler(
         BlockPool(blocks),
         block_size=spec.block_size,
@@ -176,6 +169,19 @@ def _build_generate(
         summary=summary,
     )
     return GenerateCore(runner, scheduler, overlap=overlap, compiler=compiler), ready
+
+
+def _runner(
+    spec: EngineSpec, model: DecoderModel, caches: list[LayerCache], device: torch.device, max_model_len: int
+) -> Runner:
+    """CUDA graphs where they can run, else the plain way."""
+    sizes: dict[str, Any] = {"block_size": spec.block_size, "max_num_seqs": spec.max_num_seqs, "max_model_len": max_model_len}
+    by_length = model.config.rope_boundary is not None
+    if device.type == "cuda" and not spec.eager and not by_length:
+        from headrace.execution.graphs import GraphRunner
+
+        return GraphRunner(model, caches, device=device, **sizes)
+    return Runner(model, caches, device=device, rope_by_length=by_length, **sizes)
 
 
 def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:

@@ -30,8 +30,52 @@ if TYPE_CHECKING:
 
 __all__ = ["GraphRunner", "GraphStep"]
 
-_DECODE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-_MIXED_TOKENS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+_DECODE = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    160,
+    192,
+    224,
+    256,
+    320,
+    384,
+    448,
+    512,
+    640,
+    768,
+    896,
+    1024,
+)
+_MIXED_TOKENS = (
+    16,
+    32,
+    64,
+    96,
+    128,
+    192,
+    256,
+    320,
+    384,
+    448,
+    512,
+    640,
+    768,
+    896,
+    1024,
+    1280,
+    1536,
+    1792,
+    2048,
+)
 _MIXED_TOKENS += (2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192)
 _MIXED_SEQS = (16, 64, 256, 1024)
 _STAGES = 4  # pinned buffers in turn; at most two steps are in flight
@@ -183,7 +227,9 @@ class GraphRunner(Runner):
         packed[3] = -1
         if key.kind == "mixed":
             num = len(chunks)
-            query_starts, seq_lens, seq_rows = np.split(flat[4 * key.tokens :], [key.seqs + 1, 2 * key.seqs + 1])
+            query_starts, seq_lens, seq_rows = np.split(
+                flat[4 * key.tokens :], [key.seqs + 1, 2 * key.seqs + 1]
+            )
             query_starts[0], query_starts[1 : num + 1], query_starts[num + 1 :] = 0, ends, total
             seq_lens[:num], seq_lens[num:] = starts + counts, 0
             seq_rows[:num], seq_rows[num:] = rows, self._padding

@@ -16,7 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "launch_options", "num_multiprocessors", "prefetch_l2", "sequence_lanes", "supports_pdl"]
+__all__ = [
+    "INTERPRETED",
+    "launch_options",
+    "num_multiprocessors",
+    "prefetch_l2",
+    "sequence_lanes",
+    "supports_pdl",
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 

@@ -185,7 +185,9 @@ def _merge(
     at = base + (c[:, None] * num_heads + head + g[None, :]) * W
     ok = (c[:, None] < count) & (g[None, :] < G)
     m = tl.load(partial_ptr + at + DP, mask=ok, other=float("-inf"), cache_modifier=".cg")
-    part = tl.load(partial_ptr + at[:, :, None] + d[None, None, :], mask=ok[:, :, None], other=0.0, cache_modifier=".cg")
+    part = tl.load(
+        partial_ptr + at[:, :, None] + d[None, None, :], mask=ok[:, :, None], other=0.0, cache_modifier=".cg"
+    )
     rows = base + (i[:, None] * num_heads + head + g[None, :]) * W
     live = (i[:, None] < count) & (g[None, :] < G)
     top = tl.load(partial_ptr + rows + DP, mask=live, other=float("-inf"), cache_modifier=".cg")
@@ -290,8 +292,12 @@ def _decode(
             gain_k_other = gain
             if NORM:  # one gain for all query heads, one for all key heads (HeadNorm)
                 gain = tl.load(gain_ptr + (head * G) * D + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
-                gain_other = tl.load(gain_ptr + (head * G) * D + swap, mask=in_d, other=0.0).to(tl.float32)[None, :]
-                gain_k = tl.load(gain_ptr + (num_heads + head) * D + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
+                gain_other = tl.load(gain_ptr + (head * G) * D + swap, mask=in_d, other=0.0).to(tl.float32)[
+                    None, :
+                ]
+                gain_k = tl.load(gain_ptr + (num_heads + head) * D + d, mask=in_d, other=0.0).to(tl.float32)[
+                    None, :
+                ]
                 gain_k_other = tl.load(gain_ptr + (num_heads + head) * D + swap, mask=in_d, other=0.0)
                 gain_k_other = gain_k_other.to(tl.float32)[None, :]
             block = tl.load(table_ptr + pos // BLOCK).to(tl.int64)

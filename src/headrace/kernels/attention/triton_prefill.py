@@ -175,7 +175,9 @@ def prefill_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     assert q.stride(2) == 1 and k.stride(-1) == 1 and k.stride() == v.stride()
     paged = tables is not None
-    rows, tile, warps, stages = _shape(padded, num_tokens * group // max(num_seqs, 1), q.element_size(), paged)
+    rows, tile, warps, stages = _shape(
+        padded, num_tokens * group // max(num_seqs, 1), q.element_size(), paged
+    )
     grid = (num_tokens * group // rows + num_seqs, num_heads // group)
     _prefill[grid](
         q, q.stride(0), q.stride(1), k, v, 0 if paged else k.stride(0), k.stride(0), k.stride(-3), k.stride(-2), out,

@@ -211,7 +211,9 @@ class _Scratch:
     def get(self, device: torch.device, num_parts: int, num_arrivals: int) -> tuple[Tensor, Tensor]:
         parts, arrivals = self.parts.get(device), self.arrivals.get(device)
         if parts is None or parts.numel() < num_parts:
-            parts = self.parts[device] = torch.empty(max(num_parts, 1 << 20), dtype=torch.float32, device=device)
+            parts = self.parts[device] = torch.empty(
+                max(num_parts, 1 << 20), dtype=torch.float32, device=device
+            )
         if arrivals is None or arrivals.numel() < num_arrivals:
             arrivals = torch.zeros(max(num_arrivals, 4096), dtype=torch.int32, device=device)
             self.arrivals[device] = arrivals

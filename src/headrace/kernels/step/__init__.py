@@ -28,7 +28,12 @@ class StepInputs(NamedTuple):
 
 
 def begin_step(
-    packed: Tensor, tables: Tensor, last_tokens: Tensor, embedding: Tensor | None, scale: float, block_size: int
+    packed: Tensor,
+    tables: Tensor,
+    last_tokens: Tensor,
+    embedding: Tensor | None,
+    scale: float,
+    block_size: int,
 ) -> StepInputs:
     """Unpack a step, keep the block tables up to date, and look the tokens up.
 

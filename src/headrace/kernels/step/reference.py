@@ -11,7 +11,12 @@ __all__ = ["argmax_rows", "begin_step"]
 
 
 def begin_step(
-    packed: Tensor, tables: Tensor, last_tokens: Tensor, embedding: Tensor | None, scale: float, block_size: int
+    packed: Tensor,
+    tables: Tensor,
+    last_tokens: Tensor,
+    embedding: Tensor | None,
+    scale: float,
+    block_size: int,
 ) -> StepInputs:
     rows, positions, tokens, blocks = packed.long()
     grown = blocks >= 0

@@ -45,7 +45,12 @@ def _begin_step(packed_ptr, tables_ptr, table_row, last_ptr, embed_ptr, out_ptr,
 
 
 def begin_step(
-    packed: Tensor, tables: Tensor, last_tokens: Tensor, embedding: Tensor | None, scale: float, block_size: int
+    packed: Tensor,
+    tables: Tensor,
+    last_tokens: Tensor,
+    embedding: Tensor | None,
+    scale: float,
+    block_size: int,
 ) -> StepInputs:
     device, num = packed.device, packed.shape[1]
     table = packed if embedding is None else embedding
