@@ -127,7 +127,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         if self.fits:
             return
         ways = [option.what for option in self.options if option.fits]
-        hint = f"; what would fit: {'; '.join(ways[:4])}" if ways else "; use a larger GPU or a smaller model"
+        if 0 < self.largest_context < self.max_model_len:
+            ways.insert(0, f"max_model_len {self.largest_context}")
+        hint = (
+            f"; what would fit: {'; '.join(ways[:4])}"
+            if ways
+            else "; use a larger GPU or a smaller model, or raise kv_cache_bytes where it is set"
+        )
         least = self.budget.weights + self.budget.reserve + self.budget.process
         raise DoesNotFit(
             f"{self.model} does not fit {self.machine}: weights {human_bytes(self.budget.weights)}, "
