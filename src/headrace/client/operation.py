@@ -379,7 +379,7 @@ class Operation:
         sink = job.sink() if job.sink is not None else None
         try:
             reply = await connection.request(
-                data, head_only=job.method == "HEAD", sink=None if sink is None else sink.feed
+                data, method=job.method, sink=None if sink is None else sink.feed
             )
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):

@@ -170,7 +170,7 @@ class HttpClientWrapper:
         loop = asyncio.get_running_loop()
         where = f"{origin.host}:{origin.port}"
         head = f"CONNECT {where} HTTP/1.1\r\nhost: {where}\r\n{self._proxy_auth}\r\n"
-        reply = await connection.request(head.encode("latin-1"), head_only=True)
+        reply = await connection.request(head.encode("latin-1"), method="CONNECT")
         if not reply.ok:
             connection.abort()
             raise OSError(f"the proxy answered {reply.status} to CONNECT {where}")
