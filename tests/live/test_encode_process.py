@@ -40,6 +40,10 @@ async def _vectors_errors_and_cancellation(path: Path) -> None:
         with pytest.raises(Unprocessable, match="cannot sparse"):
             await client.encode(sparse)
         await _cancel_all_but_one(client, requests[0].token_ids)
+        for _ in range(60):  # counters travel with the next message, at the latest with a heartbeat
+            if client.stats.aborted_tokens > 0:
+                break
+            await asyncio.sleep(0.05)
         assert client.stats.aborted_tokens > 0
     finally:
         await client.close()
