@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from headrace.checkpoints.base import Checkpoint
-from headrace.checkpoints.resolve import open_checkpoint, resolve
 from headrace.config.spec import EngineSpec
 from headrace.engines.encode_build import build_encode
 from headrace.engines.generate import GenerateCore
@@ -18,6 +17,7 @@ from headrace.engines.loop import Core
 from headrace.engines.memory import kv_block_bytes, num_kv_blocks
 from headrace.engines.select import select
 from headrace.engines.unbuilt import refuse_unbuilt
+from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.runner import Runner
@@ -26,9 +26,9 @@ from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
-from headrace.models.loading import load_decoder
 from headrace.quantization.linear import PackedLinear
-from headrace.quantization.registry import keeps_packed, quantizer
+from headrace.quantization.registry import keeps_packed
+from headrace.quantization.scaled import ScaledLinear
 from headrace.scheduling.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ def build(spec: EngineSpec) -> tuple[Core, Ready]:
     refuse_unbuilt(spec)
     if spec.num_threads is not None:
         torch.set_num_threads(spec.num_threads)
-    checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
+    checkpoint = open_weights(spec)
     device = _device(spec)
     make = _build_encode if _encodes(spec, checkpoint) else _build_generate
     core, ready = make(spec, checkpoint, device)
@@ -73,7 +73,7 @@ def _summary(
 ) -> dict[str, Any]:
     """Facts for people and logs."""
     tensors = [*model.parameters(), *model.buffers()]
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    packed = [module for module in model.modules() if isinstance(module, (PackedLinear, ScaledLinear))]
     return {
         "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
         "device": str(device),
@@ -86,18 +86,9 @@ def _summary(
 
 
 def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> tuple[Core, Ready]:
-    quantize = quantizer(spec.quantization, device) if spec.quantization else None
     dtype = _dtype(spec, checkpoint, device, packs=True)
-    model = load_decoder(
-        checkpoint.config,
-        checkpoint,
-        dtype=dtype,
-        device=device,
-        transform=None
-        if quantize is None
-        else lambda _, linear: quantize(linear.weight, linear.bias, linear.parts),
-        keep_packed=quantize is None and keeps_packed(checkpoint, dtype, device),
-    )
+    model = load_weights(spec, checkpoint, dtype, device)
+    cache_dtype = kv_dtype(spec, checkpoint, model.config, dtype)
     if model.config.headless:
         raise UnsupportedCheckpoint(
             f"{spec.model}: {checkpoint.config.get('architectures')} has no language-model head; "
@@ -111,9 +102,9 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         _CUDA_STEP_TOKENS if device.type == "cuda" else _CPU_STEP_TOKENS
     )
     layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
-    block_bytes = kv_block_bytes(layout, spec.block_size, dtype)
+    block_bytes = kv_block_bytes(layout, spec.block_size, cache_dtype)
     blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, _ACTIVATION_BYTES)
-    caches = allocate_caches(layout, blocks, spec.block_size, dtype, device)
+    caches = allocate_caches(layout, blocks, spec.block_size, cache_dtype, device)
     runner = Runner(
         model,
         caches,
@@ -130,7 +121,7 @@ def _build_generate(spec: EngineSpec, checkpoint: Checkpoint, device: torch.devi
         max_num_batched_tokens=step_tokens,
         max_model_len=max_model_len,
         eos_ids=eos_ids,
-        fingerprint=f"{checkpoint.fingerprint}/{dtype}",
+        fingerprint=f"{checkpoint.fingerprint}/{dtype}/{spec.quantization}/{cache_dtype}",
         prefix_caching=spec.prefix_caching,
         reserve=spec.admission == "reserve",
         prefix_regime=_prefix_regime(model),

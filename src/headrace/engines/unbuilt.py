@@ -18,7 +18,6 @@ def refuse_unbuilt(spec: EngineSpec) -> None:
         "pipeline_parallel_size": spec.pipeline_parallel_size > 1,
         "expert_parallel_size": (spec.expert_parallel_size or 1) > 1,
         "chunked_prefill": not spec.chunked_prefill,
-        "kv_cache_dtype": spec.kv_cache_dtype not in ("auto", spec.dtype),
         "seed": spec.seed != 0,
         "allow_patterns": bool(spec.allow_patterns),
         "ignore_patterns": bool(spec.ignore_patterns),
