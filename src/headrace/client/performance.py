@@ -15,11 +15,11 @@ from headrace.client.jobs import BatchMethods
 from headrace.client.operation import Job
 from headrace.client.payloads import check_texts, encode, split
 from headrace.client.preference import RequestProcessingPreference, check_headers
-from headrace.client.processes import MIN_GROUPS, embed_blocks
 from headrace.client.pump import async_iterator, sync_iterator
 
 __all__ = ["PerformanceClient"]
 
+_MIN_SHARED = 1024  # requests; below, starting a process costs more than it brings
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 _WITHOUT_BODY = ("GET", "HEAD", "DELETE", "OPTIONS")
 
@@ -63,7 +63,9 @@ class PerformanceClient(GenerationMethods, BatchMethods):
         preference = preference or RequestProcessingPreference()
         preference.check()
         groups = list(split(texts, preference.batch_size, preference.max_chars_per_request))
-        if self._helpers is not None and len(groups) >= MIN_GROUPS:
+        if self._helpers is not None and len(groups) >= _MIN_SHARED:
+            from headrace.client.processes import embed_blocks
+
             blocks = await embed_blocks(self, self._helpers, groups, fields, preference)
         else:
             blocks = [await self.embed_block(groups, fields, preference)]
