@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace.client.endpoints import EndpointPool
@@ -121,15 +122,17 @@ class Core:
         payload: Callable[[list[str]], dict[str, Any]],
         parse: Callable[[Job, Reply], R],
         preference: RequestProcessingPreference | None,
-    ) -> AsyncIterator[R]:
+    ) -> AsyncGenerator[R, None]:
         """Parsed replies as they come, in order: memory for some ``2 x max_concurrent_requests`` of them."""
         preference = preference or RequestProcessingPreference()
         operation = Operation(self._target, preference)
         groups = split(_checked(texts), preference.batch_size, preference.max_chars_per_request)
         width = preference.max_concurrent_requests
         jobs = _batch_jobs(path, groups, payload)
-        async for part in operation.stream(jobs, parse, width=width, ahead=2 * width, in_thread=True):
-            yield part
+        stream = operation.stream(jobs, parse, width=width, ahead=2 * width, in_thread=True)
+        async with aclosing(stream) as parts:
+            async for part in parts:
+                yield part
 
 
 def _checked(texts: Iterable[str]) -> Iterator[str]:

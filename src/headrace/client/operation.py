@@ -10,7 +10,7 @@ import math
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -131,7 +131,7 @@ class Operation:
         ahead: int | None = None,
         in_thread: bool = False,
         on_error: Callable[[Job, Exception], R] | None = None,
-    ) -> AsyncIterator[R]:
+    ) -> AsyncGenerator[R, None]:
         """Parsed replies in the order of the jobs, whose ``index`` counts from 0.
 
         Args:
@@ -145,7 +145,7 @@ class Operation:
         flow = Flow(jobs, parse, self._admitted, ahead=ahead, in_thread=in_thread, on_error=on_error)
         return self._limited(flow, width)
 
-    async def _limited(self, flow: Flow[Job, Reply, R], width: int) -> AsyncIterator[R]:
+    async def _limited(self, flow: Flow[Job, Reply, R], width: int) -> AsyncGenerator[R, None]:
         """The flow under the preference's token and total time limit."""
         loop = asyncio.get_running_loop()
         token, total_s = self.preference.cancel_token, self.preference.total_timeout_s

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from headrace.client import responses
@@ -189,7 +190,7 @@ class PerformanceClient(GenerationMethods, BatchMethods):
         dimensions: int | None = None,
         user: str | None = None,
         preference: RequestProcessingPreference | None = None,
-    ) -> AsyncIterator[responses.OpenAIEmbeddingsResponse]:
+    ) -> AsyncGenerator[responses.OpenAIEmbeddingsResponse, None]:
         """Vectors of any number of texts in constant memory: one response a request, in order.
 
         Indices count over all inputs. The texts are taken from the iterable in a thread, as they are needed.
@@ -198,8 +199,9 @@ class PerformanceClient(GenerationMethods, BatchMethods):
         parts = self._flow(
             "/v1/embeddings", input, lambda b: {"input": b, **fields}, responses.parse_embeddings, preference
         )
-        async for part in parts:
-            yield responses.OpenAIEmbeddingsResponse(part[1].seconds, [part[0]], [part[1]])
+        async with aclosing(parts):
+            async for vectors, reply in parts:
+                yield responses.OpenAIEmbeddingsResponse(reply.seconds, [vectors], [reply])
 
     async def _classify_stream(
         self,
@@ -209,7 +211,7 @@ class PerformanceClient(GenerationMethods, BatchMethods):
         truncate: bool = False,
         truncation_direction: str = "Right",
         preference: RequestProcessingPreference | None = None,
-    ) -> AsyncIterator[list[responses.ClassificationResult]]:
+    ) -> AsyncGenerator[list[responses.ClassificationResult], None]:
         """The labels of each text, for any number of texts in constant memory, in order."""
         fields = _scoring(model, raw_scores, truncate, truncation_direction)
         parts = self._flow(
@@ -219,9 +221,10 @@ class PerformanceClient(GenerationMethods, BatchMethods):
             responses.parse_classify,
             preference,
         )
-        async for groups, _ in parts:
-            for group in groups:
-                yield group
+        async with aclosing(parts):
+            async for groups, _ in parts:
+                for group in groups:
+                    yield group
 
     embed = sync_face(_embed)
     async_embed = async_face(_embed)
