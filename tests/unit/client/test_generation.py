@@ -276,7 +276,7 @@ def test_leaving_a_stream_early_stops_it() -> None:
             async for part in stream:
                 if part.data[0].index >= 10:
                     break
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
 
         asyncio.run(go())
         assert server.wait_for(lambda: server.in_flight == 0)

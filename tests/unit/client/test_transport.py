@@ -157,6 +157,19 @@ def test_urls(url: str, netloc: str, path: str) -> None:
     assert (origin.netloc, found) == (netloc, path)
 
 
+def test_connections_close_with_their_client() -> None:
+    with ScriptedServer(embeddings) as server:
+        for _ in range(5):
+            PerformanceClient(server.url, "k").embed(["a"], "m")
+        assert server.connections == 5
+        assert server.wait_for(lambda: not server.open)
+        wrapper = HttpClientWrapper()
+        PerformanceClient(server.url, "k", client_wrapper=wrapper).embed(["a"], "m")
+        assert len(server.open) == 1
+        wrapper.close()
+        assert server.wait_for(lambda: not server.open)
+
+
 def test_http_versions() -> None:
     with pytest.warns(UserWarning, match=r"HTTP/1\.1"):
         HttpClientWrapper(http_version=2)
