@@ -10,7 +10,7 @@ import pytest
 
 from headrace.config.spec import EngineSpec
 from headrace.engines.process import start
-from headrace.errors import EngineError
+from headrace.errors import Unprocessable
 from headrace.text.tokenizer import Tokenizer
 from headrace.types import EncodeParams, EncodeTask, Request
 
@@ -37,9 +37,13 @@ async def _vectors_errors_and_cancellation(path: Path) -> None:
         np.testing.assert_allclose(vectors[:3], vectors[-3:], atol=1e-6)
         assert vectors[0] @ vectors[1] > 0.6 > 0.2 > vectors[0] @ vectors[2]
         sparse = Request(id="s", token_ids=(101, 102), encode=EncodeParams(task=EncodeTask.SPARSE))
-        with pytest.raises(EngineError, match="cannot sparse"):
+        with pytest.raises(Unprocessable, match="cannot sparse"):
             await client.encode(sparse)
         await _cancel_all_but_one(client, requests[0].token_ids)
+        for _ in range(60):  # counters travel with the next message, at the latest with a heartbeat
+            if client.stats.aborted_tokens > 0:
+                break
+            await asyncio.sleep(0.05)
         assert client.stats.aborted_tokens > 0
     finally:
         await client.close()

@@ -29,7 +29,7 @@ def served(*arguments: str) -> Iterator[str]:
     """The URL of a server started with these arguments; ends it with SIGTERM and checks that it ends well."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     process = subprocess.Popen(
-        [sys.executable, "-m", "headrace", "serve", *arguments, "--port", "0", "--threads", "1"],
+        [sys.executable, "-m", "headrace", "serve", *arguments, "--port", "0", "--num-threads", "1"],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": path, "HEADRACE_LOG": "warning"},

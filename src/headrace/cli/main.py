@@ -14,9 +14,6 @@ CONFIG_ERROR, RUNTIME_ERROR, INTERRUPTED = 2, 1, 130
 COMMANDS = {
     "serve": "serve one or more models over HTTP (OpenAI's API)",
     "chat": "talk to a model in the terminal",
-    "plan": "what a model will take and reach, before anything loads",
-    "config": "check a config.yaml, or show what it resolves to",
-    "init": "write a commented config.yaml for a model",
     "models": "list the models that are here, and those that can be fetched by name",
     "plan": "say whether a model fits, and how fast it can be, without a GPU and without reading weights",
     "config": "check or show a config.yaml",

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-__all__ = ["async_face", "describe", "loop", "run", "start", "sync_face"]
+__all__ = ["async_face", "describe", "loop", "run", "soon", "start", "sync_face"]
 
 S = TypeVar("S")
 P = ParamSpec("P")
@@ -55,6 +55,12 @@ def _stop() -> None:
     if _loop is not None and _thread is not None and _thread.is_alive():
         _loop.call_soon_threadsafe(_loop.stop)
         _thread.join(1.0)
+
+
+def soon(call: Callable[..., object], *args: object) -> None:
+    """Call on the background loop if it runs; from any thread, finalizers included."""
+    if _loop is not None and _thread is not None and _thread.is_alive():
+        _loop.call_soon_threadsafe(call, *args)
 
 
 def start(work: Coroutine[Any, Any, R]) -> concurrent.futures.Future[R]:

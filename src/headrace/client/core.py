@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace.client.endpoints import EndpointPool
 from headrace.client.exceptions import InvalidArgument
@@ -12,9 +13,11 @@ from headrace.client.http1 import Reply
 from headrace.client.operation import Job, Operation, Target
 from headrace.client.payloads import encode, split
 from headrace.client.preference import RequestProcessingPreference
-from headrace.client.processes import Helpers
 from headrace.client.responses import Vectors, joined, parse_embeddings
 from headrace.client.transport import HttpClientWrapper
+
+if TYPE_CHECKING:
+    from headrace.client.processes import Helpers
 
 __all__ = ["Core", "api_key_from_environment"]
 
@@ -53,7 +56,11 @@ class Core:
                 f"processes is {processes}; expected at least 1, and 1 with an endpoint_pool or ssl_context",
                 param="processes",
             )
-        self._helpers = Helpers(processes - 1) if processes > 1 else None
+        self._helpers: Helpers | None = None
+        if processes > 1:
+            from headrace.client.processes import Helpers
+
+            self._helpers = Helpers(processes - 1)
         self._target = Target(base_url.rstrip("/"), wrapper, api_key, endpoint_pool)
         if endpoint_pool is not None:
             endpoint_pool.watch()
@@ -115,15 +122,17 @@ class Core:
         payload: Callable[[list[str]], dict[str, Any]],
         parse: Callable[[Job, Reply], R],
         preference: RequestProcessingPreference | None,
-    ) -> AsyncIterator[R]:
+    ) -> AsyncGenerator[R, None]:
         """Parsed replies as they come, in order: memory for some ``2 x max_concurrent_requests`` of them."""
         preference = preference or RequestProcessingPreference()
         operation = Operation(self._target, preference)
         groups = split(_checked(texts), preference.batch_size, preference.max_chars_per_request)
         width = preference.max_concurrent_requests
         jobs = _batch_jobs(path, groups, payload)
-        async for part in operation.stream(jobs, parse, width=width, ahead=2 * width, in_thread=True):
-            yield part
+        stream = operation.stream(jobs, parse, width=width, ahead=2 * width, in_thread=True)
+        async with aclosing(stream) as parts:
+            async for part in parts:
+                yield part
 
 
 def _checked(texts: Iterable[str]) -> Iterator[str]:

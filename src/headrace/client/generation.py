@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from headrace.client.background import async_face, sync_face
@@ -44,15 +45,16 @@ class GenerationMethods(Core):
         adaptive: bool = True,
         return_errors: bool = False,
         **params: Any,
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncGenerator[Answer, None]:
         """Answers to any number of conversations in constant memory, in order.
 
         Args:
             conversations: each a text (one user message), a list of messages, or a whole request body.
         """
         jobs = generation_jobs("/v1/chat/completions", chat_bodies(conversations, model, params), stream)
-        async for answer in self._generate(jobs, preference, adaptive, return_errors):
-            yield answer
+        async with aclosing(self._generate(jobs, preference, adaptive, return_errors)) as answers:
+            async for answer in answers:
+                yield answer
 
     async def _completions_stream(
         self,
@@ -65,15 +67,16 @@ class GenerationMethods(Core):
         adaptive: bool = True,
         return_errors: bool = False,
         **params: Any,
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncGenerator[Answer, None]:
         """Continuations of any number of prompts in constant memory, in order.
 
         Args:
             prompts: each a text, token ids, or a whole request body.
         """
         jobs = generation_jobs("/v1/completions", text_bodies(prompts, model, params), stream)
-        async for answer in self._generate(jobs, preference, adaptive, return_errors):
-            yield answer
+        async with aclosing(self._generate(jobs, preference, adaptive, return_errors)) as answers:
+            async for answer in answers:
+                yield answer
 
     async def _chat(
         self,
@@ -138,7 +141,7 @@ class GenerationMethods(Core):
         preference: RequestProcessingPreference | None,
         adaptive: bool,
         return_errors: bool,
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncGenerator[Answer, None]:
         preference = preference or RequestProcessingPreference()
         preference.check()
         width = preference.max_concurrent_requests
@@ -150,8 +153,9 @@ class GenerationMethods(Core):
             def failed(job: Job, error: Exception) -> Answer:
                 return Answer(job.index, {}, error=error)
 
-        answers = operation.stream(
+        stream = operation.stream(
             jobs, parse_answer, width=width, ahead=2 * width, in_thread=True, on_error=failed
         )
-        async for answer in answers:
-            yield answer
+        async with aclosing(stream) as answers:
+            async for answer in answers:
+                yield answer

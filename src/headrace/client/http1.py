@@ -1,6 +1,6 @@
 """One HTTP/1.1 connection (RFC 9112), as little Python per request as it takes.
 
-docs/decisions/0008-client-http.md has the measurements that led to writing it.
+docs/decisions/0040-client-http.md has the measurements that led to writing it.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ class Connection(asyncio.BufferedProtocol):
         "_encoding",
         "_future",
         "_head",
-        "_head_only",
         "_left",
         "_loop",
         "_lost",
+        "_method",
         "_pending",
         "_sink",
         "_status",
@@ -100,16 +100,16 @@ class Connection(asyncio.BufferedProtocol):
     # -- the requester's side -------------------------------------------------------------------------
 
     def request(
-        self, data: bytes, *, head_only: bool = False, sink: Sink | None = None
+        self, data: bytes, *, method: str = "POST", sink: Sink | None = None
     ) -> asyncio.Future[Reply]:
         """Write a whole request.
 
         Args:
-            head_only: the reply to a HEAD request has no body whatever its headers say.
+            method: the reply to HEAD, and 2xx to CONNECT, have no body whatever their headers say.
             sink: receives the pieces of a 2xx body as they come; the Reply's body is then empty.
         """
         self._future = future = self._loop.create_future()
-        self._head_only = head_only
+        self._method = method
         self._sink = sink
         self._head = b""
         self._pending = b""
@@ -182,7 +182,8 @@ class Connection(asyncio.BufferedProtocol):
             persistent = b"keep-alive" in _field(lower, b"connection")
         self._encoding = _field(lower, b"content-encoding")
         length = _field(lower, b"content-length")
-        if self._head_only or status in (204, 304):
+        bodiless = self._method == "HEAD" or (self._method == "CONNECT" and status < 300)
+        if bodiless or status in (204, 304):
             self._left = 0
         elif b"chunked" in _field(lower, b"transfer-encoding"):
             self._left = _CHUNKED

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,11 +19,13 @@ from headrace.client.background import async_face, sync_face
 from headrace.client.core import Core
 from headrace.client.exceptions import BadReply, ErrorResponse
 from headrace.client.http1 import Reply
-from headrace.client.ledger import IdSet, Ledger, read_lines, scan
 from headrace.client.limiter import AdaptiveLimit
 from headrace.client.operation import Job, Operation
 from headrace.client.preference import RequestProcessingPreference
 from headrace.errors import HeadraceError
+
+if TYPE_CHECKING:
+    from headrace.client.ledger import Ledger
 
 __all__ = ["BatchCounts", "BatchMethods", "errors_path"]
 
@@ -94,6 +96,8 @@ class BatchMethods(Core):
 
         Raises: InvalidArgument for a bad input file, before anything is sent.
         """
+        from headrace.client.ledger import Ledger, scan
+
         total = scan(input_path, urls)
         with Ledger(output_path) as output, Ledger(error_path or errors_path(output_path)) as errors:
             run = _Run(output, errors, BatchCounts(total), on_progress)
@@ -125,6 +129,8 @@ class _Run:
     _ids: dict[int, str] = field(default_factory=dict)  # of the requests in flight
 
     def load(self) -> None:
+        from headrace.client.ledger import IdSet
+
         self._answered = IdSet()
         self.counts.completed = self.output.answered(self._answered)
         self.counts.failed = self.errors.answered(self._answered)
@@ -133,6 +139,8 @@ class _Run:
         self._tell()
 
     def jobs(self, path: str | os.PathLike[str]) -> Iterator[Job]:
+        from headrace.client.ledger import read_lines
+
         index = 0
         for _, line in read_lines(path):
             if line.custom_id not in self._answered:

@@ -6,18 +6,17 @@ Everything here runs on the background loop.
 from __future__ import annotations
 
 import asyncio
-import collections
-import itertools
 import math
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from headrace.client.endpoints import Endpoint, EndpointPool
 from headrace.client.exceptions import Cancelled, ConnectionFailed, ErrorResponse, InvalidArgument
+from headrace.client.flow import Flow
 from headrace.client.http1 import Reply
 from headrace.client.limiter import AdaptiveLimit
 from headrace.client.preference import RequestProcessingPreference
@@ -83,29 +82,6 @@ class _Budget:
         return True
 
 
-class _Feed(Generic[R]):
-    """Takes from an iterator; in a thread, some at a time, when the iterator is the caller's own code."""
-
-    def __init__(self, source: Iterator[R], in_thread: bool) -> None:
-        self._source = source
-        self._in_thread = in_thread
-        self._ready: collections.deque[R] = collections.deque()
-        self._lock = asyncio.Lock()
-        self._done = False
-
-    async def next(self) -> R | None:
-        if not self._in_thread:
-            return next(self._source, None)
-        if not self._ready and not self._done:
-            async with self._lock:
-                if not self._ready and not self._done:
-                    loop = asyncio.get_running_loop()
-                    some = await loop.run_in_executor(None, list, itertools.islice(self._source, 64))
-                    self._ready.extend(some)
-                    self._done = not some
-        return self._ready.popleft() if self._ready else None
-
-
 class Operation:
     """Sends jobs to a target.
 
@@ -138,8 +114,6 @@ class Operation:
         self._retries = _Budget(preference.retry_budget_pct, 2, total)
         self._started = 0
         self._deadline: float | None = None
-        self._error: BaseException | None = None
-        self._news = asyncio.Event()
         self._pinned: Endpoint | None = None
         if target.pool is not None:
             target.pool.watch()
@@ -148,7 +122,7 @@ class Operation:
 
     # -- many -----------------------------------------------------------------------------------------
 
-    async def stream(
+    def stream(
         self,
         jobs: Iterable[Job],
         parse: Callable[[Job, Reply], R],
@@ -157,7 +131,7 @@ class Operation:
         ahead: int | None = None,
         in_thread: bool = False,
         on_error: Callable[[Job, Exception], R] | None = None,
-    ) -> AsyncIterator[R]:
+    ) -> AsyncGenerator[R, None]:
         """Parsed replies in the order of the jobs, whose ``index`` counts from 0.
 
         Args:
@@ -168,79 +142,39 @@ class Operation:
 
         Raises: the first failure of any job, at once; then nothing is left running.
         """
+        flow = Flow(jobs, parse, self._admitted, ahead=ahead, in_thread=in_thread, on_error=on_error)
+        return self._limited(flow, width)
+
+    async def _limited(self, flow: Flow[Job, Reply, R], width: int) -> AsyncGenerator[R, None]:
+        """The flow under the preference's token and total time limit."""
         loop = asyncio.get_running_loop()
-        feed: _Feed[Job] = _Feed(iter(jobs), in_thread)
-        done: dict[int, R] = {}
-        room = asyncio.Event()
-        state = {"wanted": 0, "running": width}
+        token, total_s = self.preference.cancel_token, self.preference.total_timeout_s
+        if token is not None and token.is_cancelled():
+            raise Cancelled("the operation's token was cancelled before it began")
 
-        async def worker() -> None:
-            try:
-                while (job := await feed.next()) is not None:
-                    while ahead is not None and job.index >= state["wanted"] + ahead:
-                        room.clear()
-                        await room.wait()
-                    try:
-                        done[job.index] = parse(job, await self._admitted(job))
-                    except Exception as error:
-                        if on_error is None:
-                            raise
-                        done[job.index] = on_error(job, error)
-                    if job.index == state["wanted"]:
-                        self._news.set()
-            except Exception as error:
-                self._fail(error)
-            finally:
-                state["running"] -= 1
-                self._news.set()
+        def on_cancel() -> None:
+            loop.call_soon_threadsafe(flow.fail, Cancelled("the operation was cancelled by its token"))
 
-        token = self.preference.cancel_token
-        total_s = self.preference.total_timeout_s
+        def on_timeout() -> None:
+            from headrace.client.exceptions import Timeout
+
+            flow.fail(Timeout(f"Local timeout: the whole operation was not done in {total_s:g} s", "local"))
+
         timer = None
         if total_s is not None:
             self._deadline = loop.time() + total_s
-            timer = loop.call_at(self._deadline, self._out_of_time, total_s)
-
-        def on_cancel() -> None:
-            loop.call_soon_threadsafe(self._fail, Cancelled("the operation was cancelled by its token"))
-
+            timer = loop.call_at(self._deadline, on_timeout)
         if token is not None:
-            if token.is_cancelled():
-                raise Cancelled("the operation's token was cancelled before it began")
             token._subscribe(on_cancel)
-        workers = [asyncio.ensure_future(worker()) for _ in range(width)]
         try:
-            for wanted in itertools.count():
-                state["wanted"] = wanted
-                room.set()
-                while wanted not in done:
-                    if self._error is not None:
-                        raise self._error
-                    if not state["running"]:
-                        return
-                    self._news.clear()
-                    await self._news.wait()
-                if self._error is not None:
-                    raise self._error
-                yield done.pop(wanted)
+            async for result in flow.run(width):
+                yield result
         finally:
-            for task in workers:
-                task.cancel()
+            await flow.close()
             if timer is not None:
                 timer.cancel()
             if token is not None:
                 token._unsubscribe(on_cancel)
-            await asyncio.gather(*workers, return_exceptions=True)
-
-    def _fail(self, error: BaseException) -> None:
-        if self._error is None:
-            self._error = error
-        self._news.set()
-
-    def _out_of_time(self, seconds: float) -> None:
-        from headrace.client.exceptions import Timeout
-
-        self._fail(Timeout(f"Local timeout: the whole operation was not done in {seconds:g} s", "local"))
 
     # -- one ------------------------------------------------------------------------------------------
 
@@ -379,7 +313,7 @@ class Operation:
         sink = job.sink() if job.sink is not None else None
         try:
             reply = await connection.request(
-                data, head_only=job.method == "HEAD", sink=None if sink is None else sink.feed
+                data, method=job.method, sink=None if sink is None else sink.feed
             )
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from headrace.client import responses
@@ -15,11 +16,11 @@ from headrace.client.jobs import BatchMethods
 from headrace.client.operation import Job
 from headrace.client.payloads import check_texts, encode, split
 from headrace.client.preference import RequestProcessingPreference, check_headers
-from headrace.client.processes import MIN_GROUPS, embed_blocks
 from headrace.client.pump import async_iterator, sync_iterator
 
 __all__ = ["PerformanceClient"]
 
+_MIN_SHARED = 1024  # requests; below, starting a process costs more than it brings
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 _WITHOUT_BODY = ("GET", "HEAD", "DELETE", "OPTIONS")
 
@@ -63,7 +64,9 @@ class PerformanceClient(GenerationMethods, BatchMethods):
         preference = preference or RequestProcessingPreference()
         preference.check()
         groups = list(split(texts, preference.batch_size, preference.max_chars_per_request))
-        if self._helpers is not None and len(groups) >= MIN_GROUPS:
+        if self._helpers is not None and len(groups) >= _MIN_SHARED:
+            from headrace.client.processes import embed_blocks
+
             blocks = await embed_blocks(self, self._helpers, groups, fields, preference)
         else:
             blocks = [await self.embed_block(groups, fields, preference)]
@@ -187,7 +190,7 @@ class PerformanceClient(GenerationMethods, BatchMethods):
         dimensions: int | None = None,
         user: str | None = None,
         preference: RequestProcessingPreference | None = None,
-    ) -> AsyncIterator[responses.OpenAIEmbeddingsResponse]:
+    ) -> AsyncGenerator[responses.OpenAIEmbeddingsResponse, None]:
         """Vectors of any number of texts in constant memory: one response a request, in order.
 
         Indices count over all inputs. The texts are taken from the iterable in a thread, as they are needed.
@@ -196,8 +199,9 @@ class PerformanceClient(GenerationMethods, BatchMethods):
         parts = self._flow(
             "/v1/embeddings", input, lambda b: {"input": b, **fields}, responses.parse_embeddings, preference
         )
-        async for part in parts:
-            yield responses.OpenAIEmbeddingsResponse(part[1].seconds, [part[0]], [part[1]])
+        async with aclosing(parts):
+            async for vectors, reply in parts:
+                yield responses.OpenAIEmbeddingsResponse(reply.seconds, [vectors], [reply])
 
     async def _classify_stream(
         self,
@@ -207,7 +211,7 @@ class PerformanceClient(GenerationMethods, BatchMethods):
         truncate: bool = False,
         truncation_direction: str = "Right",
         preference: RequestProcessingPreference | None = None,
-    ) -> AsyncIterator[list[responses.ClassificationResult]]:
+    ) -> AsyncGenerator[list[responses.ClassificationResult], None]:
         """The labels of each text, for any number of texts in constant memory, in order."""
         fields = _scoring(model, raw_scores, truncate, truncation_direction)
         parts = self._flow(
@@ -217,9 +221,10 @@ class PerformanceClient(GenerationMethods, BatchMethods):
             responses.parse_classify,
             preference,
         )
-        async for groups, _ in parts:
-            for group in groups:
-                yield group
+        async with aclosing(parts):
+            async for groups, _ in parts:
+                for group in groups:
+                    yield group
 
     embed = sync_face(_embed)
     async_embed = async_face(_embed)

@@ -24,9 +24,8 @@ from headrace.client.responses import OpenAIEmbeddingData, OpenAIUsage, Vectors
 if TYPE_CHECKING:
     from headrace.client.core import Core
 
-__all__ = ["MIN_GROUPS", "Helpers", "embed_blocks"]
+__all__ = ["Helpers", "embed_blocks"]
 
-MIN_GROUPS = 1024  # requests; below, starting a process costs more than it brings
 _BLOCK = 512  # requests in one frame at most
 _LOCAL = ("cancel_token", "total_timeout_s", "trace_context")  # what stays with the parent, or is not plain
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 from headrace.client import background
@@ -20,7 +20,7 @@ _KEPT = 16  # finished items that wait for the caller, at most (one may hold 128
 class _Pump(Generic[R]):
     """Runs an iterator ahead of its consumer, within bounds, and hands over all that is ready at once."""
 
-    def __init__(self, source: AsyncIterator[R]) -> None:
+    def __init__(self, source: AsyncGenerator[R, None]) -> None:
         self._source = source
         self._ready: collections.deque[R] = collections.deque()
         self._error: BaseException | None = None
@@ -62,17 +62,15 @@ class _Pump(Generic[R]):
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        close = getattr(self._source, "aclose", None)
-        if close is not None:
-            await close()
+        await self._source.aclose()
 
 
 def sync_iterator(
-    method: Callable[Concatenate[S, P], AsyncIterator[R]],
-) -> Callable[Concatenate[S, P], Iterator[R]]:
+    method: Callable[Concatenate[S, P], AsyncGenerator[R, None]],
+) -> Callable[Concatenate[S, P], Generator[R, None, None]]:
     """A blocking generator; leaving it early (``break``, Ctrl-C) stops the work behind it."""
 
-    def face(self: S, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
+    def face(self: S, /, *args: P.args, **kwargs: P.kwargs) -> Generator[R, None, None]:
         pump = _Pump(method(self, *args, **kwargs))
         try:
             while items := background.run(pump.take()):
@@ -85,11 +83,11 @@ def sync_iterator(
 
 
 def async_iterator(
-    method: Callable[Concatenate[S, P], AsyncIterator[R]],
-) -> Callable[Concatenate[S, P], AsyncIterator[R]]:
+    method: Callable[Concatenate[S, P], AsyncGenerator[R, None]],
+) -> Callable[Concatenate[S, P], AsyncGenerator[R, None]]:
     """An asynchronous generator for the caller's own loop."""
 
-    async def face(self: S, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[R]:
+    async def face(self: S, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[R, None]:
         pump = _Pump(method(self, *args, **kwargs))
         try:
             while items := await asyncio.wrap_future(background.start(pump.take())):

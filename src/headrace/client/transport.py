@@ -6,11 +6,11 @@ import asyncio
 import base64
 import os
 import ssl
-import threading
 import time
 import warnings
+import weakref
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from urllib.parse import unquote, urlsplit
 
 from headrace.client import background
@@ -88,12 +88,14 @@ class HttpClientWrapper:
                 self._proxy_auth = f"proxy-authorization: Basic {base64.b64encode(pair).decode()}\r\n"
         self._ssl = ssl_context
         self.custom_tls = ssl_context is not None
-        self._lock = threading.Lock()
+        self._idle: dict[Origin, list[Connection]] = {}
         self._reset()
+        # connections know the dict of idle ones, not this object, so that it can be collected and they closed
+        weakref.finalize(self, background.soon, _close_all, self._idle)
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._idle: dict[Origin, list[Connection]] = {}
+        self._idle.clear()
         self._addresses: dict[tuple[str, int], tuple[float, list[str]]] = {}
         self._resolving: dict[tuple[str, int], asyncio.Future[list[str]]] = {}
 
@@ -124,13 +126,10 @@ class HttpClientWrapper:
     def give_back(self, origin: Origin, connection: Connection) -> None:
         if not connection.closed:
             connection.idle_since = time.monotonic()
-            self._idle.setdefault(origin, []).append(connection)
-
-    def _lost(self, connection: Connection) -> None:
-        for idle in self._idle.values():
-            if connection in idle:
-                idle.remove(connection)
-                return
+            idle = self._idle.setdefault(origin, [])
+            idle.append(connection)
+            if connection.idle_since - idle[0].idle_since > _IDLE_S:
+                idle.pop(0).abort()  # the least recently used one
 
     async def connect(self, origin: Origin) -> Connection:
         """A new connection. Raises ConnectionFailed with ``connecting`` set."""
@@ -147,10 +146,11 @@ class HttpClientWrapper:
         loop = asyncio.get_running_loop()
         first = self._proxy or origin
         failure: OSError | None = None
+        forget = partial(_forget, self._idle)
         for address in await self._resolve(first.host, first.port):
             try:
                 _, connection = await loop.create_connection(
-                    lambda: Connection(loop, self._lost),
+                    lambda: Connection(loop, forget),
                     address,
                     first.port,
                     ssl=self._context() if first.scheme == "https" else None,
@@ -170,7 +170,7 @@ class HttpClientWrapper:
         loop = asyncio.get_running_loop()
         where = f"{origin.host}:{origin.port}"
         head = f"CONNECT {where} HTTP/1.1\r\nhost: {where}\r\n{self._proxy_auth}\r\n"
-        reply = await connection.request(head.encode("latin-1"), head_only=True)
+        reply = await connection.request(head.encode("latin-1"), method="CONNECT")
         if not reply.ok:
             connection.abort()
             raise OSError(f"the proxy answered {reply.status} to CONNECT {where}")
@@ -208,10 +208,17 @@ class HttpClientWrapper:
 
     def close(self) -> None:
         """Close the kept connections. Requests in flight are not touched."""
+        background.soon(_close_all, self._idle)
 
-        def close_all() -> None:
-            for idle in self._idle.values():
-                for connection in list(idle):
-                    connection.abort()
 
-        background.loop().call_soon_threadsafe(close_all)
+def _forget(idle: dict[Origin, list[Connection]], connection: Connection) -> None:
+    for connections in idle.values():
+        if connection in connections:
+            connections.remove(connection)
+            return
+
+
+def _close_all(idle: dict[Origin, list[Connection]]) -> None:
+    for connections in idle.values():
+        for connection in list(connections):
+            connection.abort()

@@ -11,7 +11,7 @@ import msgspec
 
 from headrace.errors import ConfigError, nearest
 
-__all__ = ["TYPES", "QuantizationType", "quantization_type"]
+__all__ = ["HOSTED", "TYPES", "QuantizationType", "quantization_type"]
 
 
 class QuantizationType(msgspec.Struct, frozen=True):
@@ -63,6 +63,21 @@ TYPES: dict[str, QuantizationType] = {
     "int4-g64": QuantizationType("int4-g64", about="4-bit integer weights, groups of 64"),
     "int4-g128": QuantizationType("int4-g128", about="4-bit integer weights, groups of 128"),
 }
+
+HOSTED: dict[str, tuple[str, str]] = {
+    "fp8": ("fp8", "auto"),
+    "fp8_kv": ("fp8", "fp8"),
+    "fp8_mlp_only": ("fp8_mlp_only", "auto"),
+    "fp4": ("nvfp4", "auto"),
+    "fp4_kv": ("nvfp4", "fp8"),
+    "fp4_mlp_only": ("nvfp4_mlp_only", "auto"),
+    "weights_int8": ("int8", "auto"),
+    "weights_kv_int8": ("int8", "auto"),
+    "smooth_quant": ("int8", "auto"),
+    "weights_int4": ("int4", "auto"),
+    "weights_int4_kv_int8": ("int4", "auto"),
+}
+"""``quantization_type`` of the hosted system -> our type and KV cache. INT8 caches and activations stay in 16 bits."""
 
 
 def quantization_type(name: str) -> QuantizationType:

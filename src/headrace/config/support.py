@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.config.quantization import TYPES
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError
 
@@ -42,10 +43,12 @@ def _many(value: Any) -> bool:
 
 
 GAPS = (
+    Gap("quantization", lambda value: bool(value) and value not in TYPES, "weights stay as they are"),
     Gap(
-        "quantization", lambda value: bool(value) and not value.startswith("int"), "weights stay as they are"
+        "kv_cache_dtype",
+        lambda value: value not in ("auto", "fp8", "bfloat16", "float16", "float32"),
+        "the KV cache has the type of the activations",
     ),
-    Gap("kv_cache_dtype", lambda value: value != "auto", "the KV cache has the type of the activations"),
     Gap("tensor_parallel_size", _many, "one GPU a model"),
     Gap("pipeline_parallel_size", _many, "one GPU a model"),
     Gap("expert_parallel_size", _many, "one GPU a model"),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from headrace.config.foreign import ENGINE_OPTIONS
+from headrace.config.quantization import HOSTED
 from headrace.config.schema.own import OWN
 from headrace.config.schema.rules import ENCODERS, stack
 from headrace.config.schema.view import View
@@ -22,19 +23,6 @@ _P = "trt_llm.runtime.patch_kwargs"
 _C = "bis_llm.config"
 
 _ENGINES = {"decoder": "decoder", "encoder": "encoder", "encoder_bert": "bert", "whisper": "speech"}
-_SCHEMES = {
-    "fp8": ("fp8", "auto"),
-    "fp8_kv": ("fp8", "fp8"),
-    "fp8_mlp_only": ("fp8_mlp_only", "auto"),
-    "fp4": ("nvfp4", "auto"),
-    "fp4_kv": ("nvfp4", "fp8"),
-    "fp4_mlp_only": ("nvfp4_mlp_only", "auto"),
-    "weights_int8": ("int8", "auto"),
-    "weights_kv_int8": ("int8", "auto"),
-    "smooth_quant": ("int8", "auto"),
-    "weights_int4": ("int4", "auto"),
-    "weights_int4_kv_int8": ("int4", "auto"),
-}
 _KV = {"bf16": "bfloat16", "fp16": "float16", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8"}
 _SOURCES = {"hf": "HF", "gcs": "GCS", "s3": "S3", "azure": "AZURE"}
 _SCHEMES_OF_SOURCES = {
@@ -85,7 +73,7 @@ def _build(view: View) -> Iterator[Setting]:
     yield from _checkpoint(view)
     quantization = view.get(f"{_B}.quantization_type", "no_quant")
     if quantization != "no_quant":
-        scheme, cache = _SCHEMES[quantization]
+        scheme, cache = HOSTED[quantization]
         yield "quantization", scheme, f"{_B}.quantization_type"
         yield "kv_cache_dtype", cache, f"{_B}.quantization_type"
     calibration = view.get(f"{_B}.quantization_config", {})

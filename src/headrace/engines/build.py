@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from headrace.checkpoints.base import Checkpoint
-from headrace.checkpoints.resolve import open_checkpoint, resolve
 from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS, MIN_RESERVE_BYTES
 from headrace.config.spec import EngineSpec
 from headrace.config.support import require_supported
@@ -20,6 +19,7 @@ from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
 from headrace.engines.memory import kv_block_bytes, num_kv_blocks
 from headrace.engines.select import select
+from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.encode_runner import EncodeRunner
@@ -30,9 +30,10 @@ from headrace.kvcache.pool import allocate_caches
 from headrace.layers.packed import LayerCache
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
-from headrace.models.loading import Progress, load_decoder
+from headrace.models.loading import Progress
 from headrace.quantization.linear import PackedLinear
-from headrace.quantization.registry import keeps_packed, quantizer
+from headrace.quantization.registry import keeps_packed
+from headrace.quantization.scaled import ScaledLinear
 from headrace.scheduling.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer
 
@@ -49,7 +50,7 @@ def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Rea
     """
     began = time.perf_counter()
     require_supported(spec)
-    checkpoint = open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
+    checkpoint = open_weights(spec)
     device = _device(spec)
     threads = spec.num_threads or torch.get_num_threads()
     if device.type == "cpu":
@@ -92,7 +93,7 @@ def _summary(
 ) -> dict[str, Any]:
     """Facts for people and logs."""
     tensors = [*model.parameters(), *model.buffers()]
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    packed = [module for module in model.modules() if isinstance(module, (PackedLinear, ScaledLinear))]
     return {
         "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
         "device": str(device),
@@ -107,19 +108,9 @@ def _summary(
 def _build_generate(
     spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, progress: Progress | None
 ) -> tuple[GenerateCore, Ready]:
-    quantize = quantizer(spec.quantization, device) if spec.quantization else None
     dtype = _dtype(spec, checkpoint, device, packs=True)
-    model = load_decoder(
-        checkpoint.config,
-        checkpoint,
-        dtype=dtype,
-        device=device,
-        progress=progress,
-        transform=None
-        if quantize is None
-        else lambda _, linear: quantize(linear.weight, linear.bias, linear.parts),
-        keep_packed=quantize is None and keeps_packed(checkpoint, dtype, device),
-    )
+    model = load_weights(spec, checkpoint, dtype, device, progress)
+    cache_dtype = kv_dtype(spec, checkpoint, model.config, dtype)
     if model.config.headless:
         raise UnsupportedCheckpoint(
             f"{spec.model}: {checkpoint.config.get('architectures')} has no language-model head; "
@@ -133,9 +124,9 @@ def _build_generate(
         CUDA_STEP_TOKENS if device.type == "cuda" else CPU_STEP_TOKENS
     )
     layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
-    block_bytes = kv_block_bytes(layout, spec.block_size, dtype)
+    block_bytes = kv_block_bytes(layout, spec.block_size, cache_dtype)
     blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, MIN_RESERVE_BYTES)
-    caches = allocate_caches(layout, blocks, spec.block_size, dtype, device)
+    caches = allocate_caches(layout, blocks, spec.block_size, cache_dtype, device)
     runner = _runner(spec, model, caches, device, max_model_len)
     scheduler = Scheduler(
         BlockPool(blocks),
@@ -144,7 +135,7 @@ def _build_generate(
         max_num_batched_tokens=step_tokens,
         max_model_len=max_model_len,
         eos_ids=eos_ids,
-        fingerprint=f"{checkpoint.fingerprint}/{dtype}",
+        fingerprint=f"{checkpoint.fingerprint}/{dtype}/{spec.quantization}/{cache_dtype}",
         prefix_caching=spec.prefix_caching,
         reserve=spec.admission == "reserve",
         prefix_regime=_prefix_regime(model),
@@ -175,7 +166,11 @@ def _runner(
     spec: EngineSpec, model: DecoderModel, caches: list[LayerCache], device: torch.device, max_model_len: int
 ) -> Runner:
     """CUDA graphs where they can run, else the plain way."""
-    sizes: dict[str, Any] = {"block_size": spec.block_size, "max_num_seqs": spec.max_num_seqs, "max_model_len": max_model_len}
+    sizes: dict[str, Any] = {
+        "block_size": spec.block_size,
+        "max_num_seqs": spec.max_num_seqs,
+        "max_model_len": max_model_len,
+    }
     by_length = model.config.rope_boundary is not None
     if device.type == "cuda" and not spec.eager and not by_length:
         from headrace.execution.graphs import GraphRunner

@@ -95,7 +95,8 @@ class DispatchClient:
             self._send(Submit(tuple(requests)))
             outputs = [await future for future in futures.values()]
         except asyncio.CancelledError:
-            self.abort([id for id, future in futures.items() if not future.done()])
+            # Cancelling the task has cancelled the future that it waited for, too.
+            self.abort([id for id, future in futures.items() if future.cancelled() or not future.done()])
             raise
         finally:
             for id in futures:

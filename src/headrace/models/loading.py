@@ -14,7 +14,9 @@ from headrace.models.declaration import DecoderConfig
 from headrace.models.decoder import DecoderModel
 from headrace.models.family import WeightNames
 from headrace.models.registry import family_of, read_config
+from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.ggml import PackedEmbedding, packed_linear
+from headrace.quantization.keep import quantized_linear
 from headrace.quantization.registry import PackedSource, can_keep
 
 __all__ = ["Progress", "Transform", "WeightSource", "load_decoder", "random_weights"]
@@ -57,7 +59,7 @@ def load_decoder(
         config: `config.json`, parsed.
         transform: replaces each linear layer as soon as it is loaded (quantization), before the next one
             takes memory. A tied head is not one of them.
-        keep_packed: matrices that the checkpoint stores in blocks stay so (quantization/ggml.py), on the CPU.
+        keep_packed: matrices that the checkpoint stores in few bits stay so (quantization/ggml.py, keep.py).
 
     Raises:
         UnknownArchitecture, UnsupportedCheckpoint: see read_config; or a tensor is missing, has no place, or
@@ -69,8 +71,11 @@ def load_decoder(
     loader = _Loader(model, weights, family.names, architecture, torch.device(device))
     loader.check_names(family.ignored)
     if keep_packed:
-        assert isinstance(weights, PackedSource)
-        loader.keep_packed(weights)
+        if isinstance(weights, QuantizedCheckpoint):
+            loader.keep_quantized(weights)
+        else:
+            assert isinstance(weights, PackedSource)
+            loader.keep_packed(weights)
     loader.fill(progress, transform)
     _finish(model)
     return model
@@ -191,6 +196,30 @@ class _Loader:
                 if self.model.config.tied and not self.model.config.headless:
                     self.model.head = packed_linear(tensors)  # type: ignore[assignment]
             self.model.set_submodule(path, kept)
+
+    def keep_quantized(self, weights: QuantizedCheckpoint) -> None:
+        """Swap every linear whose matrices are quantized; ``fill`` then finds only the others."""
+        for path, module in list(self.model.named_modules()):
+            if not isinstance(module, Linear):
+                continue
+            names = self.sources[f"{path}.weight"]
+            shapes = [weights.info(name).shape for name in names]
+            rows = sum(shape[0] for shape in shapes)
+            if any(name in weights.modules for name in names) and (
+                rows != module.out_features or any(shape[1:] != (module.in_features,) for shape in shapes)
+            ):
+                raise UnsupportedCheckpoint(
+                    f"tensors {', '.join(names)} have shapes {[list(shape) for shape in shapes]}; "
+                    f"{[module.out_features, module.in_features]} is expected by config.json of "
+                    f"{self.architecture}",
+                    param=names[0],
+                )
+            biases = [self.weights.load(name) for name in self.sources.get(f"{path}.bias", ())]
+            bias = torch.cat(biases) if biases else None
+            dtype = self.model.get_parameter(f"{path}.weight").dtype
+            kept = quantized_linear(weights, names, bias, dtype, self.device)
+            if kept is not None:
+                self.model.set_submodule(path, kept)
 
     def fill(self, progress: Progress | None, transform: Transform | None) -> None:
         """Read every tensor once, module by module."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headrace.checkpoints.base import PackedTensor, TensorInfo
-from headrace.errors import ConfigError, nearest
+from headrace.config.quantization import QuantizationType
+from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.ggml import KEEPABLE
-from headrace.quantization.linear import PackedLinear
+from headrace.quantization.keep import keeps_quantized
+from headrace.quantization.scaled import Activations, QuantizedWeight, joined_linear
+from headrace.quantization.schemes.fp4 import quantize_mxfp4, quantize_nvfp4
+from headrace.quantization.schemes.fp8 import quantize_fp8
+from headrace.quantization.schemes.group_int import quantize_group_int
 from headrace.quantization.schemes.int4 import Int4Linear, fast_on_this_cpu, quantize_int4
 from headrace.quantization.schemes.int8 import Int8Linear, quantize_int8
 
-__all__ = ["LOAD_TIME", "PackedSource", "Quantizer", "can_keep", "keeps_packed", "quantizer"]
+__all__ = ["PackedSource", "Quantizer", "can_keep", "keeps_packed", "load_time"]
 
-Quantizer = Callable[[Tensor, Tensor | None, tuple[int, ...]], PackedLinear]  # weight, bias, parts
+Quantizer = Callable[[Tensor, Tensor | None, tuple[int, ...]], nn.Module]  # weight, bias, parts
 
 
 @runtime_checkable
@@ -45,6 +50,8 @@ def keeps_packed(weights: object, dtype: torch.dtype, device: torch.device) -> b
 
     In float32 the dense weights are used: packed products are rounded to bfloat16.
     """
+    if isinstance(weights, QuantizedCheckpoint):
+        return keeps_quantized(weights, dtype, device)
     return (
         isinstance(weights, PackedSource)
         and device.type == "cpu"
@@ -54,38 +61,68 @@ def keeps_packed(weights: object, dtype: torch.dtype, device: torch.device) -> b
     )
 
 
+def _scaled(weights: str, activations: Activations) -> Quantizer:
+    make: dict[str, Callable[[Tensor], QuantizedWeight]] = {
+        "fp8": quantize_fp8,
+        "fp8_block": lambda weight: quantize_fp8(weight, "block"),
+        "nvfp4": quantize_nvfp4,
+        "mxfp4": quantize_mxfp4,
+        "int8": lambda weight: quantize_group_int(weight, 8, weight.shape[1]),
+        "int4": lambda weight: quantize_group_int(weight, 4, 32),
+        "int4-g64": lambda weight: quantize_group_int(weight, 4, 64),
+        "int4-g128": lambda weight: quantize_group_int(weight, 4, 128),
+    }
+
+    def quantize(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...]) -> nn.Module:
+        pieces = [make[weights](part) for part in weight.split(parts)]  # as if each lay in a file of its own
+        joined = joined_linear(pieces, bias=bias, activations=[activations] * len(pieces))
+        assert joined is not None
+        return joined
+
+    return quantize
+
+
 def _int4(group: int) -> Quantizer:
-    def quantize(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...]) -> PackedLinear:
+    def quantize(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...]) -> nn.Module:
         return Int4Linear(quantize_int4(weight, group), bias=bias, parts=parts)
 
     return quantize
 
 
-def _int8(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...]) -> PackedLinear:
+def _int8(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...]) -> nn.Module:
     return Int8Linear(*quantize_int8(weight), bias=bias, parts=parts)
 
 
-LOAD_TIME: dict[str, Quantizer] = {
+_CPU: dict[str, Quantizer] = {
     "int8": _int8,
     "int4": _int4(32),
     "int4-g64": _int4(64),
     "int4-g128": _int4(128),
 }
-"""Weight-only schemes made from 16- or 32-bit weights while they load. All of them lose precision."""
 
 
-def quantizer(scheme: str, device: torch.device) -> Quantizer:
-    """The load-time scheme of this name. Raises ConfigError for an unknown one, or one that is not for the device."""
-    found = LOAD_TIME.get(scheme)
-    if found is None:
-        raise ConfigError(
-            f"quantization {scheme!r} is unknown{nearest(scheme, LOAD_TIME)}; "
-            f"schemes made at load time are {', '.join(LOAD_TIME)}",
-            param="quantization",
-        )
-    if device.type != "cpu":
-        raise ConfigError(
-            f"quantization {scheme!r} runs on the CPU; the device is {device.type}. Leave it out, or use device cpu",
-            param="quantization",
-        )
-    return found
+def _quantizer(kind: QuantizationType, device: torch.device) -> Quantizer:
+    if device.type == "cpu" and kind.weights in _CPU:
+        return _CPU[kind.weights]
+    rounds = kind.activations and (device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9))
+    if not rounds:
+        return _scaled(kind.weights, Activations())
+    return _scaled(kind.weights, Activations("group" if kind.weights == "fp8_block" else "token"))
+
+
+def load_time(kind: QuantizationType, device: torch.device) -> Callable[[str, Any], nn.Module]:
+    """What replaces a linear (path within the model, loaded linear) as soon as it is loaded; all lose precision.
+
+    Heads are left alone by formats of floating point: they decide between neighbouring tokens. On CPUs FP8 and FP4
+    are the slow reference, for looking at accuracy; int8 and int4 are PyTorch's kernels.
+    """
+    quantize = _quantizer(kind, device)
+    floats = not kind.weights.startswith("int")
+
+    def transform(path: str, linear: Any) -> nn.Module:  # a layers.linear.Linear, which lies above this room
+        if (floats and path == "head") or (kind.layers == "mlp" and ".mlp." not in path):
+            assert isinstance(linear, nn.Module)
+            return linear
+        return quantize(linear.weight, linear.bias, linear.parts)
+
+    return transform

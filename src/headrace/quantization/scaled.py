@@ -38,6 +38,9 @@ class Activations:
     def __post_init__(self) -> None:
         assert (self.kind == "static") == (self.scale is not None)
 
+    def to(self, device: torch.device) -> Activations:
+        return Activations(self.kind, None if self.scale is None else self.scale.to(device))
+
     def rounded(self, x: Tensor) -> Tensor:
         """[M, K] as the product sees it, float32."""
         if self.kind == "none":
@@ -88,7 +91,7 @@ class ScaledLinear(nn.Module):
         if self.out_features <= step:
             return F.linear(x, weight.dequantize())
         starts = range(0, self.out_features, step)
-        return torch.cat([F.linear(x, _rows(weight, at, at + step).dequantize()) for at in starts], dim=1)
+        return torch.cat([F.linear(x, weight.rows(at, at + step).dequantize()) for at in starts], dim=1)
 
     def dequantize(self) -> Tensor:
         """The weights that forward multiplies with, float32 [out, in]."""
@@ -98,25 +101,6 @@ class ScaledLinear(nn.Module):
     def nbytes(self) -> int:
         """Memory held by the weights."""
         return self.quantized.nbytes
-
-
-def _rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
-    part = slice(start, stop)
-    match weight:
-        case Fp8Weight():
-            height = weight.block[0]
-            rows = weight.codes[part].shape[0]
-            if height == 1 or start % height == 0:
-                scale = weight.scale[start // height : -(-(start + rows) // height)]
-                return Fp8Weight(weight.codes[part], scale, weight.block)
-            assert height >= weight.shape[0], "blocks of 128 rows start on multiples of 128"
-            return Fp8Weight(weight.codes[part], weight.scale, weight.block)
-        case Fp4Weight():
-            return Fp4Weight(weight.packed[part], weight.scale[part], weight.row_scale[part])
-        case GroupIntWeight():
-            return GroupIntWeight(
-                weight.codes[part], weight.scale[part], weight.zero[part], weight.bits, weight.order
-            )
 
 
 def _fast_product(weight: QuantizedWeight) -> Callable[..., Tensor] | None:

@@ -107,7 +107,7 @@ def test_plan_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run("plan", str(tmp_path / "config.yaml"), "--json") == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["machine"], data["quantization"], data["kv_dtype"]) == ("H100", "fp8", "fp8")
-    assert {notice["kind"] for notice in data["notices"]} == {"lifted", "not_yet"}
+    assert {notice["kind"] for notice in data["notices"]} == {"lifted"}
 
 
 def test_plan_is_quick_and_needs_no_torch(tmp_path: Path) -> None:

@@ -229,7 +229,10 @@ def test_asked_context_is_held_to() -> None:
     assert 0 < free.largest_context < 40960
     assert free.max_model_len == free.largest_context
     assert plan(QWEN3_8B, "L4", max_model_len=free.largest_context).fits
-    assert not plan(QWEN3_8B, "L4", max_model_len=free.largest_context + 16).fits
+    tight = plan(QWEN3_8B, "L4", max_model_len=free.largest_context + 16)
+    assert not tight.fits
+    with pytest.raises(DoesNotFit, match=f"max_model_len {tight.largest_context}"):
+        tight.check_fits()
     with pytest.raises(ConfigError, match="made for 40960 tokens"):
         plan(QWEN3_8B, max_model_len=40961)
 

@@ -49,21 +49,21 @@ def test_defaults_are_supported() -> None:
 
 def test_what_would_change_answers_is_refused_together() -> None:
     spec = EngineSpec(
-        model="m", quantization="fp8", kv_cache_dtype="fp8", adapters=(Adapter(name="a", model="x"),)
+        model="m", quantization="fp3", kv_cache_dtype="int8", adapters=(Adapter(name="a", model="x"),)
     )
     with pytest.raises(ConfigError) as caught:
         require_supported(spec)
     assert len(caught.value.problems) == 3
-    assert "'fp8'" in caught.value.problems[0]
+    assert "'fp3'" in caught.value.problems[0]
 
 
 def test_resolving_names_them_with_their_place() -> None:
-    text = build(V1, {**look(), f"{B}.quantization_type": "fp8"})
+    text = build(V1, {**look(), f"{B}.tensor_parallel_count": 2, "resources.accelerator": "H100:2"})
     found = resolve_view(check_text(text, "c.yaml"))
     blocking = found.report.of_kind("not_yet")
-    assert [notice.path for notice in blocking] == [f"{B}.quantization_type"]
+    assert [notice.path for notice in blocking] == [f"{B}.tensor_parallel_count"]
     assert blocking[0].place.line > 1
     assert any("drafts" in notice.message for notice in found.report.of_kind("differs"))
-    with pytest.raises(ConfigError, match="quantization"):
+    with pytest.raises(ConfigError, match="tensor_parallel"):
         found.report.require_supported()
-    assert resolve("m", kv_cache_dtype="fp8").report.of_kind("not_yet")[0].path == "kv_cache_dtype"
+    assert resolve("m", tensor_parallel_size=2).report.of_kind("not_yet")[0].path == "tensor_parallel_size"

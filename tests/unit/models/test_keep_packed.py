@@ -8,15 +8,25 @@ from torch import Tensor
 
 from headrace.checkpoints.base import PackedTensor, TensorInfo
 from headrace.checkpoints.gguf_blocks import dequantize
+from headrace.config.quantization import TYPES, quantization_type
 from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.layers.linear import Linear
 from headrace.layers.packed import PackedBatch
 from headrace.models.loading import load_decoder
 from headrace.quantization.ggml import PackedEmbedding
 from headrace.quantization.linear import JoinedLinear, PackedLinear
-from headrace.quantization.registry import LOAD_TIME, can_keep, keeps_packed, quantizer
+from headrace.quantization.registry import can_keep, keeps_packed, load_time
 
 CPU = torch.device("cpu")
+ERRORS = {
+    "int8": 0.03,
+    "fp8": 0.15,
+    "fp8_mlp_only": 0.15,
+    "fp8_block": 0.15,
+    "int4": 0.2,
+    "nvfp4": 0.4,
+    "mxfp4": 0.5,
+}
 
 
 def q8_0(weight: Tensor) -> PackedTensor:
@@ -136,28 +146,32 @@ def test_when_packed_linears_are_chosen() -> None:
     assert not can_keep(TensorInfo((32, 32), "F16", 2048))
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8", "fp8_mlp_only", "fp8_block", "nvfp4", "mxfp4"])
 def test_quantized_while_loading(scheme: str) -> None:
     blocks = Blocks(tied=False)
-    quantize = quantizer(scheme, CPU)
     dense = load_decoder(blocks.config, blocks, dtype=torch.float32, device="cpu")
     model = load_decoder(
         blocks.config,
         blocks,
         dtype=torch.bfloat16,
         device="cpu",
-        transform=lambda _, linear: quantize(linear.weight, linear.bias, linear.parts),
+        transform=load_time(quantization_type(scheme), CPU),
     )
-    assert not any(isinstance(module, Linear) for module in model.modules())
+    dense_left = {name for name, module in model.named_modules() if isinstance(module, Linear)}
+    everything = {name for name, module in dense.named_modules() if isinstance(module, Linear)}
+    if scheme.startswith("int"):
+        assert not dense_left
+    elif scheme == "fp8_mlp_only":
+        assert dense_left == {name for name in everything if ".mlp." not in name}
+    else:
+        assert dense_left == {"head"}
     logits, expected = (
         m.logits(m(PackedBatch.for_encoding([[5, 7, 11, 13]], causal=True))) for m in (model, dense)
     )
-    assert (logits - expected).square().mean().sqrt() < (0.03 if scheme == "int8" else 0.2) * expected.std()
+    assert (logits - expected).square().mean().sqrt() < ERRORS[scheme] * expected.std()
 
 
 def test_unknown_schemes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"'int5' is unknown; did you mean .*int8"):
-        quantizer("int5", CPU)
-    with pytest.raises(ConfigError, match="runs on the CPU"):
-        quantizer("int4", torch.device("cuda"))
-    assert set(LOAD_TIME) >= {"int8", "int4"}
+        quantization_type("int5")
+    assert set(TYPES) >= {"int8", "int4", "fp8", "fp8_kv", "fp8_mlp_only", "fp4", "fp4_kv", "fp4_mlp_only"}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from headrace.config.plan.facts import Facts
 from headrace.config.plan.shape import ModelShape
+from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
 
 __all__ = ["licence_files", "warnings"]
@@ -66,8 +67,11 @@ def _rope(shape: ModelShape) -> Iterator[str]:
 def _numbers(facts: Facts, shape: ModelShape, spec: EngineSpec, engine: str, dtype: str) -> Iterator[str]:
     if dtype == "float16" and facts.architecture.startswith("Gemma"):
         yield "Gemma overflows in float16: use bfloat16 or float32"
-    if spec.kv_cache_dtype == "fp8" and "Qwen2" in facts.architecture:
-        yield "an fp8 KV cache hurts models with a bias in q, k and v, as this one: check the answers, or leave it"
+    kv = spec.kv_cache_dtype
+    if kv == "auto" and spec.quantization:
+        kv = quantization_type(spec.quantization).kv_cache
+    if kv == "fp8" and "Qwen2" in facts.architecture:
+        yield "an fp8 KV cache hurts models with a bias in q, k and v, as this one; serve refuses it: leave it out"
     if spec.quantization and engine == "bert":
         yield "quantizing a small encoder saves little and costs accuracy: 16 bit is advised"
     if spec.quantization and shape.layers * shape.hidden < 60_000:

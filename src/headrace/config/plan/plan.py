@@ -23,6 +23,7 @@ from headrace.config.plan.memory import (
 )
 from headrace.config.plan.shape import ModelShape, read_shape
 from headrace.config.plan.weights import KEPT_BLOCKS, Weights, weigh
+from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError, DoesNotFit
 
@@ -127,7 +128,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         if self.fits:
             return
         ways = [option.what for option in self.options if option.fits]
-        hint = f"; what would fit: {'; '.join(ways[:4])}" if ways else "; use a larger GPU or a smaller model"
+        if 0 < self.largest_context < self.max_model_len:
+            ways.insert(0, f"max_model_len {self.largest_context}")
+        hint = (
+            f"; what would fit: {'; '.join(ways[:4])}"
+            if ways
+            else "; use a larger GPU or a smaller model, or raise kv_cache_bytes where it is set"
+        )
         least = self.budget.weights + self.budget.reserve + self.budget.process
         raise DoesNotFit(
             f"{self.model} does not fit {self.machine}: weights {human_bytes(self.budget.weights)}, "
@@ -256,11 +263,21 @@ def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine)
         dtype = "bfloat16"
     return _Layout(
         scheme=spec.quantization,
-        kv_dtype=dtype if spec.kv_cache_dtype == "auto" else spec.kv_cache_dtype,
+        kv_dtype=_kv_dtype(spec, facts, dtype),
         ranks=spec.tensor_parallel_size,
         dtype=dtype,
         keep_blocks=keep,
     )
+
+
+def _kv_dtype(spec: EngineSpec, facts: Facts, dtype: str) -> str:
+    """As asked, else as the quantization says, or the checkpoint where no bias forbids it; else dtype."""
+    if spec.kv_cache_dtype != "auto":
+        return spec.kv_cache_dtype
+    wanted = quantization_type(spec.quantization).kv_cache if spec.quantization else "auto"
+    if facts.quantized.kv.startswith("fp8") and "Qwen2" not in facts.architecture:
+        wanted = "fp8"
+    return dtype if wanted == "auto" else wanted
 
 
 def _own_format(facts: Facts, layout: _Layout) -> str:
@@ -358,8 +375,7 @@ def _fits(
 
 
 def _arithmetic(scheme: str, dtype: str, gpu: Accelerator) -> str:
-    if "fp4" in scheme and "fp4" in gpu.flops:
-        return "fp4"
+    """What is multiplied: FP4 and integer weights are decoded to the activations' 16 bits."""
     if scheme.startswith(("fp8", "modelopt")) and "fp8" in gpu.flops:
         return "fp8"
     return "float16" if dtype == "float32" else dtype

@@ -10,6 +10,7 @@ import msgspec
 
 from headrace.config.plan.facts import DTYPE_BYTES, Facts, Tensor
 from headrace.config.plan.shape import ModelShape
+from headrace.config.quantization import quantization_type
 
 __all__ = ["KEPT_BLOCKS", "KINDS", "Weights", "classify", "expected_tensors", "weigh"]
 
@@ -154,7 +155,7 @@ def _converted(kind: str, scheme: str, name: str) -> bool:
         return True
     if kind not in _LINEAR or re.search(r"\.(gate|router)\.weight$", name):
         return False  # routers stay exact
-    return kind != "attention" or not scheme.endswith("mlp_only")
+    return kind != "attention" or quantization_type(scheme).layers == "all"
 
 
 def packed_bytes(shape: tuple[int, ...], scheme: str) -> int:
@@ -165,7 +166,7 @@ def packed_bytes(shape: tuple[int, ...], scheme: str) -> int:
     """
     numel, columns = math.prod(shape), shape[-1]
     rows = numel // max(columns, 1)
-    name = scheme.removesuffix("_mlp_only")
+    name = quantization_type(scheme).weights
     if name == "fp8_block":
         return numel + 4 * -(-rows // 128) * -(-columns // 128)
     if name == "int8":

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.kernels.attention.cache import as_cached
 from headrace.kernels.attention.plan import Gather, Plan, Span, additive, make_plan
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def attention(
         cache = batch.caches[layer]
         cache_k, cache_v = cache.k.flatten(0, 1), cache.v.flatten(0, 1)
         assert batch.slots is not None
-        cache_k.index_copy_(0, batch.slots, k if k.dtype == cache_k.dtype else k.to(cache_k.dtype))
-        cache_v.index_copy_(0, batch.slots, v if v.dtype == cache_v.dtype else v.to(cache_v.dtype))
+        cache_k.index_copy_(0, batch.slots, as_cached(k, cache_k.dtype))
+        cache_v.index_copy_(0, batch.slots, as_cached(v, cache_v.dtype))
     plan = _plan_of(batch, window, layer, q.dtype)
     if len(plan.pieces) == 1 and isinstance(plan.pieces[0], Span):
         return _run_span(plan.pieces[0], q, k, v, cache_k, cache_v, scale, soft_cap)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from headrace.kernels.attention.cache import as_cached
+
 if TYPE_CHECKING:
     from headrace.layers.packed import AttentionBatch
 
@@ -41,8 +43,8 @@ def attention(
     if cache is not None:
         assert batch.slots is not None
         assert batch.block_tables is not None
-        cache.k.flatten(0, 1)[batch.slots] = k.to(cache.k.dtype)
-        cache.v.flatten(0, 1)[batch.slots] = v.to(cache.v.dtype)
+        cache.k.flatten(0, 1)[batch.slots] = as_cached(k, cache.k.dtype)
+        cache.v.flatten(0, 1)[batch.slots] = as_cached(v, cache.v.dtype)
     out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype, device=q.device)
     for i, length in enumerate(lens):
         rows = slice(starts[i], starts[i + 1])

@@ -74,6 +74,11 @@ class Fp4Weight:
     def to(self, device: torch.device) -> Fp4Weight:
         return Fp4Weight(self.packed.to(device), self.scale.to(device), self.row_scale.to(device))
 
+    def rows(self, start: int, stop: int) -> Fp4Weight:
+        """Some rows, views."""
+        part = slice(start, stop)
+        return Fp4Weight(self.packed[part], self.scale[part], self.row_scale[part])
+
     def scaled_rows(self, factor: Tensor) -> Fp4Weight:
         """The same weight with every row times ``factor`` [rows]."""
         return Fp4Weight(self.packed, self.scale, self.row_scale * factor)

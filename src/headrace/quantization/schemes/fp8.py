@@ -64,6 +64,11 @@ class Fp8Weight:
         """float32 [rows, column blocks]."""
         return self.scale.repeat_interleave(self.block[0], 0)[: self.codes.shape[0]]
 
+    def rows(self, start: int, stop: int) -> Fp8Weight:
+        """Some rows, exact."""
+        part = slice(start, stop)
+        return Fp8Weight(self.codes[part], self._row_scales()[part], (1, self.block[1]))
+
     def scaled_rows(self, factor: Tensor) -> Fp8Weight:
         """The same weight with every row times ``factor`` [rows]."""
         return Fp8Weight(self.codes, (self._row_scales() * factor[:, None]).contiguous(), (1, self.block[1]))

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headrace.kernels.quantized_linear.formats import unpack_nibbles
+from headrace.errors import UnsupportedCheckpoint
+from headrace.kernels.quantized_linear.formats import pack_nibbles, unpack_nibbles
 
-__all__ = ["GroupIntWeight"]
+__all__ = ["GroupIntWeight", "quantize_group_int"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class GroupIntWeight:
             self.codes.to(device), self.scale.to(device), self.zero.to(device), self.bits, order
         )
 
+    def rows(self, start: int, stop: int) -> GroupIntWeight:
+        """Some rows, views."""
+        part = slice(start, stop)
+        return GroupIntWeight(self.codes[part], self.scale[part], self.zero[part], self.bits, self.order)
+
     def scaled_rows(self, factor: Tensor) -> GroupIntWeight:
         """The same weight with every row times ``factor`` [rows]."""
         return GroupIntWeight(self.codes, self.scale * factor[:, None], self.zero, self.bits, self.order)
@@ -93,3 +99,47 @@ class GroupIntWeight:
         if self.order is None or other.order is None:
             return self.order is other.order
         return torch.equal(self.order, other.order)
+
+
+def quantize_group_int(weight: Tensor, bits: int, group: int) -> GroupIntWeight:
+    """Round 16- or 32-bit weights [rows, columns] to nearest, losing precision; symmetric, a scale a group.
+
+    Four bits: the value of largest magnitude meets -8, and the width is shrunk to the best of a few, in squared
+    error. Eight bits: it meets 127.
+
+    Raises UnsupportedCheckpoint when ``group`` does not divide the columns.
+    """
+    rows, columns = weight.shape
+    if columns % group or (bits == 4 and group % 2):
+        raise UnsupportedCheckpoint(
+            f"int{bits} groups of {group} do not divide a weight of {columns} columns; keep this layer in 16 bits",
+            param="quantization",
+        )
+    grouped = weight.float().view(rows, -1, group)
+    if bits == 8:
+        scale = (grouped.abs().amax(-1) / 127).clamp(min=1e-30)
+        codes = (grouped / scale[..., None]).round_().clamp_(-127, 127)
+    else:
+        codes, scale = _four_bits(grouped)
+    low = 2 ** (bits - 1)
+    plain = (codes + low).to(torch.uint8).flatten(1)
+    packed = pack_nibbles(plain) if bits == 4 else plain
+    return GroupIntWeight(packed, scale, torch.full_like(scale, low), bits)
+
+
+def _four_bits(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes from -8 to 7 and their scales."""
+    index = grouped.abs().argmax(-1, keepdim=True)
+    peak = grouped.gather(-1, index).squeeze(-1)
+    peak = torch.where(peak == 0, -1e-30, peak)
+    best = torch.full_like(peak, torch.inf)
+    codes, scale = torch.zeros_like(grouped), peak
+    for ratio in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75):
+        trial = peak * (ratio / -8)
+        rounded = (grouped / trial[..., None]).round_().clamp_(-8, 7)
+        error = (rounded * trial[..., None] - grouped).square_().sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        codes = torch.where(better[..., None], rounded, codes)
+        scale = torch.where(better, trial, scale)
+    return codes, scale

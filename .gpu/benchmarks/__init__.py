@@ -1,1 +1,0 @@
-"""Measurements that print JSON; see docs/benchmarks.md."""

@@ -1,1 +1,0 @@
-"""Commands; each starts in milliseconds and imports what it needs when it runs."""

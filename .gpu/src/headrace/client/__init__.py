@@ -1,1 +1,0 @@
-"""The bulk performance client. Knows only types and errors."""

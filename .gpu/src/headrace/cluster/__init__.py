@@ -1,1 +1,0 @@
-"""Replicas and ranks placed on hosts; KV transfer."""

@@ -1,1 +1,0 @@
-"""What the user wrote, parsed once into one frozen EngineSpec."""

@@ -1,1 +1,0 @@
-"""One device, one forward: runner, graphs, sampler, constraints, speculation."""

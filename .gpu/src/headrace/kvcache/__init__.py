@@ -1,1 +1,0 @@
-"""Blocks, prefix index, account; pool.py is the only file with tensors."""

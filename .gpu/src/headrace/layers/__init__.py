@@ -1,1 +1,0 @@
-"""The words that models are written in: linear, norm, rotary, attention, embedding, pooling, heads."""

@@ -1,1 +1,0 @@
-"""Families as declarations: config reading, weight names, and the decoder and encoder they declare."""

@@ -1,1 +1,0 @@
-"""One file a family: its `config.json`, its weight names. Adding one: CONTRIBUTING.md."""

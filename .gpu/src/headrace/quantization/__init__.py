@@ -1,1 +1,0 @@
-"""Schemes that swap a linear: pack, read containers, calibrate."""

@@ -1,1 +1,0 @@
-"""KV-aware routing: index, cost, policy, app. Never imports torch."""

@@ -1,1 +1,0 @@
-"""Who runs next: budget, policy, step. Plain Python over plain data."""

@@ -1,1 +1,0 @@
-"""HTTP: routes, auth, admission, streaming, output parsers, metrics. Never imports torch."""

@@ -1,0 +1,90 @@
+"""A decoder's weights in the form that the spec asks for, and the KV cache's number format."""
+
+from __future__ import annotations
+
+import torch
+
+from headrace.checkpoints.base import Checkpoint
+from headrace.checkpoints.resolve import open_checkpoint, resolve
+from headrace.config.quantization import quantization_type
+from headrace.config.spec import EngineSpec
+from headrace.errors import ConfigError
+from headrace.models.declaration import DecoderConfig
+from headrace.models.decoder import DecoderModel
+from headrace.models.loading import Progress, load_decoder
+from headrace.quantization.containers import QuantizedCheckpoint, open_quantized
+from headrace.quantization.registry import keeps_packed, load_time
+
+__all__ = ["kv_dtype", "load_weights", "open_weights"]
+
+_KV_TYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
+
+
+def open_weights(spec: EngineSpec) -> Checkpoint:
+    """The checkpoint of ``spec``, whatever container its weights lie in; headers are read only."""
+    checkpoint = open_quantized(
+        open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
+    )
+    if spec.quantization and isinstance(checkpoint, QuantizedCheckpoint):
+        raise ConfigError(
+            f"quantization is {spec.quantization!r}, and the checkpoint is already quantized: {checkpoint.label}. "
+            "Leave it out, or give the 16-bit weights",
+            param="quantization",
+        )
+    return checkpoint
+
+
+def load_weights(
+    spec: EngineSpec,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> DecoderModel:
+    """The decoder of an opened checkpoint, quantized on the way if the spec says so."""
+    transform = load_time(quantization_type(spec.quantization), device) if spec.quantization else None
+    return load_decoder(
+        checkpoint.config,
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        transform=transform,
+        keep_packed=transform is None and keeps_packed(checkpoint, dtype, device),
+    )
+
+
+def kv_dtype(
+    spec: EngineSpec, checkpoint: Checkpoint, config: DecoderConfig, dtype: torch.dtype
+) -> torch.dtype:
+    """What keys and values are stored in: as asked, else as the quantization or the checkpoint says, else dtype.
+
+    Raises ConfigError for an unknown type, and for FP8 where it is known to harm: keys of models with a bias in
+    q, k and v (Qwen 2) have outliers that FP8 cannot hold beside the rest.
+    """
+    name = spec.kv_cache_dtype
+    source = "kv_cache_dtype"
+    if name == "auto" and spec.quantization:
+        name, source = quantization_type(spec.quantization).kv_cache, f"quantization {spec.quantization!r}"
+    if name == "auto" and isinstance(checkpoint, QuantizedCheckpoint):
+        name, source = checkpoint.container.kv_cache, checkpoint.label
+        if name == "fp8" and config.qkv_bias:
+            return dtype  # the checkpoint allows it and demands nothing
+    if name == "auto":
+        return dtype
+    if name not in _KV_TYPES:
+        raise ConfigError(
+            f"kv_cache_dtype is {name!r}; expected auto, {', '.join(_KV_TYPES)}", param="kv_cache_dtype"
+        )
+    if name == "fp8" and config.qkv_bias:
+        raise ConfigError(
+            f"{source} asks for an FP8 KV cache, and this model adds a bias to q, k and v, whose outliers FP8 "
+            "cannot hold: answers would suffer. Use kv_cache_dtype auto (with quantization fp8 if you like)",
+            param="kv_cache_dtype",
+        )
+    return _KV_TYPES[name]

@@ -1,0 +1,104 @@
+"""Quantized matrices of a checkpoint as linears of about the same size, where the device has use for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from headrace.kernels.quantized_linear.formats import unpack_nibbles
+from headrace.quantization.containers import QuantizedCheckpoint
+from headrace.quantization.scaled import QuantizedWeight, ScaledLinear, joined_linear
+from headrace.quantization.schemes.group_int import GroupIntWeight
+from headrace.quantization.schemes.int4 import GROUPS, Int4Linear, Int4Weight, fast_on_this_cpu
+
+__all__ = ["SplitLinear", "keeps_quantized", "quantized_linear"]
+
+
+def keeps_quantized(checkpoint: QuantizedCheckpoint, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether linears over the checkpoint's own numbers serve it better than dense ones.
+
+    On a GPU always. On a CPU only 4-bit integers in groups that its kernel knows; others are dequantized as they
+    load, which is exact, as fast as 16-bit weights, and as large.
+    """
+    if device.type != "cpu":
+        return True
+    if dtype is not torch.bfloat16 or not fast_on_this_cpu():
+        return False
+    first = checkpoint.quantized(next(iter(checkpoint.modules)))
+    return _for_cpu_kernel([first])
+
+
+def quantized_linear(
+    checkpoint: QuantizedCheckpoint,
+    names: Sequence[str],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module | None:
+    """One linear from the matrices of one or several projections over the same input, rows one after another.
+
+    None when not all of them are quantized: they are then loaded dense.
+    """
+    if not all(name in checkpoint.modules for name in names):
+        return None
+    modules = [checkpoint.modules[name] for name in names]
+    weights = [module.read() for module in modules]
+    if device.type == "cpu" and dtype is torch.bfloat16 and fast_on_this_cpu() and _for_cpu_kernel(weights):
+        return _cpu_linear([weight for weight in weights if isinstance(weight, GroupIntWeight)], bias)
+    bias = None if bias is None else bias.to(device, dtype)
+    activations = [module.activations() for module in modules]
+    together = joined_linear(
+        [weight.to(device) for weight in weights],
+        bias=bias,
+        activations=[part.to(device) for part in activations],
+    )
+    if together is not None:
+        return together
+    starts = torch.tensor([0, *(weight.shape[0] for weight in weights)]).cumsum(0).tolist()
+    return SplitLinear(
+        [
+            ScaledLinear(
+                weight.to(device),
+                bias=None if bias is None else bias[start : start + weight.shape[0]],
+                activations=part.to(device),
+            )
+            for weight, part, start in zip(weights, activations, starts)
+        ]
+    )
+
+
+def _for_cpu_kernel(weights: Sequence[QuantizedWeight]) -> bool:
+    first = weights[0]
+    return isinstance(first, GroupIntWeight) and all(
+        isinstance(weight, GroupIntWeight)
+        and weight.bits == 4
+        and weight.order is None
+        and weight.group in GROUPS
+        and weight.joins(first)
+        for weight in weights
+    )
+
+
+def _cpu_linear(weights: Sequence[GroupIntWeight], bias: Tensor | None) -> Int4Linear:
+    """Codes are kept, scales and zeros rounded to bfloat16 (see schemes/int4.py)."""
+    joined = GroupIntWeight.joined(weights)
+    values = unpack_nibbles(joined.codes).unflatten(1, (-1, joined.group))
+    packed = Int4Weight.one_plane(values, joined.scale, -joined.zero * joined.scale, low=0)
+    return Int4Linear(packed, bias=bias, parts=tuple(weight.shape[0] for weight in weights))
+
+
+class SplitLinear(nn.Module):
+    """Projections over the same input in formats that do not go together, one product each."""
+
+    def __init__(self, linears: Sequence[ScaledLinear]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+        self.in_features = linears[0].in_features
+        self.out_features = sum(linear.out_features for linear in linears)
+        self.parts = tuple(part for linear in linears for part in linear.parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return torch.cat([linear(x) for linear in self.linears], dim=-1)

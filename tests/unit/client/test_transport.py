@@ -1,0 +1,177 @@
+"""TLS, proxies and URLs."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from headrace.client import (
+    ConnectionFailed,
+    HttpClientWrapper,
+    InvalidArgument,
+    PerformanceClient,
+    RequestProcessingPreference,
+)
+from headrace.client.transport import split_url
+from support.scripted_server import ScriptedServer, embeddings
+
+NO_RETRY = RequestProcessingPreference(max_retries=0, timeout_s=5.0)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1 and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+    ]
+    command += ["-keyout", str(key), "-out", str(cert), "-days", "2", "-subj", "/CN=scripted"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
+
+
+def serving(certificate: tuple[Path, Path]) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    return context
+
+
+@contextmanager
+def proxy(seen: list[bytes]) -> Iterator[str]:
+    """Forwards one request a connection: absolute-form, or a tunnel after CONNECT."""
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+        except OSError:
+            pass
+        finally:
+            sink.close()
+
+    def one(peer: socket.socket) -> None:
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += peer.recv(65536)
+        seen.append(data.split(b"\r\n\r\n")[0])
+        method, target, _ = data.split(b" ", 2)
+        if method == b"CONNECT":
+            host, port = target.decode().rsplit(":", 1)
+            upstream = socket.create_connection((host, int(port)))
+            peer.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        else:
+            origin, path = split_url(target.decode())
+            upstream = socket.create_connection((origin.host, origin.port))
+            upstream.sendall(data.replace(target, path.encode(), 1))
+        threading.Thread(target=pump, args=(upstream, peer), daemon=True).start()
+        pump(peer, upstream)
+
+    def accept(listener: socket.socket) -> None:
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=one, args=(peer,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield f"http://user:p%40ss@127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_tls_checks_the_certificate(certificate: tuple[Path, Path]) -> None:
+    trusting = HttpClientWrapper(ssl_context=ssl.create_default_context(cafile=str(certificate[0])))
+    with ScriptedServer(embeddings, tls=serving(certificate)) as server:
+        client = PerformanceClient(server.url, "k", client_wrapper=trusting)
+        words = ["x" * (i % 50) for i in range(200)]
+        assert client.embed(words, "m").numpy()[:, 0].tolist() == [i % 50 for i in range(200)]
+        with pytest.raises(ConnectionFailed, match="certificate"):
+            PerformanceClient(server.url, "k").embed(["a"], "m", preference=NO_RETRY)
+        elsewhere = server.url.replace("127.0.0.1", "localhost")  # the certificate is for another name
+        with pytest.raises(ConnectionFailed):
+            PerformanceClient(elsewhere, "k", client_wrapper=trusting).embed(["a"], "m", preference=NO_RETRY)
+
+
+def test_http_through_a_proxy() -> None:
+    seen: list[bytes] = []
+    with ScriptedServer(embeddings) as server, proxy(seen) as url:
+        client = PerformanceClient(server.url, "k", proxy=url)
+        assert len(client.embed(["a", "b"], "m").data) == 2
+        assert server.requests[0].path == "/v1/embeddings"
+        assert seen[0].startswith(b"POST " + server.url.encode() + b"/v1/embeddings HTTP/1.1\r\n")
+        assert b"proxy-authorization: Basic dXNlcjpwQHNz" in seen[0]  # user:p@ss
+
+
+def test_https_through_a_tunnel(certificate: tuple[Path, Path]) -> None:
+    seen: list[bytes] = []
+    trust = ssl.create_default_context(cafile=str(certificate[0]))
+    with ScriptedServer(embeddings, tls=serving(certificate)) as server, proxy(seen) as url:
+        wrapper = HttpClientWrapper(proxy=url, ssl_context=trust)
+        client = PerformanceClient(server.url, "k", client_wrapper=wrapper)
+        wanted = RequestProcessingPreference(batch_size=1, max_concurrent_requests=2)
+        assert client.embed(["a"] * 9, "m", preference=wanted).numpy().shape == (9, 4)
+        assert len(server.requests) == 9
+        assert 1 <= len(seen) <= 2
+        assert all(head.startswith(b"CONNECT 127.0.0.1:%d " % server.port) for head in seen)
+        assert not any("proxy-authorization" in request.headers for request in server.requests)
+
+
+def test_a_proxy_that_refuses() -> None:
+    with ScriptedServer(lambda request: embeddings(request)) as refusing:  # answers CONNECT with 500
+        client = PerformanceClient("https://127.0.0.1:1", "k", proxy=refusing.url)
+        with pytest.raises(ConnectionFailed, match="CONNECT"):
+            client.embed(["a"], "m", preference=NO_RETRY)
+
+
+@pytest.mark.parametrize(
+    ("url", "netloc", "path"),
+    [
+        ("http://h", "h", "/"),
+        ("https://h/a?b=c", "h", "/a?b=c"),
+        ("http://h:8080/a", "h:8080", "/a"),
+        ("https://h:443/", "h", "/"),
+        ("http://[::1]:9/x", "[::1]:9", "/x"),
+    ],
+)
+def test_urls(url: str, netloc: str, path: str) -> None:
+    origin, found = split_url(url)
+    assert (origin.netloc, found) == (netloc, path)
+
+
+def test_connections_close_with_their_client() -> None:
+    with ScriptedServer(embeddings) as server:
+        for _ in range(5):
+            PerformanceClient(server.url, "k").embed(["a"], "m")
+        assert server.connections == 5
+        assert server.wait_for(lambda: not server.open)
+        wrapper = HttpClientWrapper()
+        PerformanceClient(server.url, "k", client_wrapper=wrapper).embed(["a"], "m")
+        assert len(server.open) == 1
+        wrapper.close()
+        assert server.wait_for(lambda: not server.open)
+
+
+def test_http_versions() -> None:
+    with pytest.warns(UserWarning, match=r"HTTP/1\.1"):
+        HttpClientWrapper(http_version=2)
+    with pytest.raises(InvalidArgument):
+        HttpClientWrapper(http_version=3)

@@ -1,0 +1,311 @@
+"""Every container against packing by plain loops, and through the loader into a model."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headrace.checkpoints.folder import FolderCheckpoint
+from headrace.errors import HeadraceError, UnsupportedCheckpoint
+from headrace.layers.linear import Linear
+from headrace.layers.packed import PackedBatch
+from headrace.models.decoder import DecoderModel
+from headrace.models.loading import load_decoder
+from headrace.quantization.containers import METHODS, QuantizedCheckpoint, open_quantized
+from headrace.quantization.scaled import ScaledLinear
+from support import quantized_folder as write
+
+Pack = Callable[[str, Tensor], tuple[dict[str, Tensor], Tensor]]
+RNG = random.Random(3)
+
+
+def fp8_pack(block: tuple[int, int] | None, suffix: str, static: bool = False) -> Pack:
+    """``block`` None: one scale; (1, 0): one a row."""
+
+    def pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        rows, columns = weight.shape
+        high, wide = block or (rows, columns)
+        wide = wide or columns
+        scale = torch.rand(-(-rows // high), -(-columns // wide)) * 1e-3 + 1e-3
+        codes, dense = write.fp8(weight, scale, (high, wide))
+        stored = scale if block is not None else scale.reshape(1)
+        parts = {f"{base}.weight": codes, f"{base}.{suffix}": stored}
+        if static:
+            parts[f"{base}.input_scale"] = torch.rand(()) + 0.1
+        return parts, dense
+
+    return pack
+
+
+def nvfp4_pack(names: tuple[str, str, str], divides: bool) -> Pack:
+    def pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        packed, dense = write.fp4(weight, 16)
+        scale = (torch.rand(weight.shape[0], weight.shape[1] // 16) * 300).to(torch.float8_e4m3fn)
+        whole = torch.tensor([2.0**-13 * (1 + int(torch.randint(0, 3, ())))])
+        dense = dense * (scale.float() * whole).repeat_interleave(16, 1)
+        kept = (1 / whole.double()).float() if divides else whole.reshape(())
+        return dict(zip((f"{base}.{name}" for name in names), (packed, scale, kept))), dense
+
+    return pack
+
+
+def mxfp4_pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    packed, dense = write.fp4(weight, 32)
+    scale = torch.randint(117, 124, (weight.shape[0], weight.shape[1] // 32), dtype=torch.uint8)
+    dense = dense * torch.exp2(scale.double() - 127).float().repeat_interleave(32, 1)
+    return {f"{base}.weight_packed": packed, f"{base}.weight_scale": scale}, dense
+
+
+def packed_int(bits: int, group: int, zeros: bool) -> Pack:
+    """compressed-tensors' pack-quantized."""
+
+    def pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        rows, columns = weight.shape
+        groups = columns // group
+        codes = [[RNG.randrange(2**bits) for _ in range(columns)] for _ in range(rows)]
+        low = 2 ** (bits - 1)
+        zero = [[RNG.randrange(2**bits) if zeros else low for _ in range(rows)] for _ in range(groups)]
+        scale = (torch.rand(rows, groups) * 0.02 + 0.01).bfloat16()
+        s = scale.float().tolist()
+        dense = torch.tensor(
+            [
+                [(codes[i][j] - zero[j // group][i]) * s[i][j // group] for j in range(columns)]
+                for i in range(rows)
+            ]
+        )
+        parts = {
+            f"{base}.weight_packed": write.words(codes, bits),
+            f"{base}.weight_shape": torch.tensor([rows, columns]),
+            f"{base}.weight_scale": scale,
+        }
+        if zeros:
+            parts[f"{base}.weight_zero_point"] = write.words(zero, bits).t().contiguous()
+        return parts, dense
+
+    return pack
+
+
+def int8_pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    codes = torch.randint(-128, 128, weight.shape, dtype=torch.int8)
+    scale = torch.rand(weight.shape[0], 1) * 0.01
+    return {f"{base}.weight": codes, f"{base}.weight_scale": scale}, codes.float() * scale
+
+
+def compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+FLOAT8 = {"num_bits": 8, "type": "float"}
+DYNAMIC = {**FLOAT8, "strategy": "token", "dynamic": True}
+CASES: dict[str, tuple[Pack, dict[str, Any] | None]] = {
+    "deepseek": (
+        fp8_pack((48, 32), "weight_scale_inv"),
+        {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [48, 32], "activation_scheme": "dynamic"},
+    ),
+    "fp8_static": (
+        fp8_pack(None, "weight_scale", static=True),
+        {"quant_method": "fp8", "activation_scheme": "static"},
+    ),
+    "ct_fp8_tensor": (
+        fp8_pack(None, "weight_scale", static=True),
+        compressed("float-quantized", {**FLOAT8, "strategy": "tensor"}, {**FLOAT8, "dynamic": False}),
+    ),
+    "ct_fp8_channel": (
+        fp8_pack((1, 0), "weight_scale"),
+        compressed("float-quantized", {**FLOAT8, "strategy": "channel"}, DYNAMIC),
+    ),
+    "ct_fp8_block": (
+        fp8_pack((16, 32), "weight_scale"),
+        compressed("float-quantized", {**FLOAT8, "strategy": "block", "block_structure": [16, 32]}, DYNAMIC),
+    ),
+    "ct_int4": (
+        packed_int(4, 32, zeros=False),
+        compressed("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}),
+    ),
+    "ct_int4_zeros": (
+        packed_int(4, 16, zeros=True),
+        compressed("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}),
+    ),
+    "ct_int8_packed": (
+        packed_int(8, 64, zeros=False),
+        compressed("pack-quantized", {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64}),
+    ),
+    "ct_int8": (
+        int8_pack,
+        compressed("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
+    ),
+    "ct_nvfp4": (
+        nvfp4_pack(("weight_packed", "weight_scale", "weight_global_scale"), divides=True),
+        compressed("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "group_size": 16}),
+    ),
+    "ct_mxfp4": (
+        mxfp4_pack,
+        compressed("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "group_size": 32}),
+    ),
+    "modelopt_fp8": (
+        fp8_pack(None, "weight_scale", static=True),
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+    ),
+    "modelopt_nvfp4": (nvfp4_pack(("weight", "weight_scale", "weight_scale_2"), divides=False), None),
+    "awq": (
+        lambda base, weight: write.awq(base, weight, 32, RNG),
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+    ),
+    "gptq": (
+        lambda base, weight: write.gptq(base, weight, 32, RNG, bits=4, v1=True, order=False),
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False},
+    ),
+    "gptq_v2_order": (
+        lambda base, weight: write.gptq(base, weight, 16, RNG, bits=4, v1=False, order=True),
+        {"quant_method": "gptq", "bits": 4, "desc_act": True, "checkpoint_format": "gptq_v2"},
+    ),
+    "gptq_8": (
+        lambda base, weight: write.gptq(base, weight, 64, RNG, bits=8, v1=True, order=False),
+        {"quant_method": "gptq", "bits": 8, "group_size": 64},
+    ),
+}
+
+
+def load_kept(folder: Path) -> DecoderModel:
+    checkpoint = open_quantized(FolderCheckpoint(folder))
+    return load_decoder(checkpoint.config, checkpoint, dtype=torch.float32, device="cpu", keep_packed=True)
+
+
+def make(tmp_path: Path, case: str) -> tuple[Path, dict[str, Tensor]]:
+    torch.manual_seed(1)
+    pack, settings = CASES[case]
+    dense = write.write_quantized(tmp_path / case, pack, settings)
+    if settings is None:
+        block = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+        (tmp_path / case / "hf_quant_config.json").write_text(json.dumps({"quantization": block}))
+    return tmp_path / case, dense
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_matrix_is_what_the_loops_say(case: str, tmp_path: Path) -> None:
+    folder, dense = make(tmp_path, case)
+    checkpoint = open_quantized(FolderCheckpoint(folder))
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    assert set(checkpoint.names()) == set(dense)
+    assert "quantization_config" not in checkpoint.config
+    for name, expected in dense.items():
+        got = checkpoint.load(name)
+        assert checkpoint.info(name).shape == tuple(expected.shape)
+        # NVFP4 with a dividing scale: 1 / x is rounded, and so is the product with it.
+        torch.testing.assert_close(got.float(), expected, rtol=3e-7 if case == "ct_nvfp4" else 0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_models_keep_the_numbers(case: str, tmp_path: Path) -> None:
+    folder, _ = make(tmp_path, case)
+    checkpoint = open_quantized(FolderCheckpoint(folder))
+    plain = load_decoder(checkpoint.config, checkpoint, dtype=torch.float32, device="cpu")
+    kept = load_decoder(checkpoint.config, checkpoint, dtype=torch.float32, device="cpu", keep_packed=True)
+    linears = [name for name, module in kept.named_modules() if isinstance(module, Linear)]
+    assert linears == ["head"]
+    ids = [[3, 7, 150, 22], [9, 9]]
+    want, got = (model.logits(model(PackedBatch.for_encoding(ids, causal=True))) for model in (plain, kept))
+    assert torch.isfinite(want).all()
+    rounds = any(isinstance(m, ScaledLinear) and m.activations.kind != "none" for m in kept.modules())
+    error = float((got - want).norm() / want.norm())
+    assert error < (0.3 if rounds else 1e-5)
+    assert rounds == ("fp8" in case or case == "deepseek")
+
+
+def test_plain_checkpoints_pass_through(tmp_path: Path) -> None:
+    from support.tiny_folder import write_llama
+
+    checkpoint = FolderCheckpoint(write_llama(tmp_path / "m"))
+    assert open_quantized(checkpoint) is checkpoint
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("awq", {"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'.*awq"),
+        ("awq", {"version": "gemv"}, "version is 'gemv'; expected gemm"),
+        ("awq", {"bits": 3}, "bits is 3"),
+        ("gptq", {"bits": 3}, "bits is 3"),
+        ("gptq", {"checkpoint_format": "marlin"}, "marlin"),
+        ("deepseek", {"fmt": "e5m2"}, "e5m2"),
+        ("deepseek", {"weight_block_size": [16, 16]}, r"weight_scale_inv.*calls for"),
+        ("ct_fp8_channel", {"format": "marlin-24"}, "marlin-24"),
+        ("ct_fp8_channel", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+        ("ct_fp8_channel", {"transform_config": {"x": 1}}, "transform_config"),
+        ("modelopt_fp8", {"quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(
+    case: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder, _ = make(tmp_path, case)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        open_quantized(FolderCheckpoint(folder))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_missing_tensor_is_named(case: str, tmp_path: Path) -> None:
+    """A packed tensor or its scale taken away is noticed before a forward."""
+    folder, dense = make(tmp_path, case)
+    tensors = load_file(folder / "model.safetensors")
+    spare = ("g_idx", "zero_point", "input_scale")
+    target = next(n for n in tensors if n not in dense and not n.endswith(spare))
+    del tensors[target]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(HeadraceError):
+        load_kept(folder)
+
+
+def test_scales_must_be_finite(tmp_path: Path) -> None:
+    folder, _ = make(tmp_path, "ct_fp8_channel")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("weight_scale"))
+    tensors[name][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = open_quantized(FolderCheckpoint(folder))
+    with pytest.raises(UnsupportedCheckpoint, match="NaN"):
+        checkpoint.load(name.removesuffix("_scale"))
+
+
+def test_gpt_oss_experts(tmp_path: Path) -> None:
+    folder, _ = make(tmp_path, "awq")
+    experts, outputs, groups = 2, 6, 3
+    blocks = torch.randint(0, 256, (experts, outputs, groups, 16), dtype=torch.uint8)
+    scales = torch.randint(120, 130, (experts, outputs, groups), dtype=torch.uint8)
+    save_file({"m.down_proj_blocks": blocks, "m.down_proj_scales": scales}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    got = open_quantized(FolderCheckpoint(folder)).load("m.down_proj")
+    values = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+    for e in range(experts):
+        for o in range(outputs):
+            for j in range(groups * 32):
+                code = int(blocks[e, o, j // 32, j % 32 // 2]) >> 4 * (j % 2) & 15
+                value = values[code & 7] * (-1 if code > 7 else 1) * 2.0 ** (int(scales[e, o, j // 32]) - 127)
+                assert got[e * outputs + o, j].item() == value
+
+
+def test_modelopt_asks_for_its_cache(tmp_path: Path) -> None:
+    checkpoint = open_quantized(FolderCheckpoint(make(tmp_path, "modelopt_nvfp4")[0]))
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    assert checkpoint.container.kv_cache == "fp8"
+    assert set(METHODS) >= {"awq", "gptq", "fp8", "mxfp4", "modelopt", "compressed-tensors"}
