@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,34 @@ def test_the_packaged_model_equals_sentence_transformers(minilm_path: Path) -> N
     ours = np.stack([array(output) for output in encode(runner(folder), ids, EncodeParams())])
     assert (ours * theirs).sum(1).min() >= 0.9999
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+@pytest.mark.models
+def test_the_packaged_models_vectors_are_the_same_alone_and_among_300(minilm_path: Path) -> None:
+    draw = random.Random(7)
+    ids = [
+        [101, *(draw.randrange(1000, 30000) for _ in range(draw.choice((1, 3, 8, 20, 80)))), 102]
+        for _ in range(300)
+    ]
+    run = runner(minilm_path)
+    together = [array(output) for output in encode(run, sorted(ids, key=len), EncodeParams())]
+    for place in (0, 1, 77, 150, 298, 299):
+        (alone,) = encode(run, [sorted(ids, key=len)[place]], EncodeParams())
+        np.testing.assert_allclose(array(alone), together[place], atol=1e-6)
+
+
+@pytest.mark.models
+def test_the_packaged_model_in_bfloat16_keeps_its_directions(minilm_path: Path) -> None:
+    from headrace.checkpoints.resolve import open_checkpoint
+    from headrace.execution.encode_runner import EncodeRunner
+    from headrace.models.encode_model import load_encode_model
+
+    draw = random.Random(8)
+    ids = [[101, *(draw.randrange(1000, 30000) for _ in range(n)), 102] for n in (2, 9, 30, 100)]
+    exact = np.stack([array(output) for output in encode(runner(minilm_path), ids, EncodeParams())])
+    checkpoint = open_checkpoint(minilm_path)
+    model = load_encode_model(minilm_path, checkpoint, dtype=torch.bfloat16, device="cpu")
+    low = np.stack(
+        [array(output) for output in encode(EncodeRunner(model, torch.device("cpu")), ids, EncodeParams())]
+    )
+    assert (exact * low).sum(1).min() > 0.999

@@ -18,6 +18,7 @@ _QWEN3 = (
     "<Instruct>: {{ instruction or 'Given a web search query, retrieve relevant passages that answer the query' }}\n"
     "<Query>: {{ query }}\n<Document>: {{ document }}"
     "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    "\n"  # jinja2 drops a template's last line break
 )
 _KNOWN = (("qwen3", re.compile(r"qwen3[-_ ]?reranker", re.IGNORECASE), _QWEN3),)
 _MARK = "\ue000document\ue000"  # private use: no text of a model holds it
