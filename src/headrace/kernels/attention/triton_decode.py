@@ -52,10 +52,10 @@ def decode_shape(num_heads: int, padded: int) -> DecodeShape:
     if padded > 128:
         return DecodeShape(32, 128, 1, 4, 3)
     if num_heads <= 32:
-        return DecodeShape(64, 64, 2, 4, 3)
+        return DecodeShape(64, 64, 1, 4, 3)
     if num_heads <= 128:
-        return DecodeShape(64, 256, 2, 4, 5)
-    return DecodeShape(64, 1024, 2, 4, 7)
+        return DecodeShape(64, 256, 2, 4, 4)
+    return DecodeShape(64, 1024, 2, 4, 4)
 
 
 @dataclass(slots=True)
@@ -112,34 +112,52 @@ def _norm_rope(x, other, gain, gain_other, cos, sin, D: tl.constexpr, R: tl.cons
 
 
 @triton.jit
-def _load_tile(k_cache, v_cache, table_ptr, key, hi, cache_block, cache_token, head_offset, BLOCK: tl.constexpr,
-               TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
-    """Keys and values [TILE, DP] from ``key`` on, zero from ``hi`` on."""
+def _blocks(table_ptr, key, hi, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Blocks of the keys [key, key + TILE), int32; 0 from ``hi`` on."""
     at = key + tl.arange(0, TILE)
-    d = tl.arange(0, DP)[None, :]
-    ok = at < hi
-    block = tl.load(table_ptr + at // BLOCK, mask=ok, other=0).to(tl.int64)
-    slot = block * cache_block + (at % BLOCK) * cache_token + head_offset
-    if D == DP:
-        full = ok[:, None]
-    else:
-        full = ok[:, None] & (d < D)
-    k = tl.load(k_cache + slot[:, None] + d, mask=full, other=0.0)
-    v = tl.load(v_cache + slot[:, None] + d, mask=full, other=0.0)
-    return k, v, ok
+    return tl.load(table_ptr + at.to(tl.uint32) // BLOCK, mask=at < hi, other=0)
 
 
 @triton.jit
-def _add_tile(acc, peak, norm, q, k, v, ok, scale, soft_cap, CAPPED: tl.constexpr):
-    """One step of the online softmax, in powers of 2."""
+def _load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head_offset, BLOCK: tl.constexpr,
+               TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Keys and values [TILE, DP] from ``key`` on; with MASKED zero from ``hi`` on. WIDE: 64-bit offsets."""
+    at = key + tl.arange(0, TILE)
+    d = tl.arange(0, DP)[None, :]
+    if WIDE:
+        blocks = blocks.to(tl.int64)
+    slot = blocks * cache_block + (at.to(tl.uint32) % BLOCK).to(tl.int32) * cache_token + head_offset
+    at_k = k_cache + slot[:, None] + d
+    at_v = v_cache + slot[:, None] + d
+    if MASKED:
+        full = (at < hi)[:, None] & (d < D)
+        k = tl.load(at_k, mask=full, other=0.0)
+        v = tl.load(at_v, mask=full, other=0.0)
+    elif D == DP:
+        k = tl.load(at_k)
+        v = tl.load(at_v)
+    else:
+        k = tl.load(at_k, mask=d < D, other=0.0)
+        v = tl.load(at_v, mask=d < D, other=0.0)
+    return k, v
+
+
+@triton.jit
+def _add_tile(acc, peak, norm, q, k, v, left, scale, soft_cap, CAPPED: tl.constexpr, MASKED: tl.constexpr):
+    """One step of the online softmax, in powers of 2; with MASKED only the first ``left`` keys count."""
     dtype: tl.constexpr = q.dtype
-    score = tl.dot(q, tl.trans(k.to(dtype)), out_dtype=tl.float32, input_precision="ieee") * scale
+    score = tl.dot(q, tl.trans(k.to(dtype)), out_dtype=tl.float32, input_precision="ieee")
+    factor = scale * 1.4426950408889634
     if CAPPED:
-        score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
-    score = tl.where(ok[None, :], score * 1.4426950408889634, float("-inf"))
-    top = tl.maximum(peak, tl.max(score, 1))
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    p = tl.exp2(score - safe[:, None])
+        score = soft_cap * (2.0 * tl.sigmoid(2.0 * score * scale / soft_cap) - 1.0)
+        factor = 1.4426950408889634
+    if MASKED:
+        score = tl.where((tl.arange(0, k.shape[0]) < left)[None, :], score, float("-inf"))
+    top = tl.maximum(peak, tl.max(score, 1) * factor)
+    safe = top
+    if MASKED:
+        safe = tl.where(top == float("-inf"), 0.0, top)
+    p = tl.exp2(score * factor - safe[:, None])
     alpha = tl.exp2(peak - safe)
     norm = norm * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
@@ -218,7 +236,7 @@ def _decode(
     gain_ptr, eps, cos_ptr, sin_ptr, num_seqs, num_kv_heads, scale, soft_cap,
     G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr,
+    FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, WIDE: tl.constexpr,
     MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # Lengths, tables and older keys are written by no kernel that may still run (kernels/step), so a fused step
@@ -267,8 +285,14 @@ def _decode(
             lo = tl.maximum(lo, length - WINDOW)
         if FUSED:
             hi = tl.minimum(hi, length - 1)
-        k, v, ok = _load_tile(k_cache, v_cache, table_ptr, lo, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                              TILE, D, DP)  # fmt: skip
+        # The last tile, which may not be full, goes first: the others need no masks.
+        tail = lo + tl.maximum(hi - lo - 1, 0) // TILE * TILE
+        blocks = _blocks(table_ptr, tail, hi, BLOCK, TILE)
+        k, v = _load_tile(k_cache, v_cache, blocks, tail, hi, cache_block, cache_token, head * cache_head, BLOCK,
+                          TILE, D, DP, WIDE, True)  # fmt: skip
+        # Blocks are always read one tile ahead: were they read with their keys, the software pipeline would have
+        # to empty itself for each tile.
+        blocks = _blocks(table_ptr, lo, tail, BLOCK, TILE)
         q_heads = tl.minimum(head * G + g, num_heads - 1)[:, None]
         q_at = q_ptr + token * q_row + q_heads * q_head
         q_ok = (g[:, None] < G) & (d[None, :] < D)
@@ -327,11 +351,13 @@ def _decode(
             acc += new_v.to(tl.float32)
         else:
             q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
-        acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, ok, scale, soft_cap, CAPPED)
-        for key in range(lo + TILE, hi, TILE):
-            k, v, ok = _load_tile(k_cache, v_cache, table_ptr, key, hi, cache_block, cache_token, head * cache_head,
-                                  BLOCK, TILE, D, DP)  # fmt: skip
-            acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, ok, scale, soft_cap, CAPPED)
+        acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, hi - tail, scale, soft_cap, CAPPED, True)
+        for key in range(lo, tail, TILE):
+            following = _blocks(table_ptr, key + TILE, tail, BLOCK, TILE)
+            k, v = _load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head * cache_head, BLOCK,
+                              TILE, D, DP, WIDE, False)  # fmt: skip
+            blocks = following
+            acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, TILE, scale, soft_cap, CAPPED, False)
 
         o_at = token * num_heads * D
         if count == 1:
@@ -423,7 +449,7 @@ def decode_attention(
         G=group, GP=max(16, merged), GM=merged, D=head_dim, DP=padded, R=width,
         BLOCK=block_size, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=norm, ROWS=rows is not None,
-        STARTS=query_starts is not None, MAX_SPLITS=MAX_SPLITS, MIN_SPLIT=shape.min_split,
+        STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS, MIN_SPLIT=shape.min_split,
         CHUNK=max(1, min(8, 2048 // (merged * padded))), **options,
     )  # fmt: skip
     return out

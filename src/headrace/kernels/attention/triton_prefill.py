@@ -27,12 +27,18 @@ def _span(acc, peak, norm, q, k_ptr, v_ptr, table_ptr, key_row, first_key, kv_bl
     dtype: tl.constexpr = q.dtype
     d = tl.arange(0, DP)
     n = tl.arange(0, TILE)
+    # Blocks are read one tile ahead of their keys (see _load_tile of triton_decode).
+    following = tl.zeros([TILE], tl.int32)
+    if PAGED:
+        following = tl.load(table_ptr + (lo + n).to(tl.uint32) // BLOCK, mask=lo + n < length, other=0)
     for key in range(lo, hi, TILE):
         at = key + n
         ok = at < length
         if PAGED:
-            block = tl.load(table_ptr + at // BLOCK, mask=ok, other=0).to(tl.int64)
-            slot = block * kv_block + (at % BLOCK) * kv_token
+            block = following.to(tl.int64)
+            ahead = at + TILE
+            following = tl.load(table_ptr + ahead.to(tl.uint32) // BLOCK, mask=ahead < length, other=0)
+            slot = block * kv_block + (at.to(tl.uint32) % BLOCK).to(tl.int32) * kv_token
         else:
             slot = (first_key + at).to(tl.int64) * key_row
         if MASKED:
@@ -175,9 +181,7 @@ def prefill_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     assert q.stride(2) == 1 and k.stride(-1) == 1 and k.stride() == v.stride()
     paged = tables is not None
-    rows, tile, warps, stages = _shape(
-        padded, num_tokens * group // max(num_seqs, 1), q.element_size(), paged
-    )
+    rows, tile, warps, stages = _shape(padded, num_tokens * group // max(num_seqs, 1), q.element_size())
     grid = (num_tokens * group // rows + num_seqs, num_heads // group)
     _prefill[grid](
         q, q.stride(0), q.stride(1), k, v, 0 if paged else k.stride(0), k.stride(0), k.stride(-3), k.stride(-2), out,
@@ -190,8 +194,8 @@ def prefill_attention(
     return out
 
 
-def _shape(padded: int, rows_per_seq: int, itemsize: int, paged: bool) -> tuple[int, int, int, int]:
-    """(query rows, keys, warps, stages) of a tile. Keys by way of a table take two stages a buffer."""
+def _shape(padded: int, rows_per_seq: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(query rows, keys, warps, stages) of a tile."""
     if INTERPRETED:
         return 16, 16, 4, 1
     if itemsize == 4:
@@ -200,4 +204,4 @@ def _shape(padded: int, rows_per_seq: int, itemsize: int, paged: bool) -> tuple[
         return 64, 32, 4, 2
     if rows_per_seq <= 64:
         return 64, 64, 4, 3
-    return 128, 64, 8, 5 if paged else 3
+    return 128, 64, 8, 3

@@ -102,7 +102,7 @@ def _gemv(x_ptr, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr, N, K, ep
 def _skinny(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr, parts_ptr, arrivals_ptr, M, N, K, eps,
             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr,
             BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr, ARGMAX: tl.constexpr,
-            PDL: tl.constexpr):  # fmt: skip
+            EVEN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out[m, n] for all M rows and BN columns, over one of SPLITS ranges of K."""
     if PDL:
         gdc_launch_dependents()
@@ -118,6 +118,9 @@ def _skinny(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr,
     hi = tl.minimum(lo + span, K)
     # Rows past N repeat the last one: no mask on the large loads.
     w_at = w_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K + cols[None, :]
+    gain = tl.zeros([BK], tl.float32)
+    if NORM:
+        gain = tl.load(gain_ptr + lo + cols, mask=lo + cols < K, other=0.0).to(tl.float32)
     if PDL:
         LINE: tl.constexpr = 64
         lines = tl.arange(0, BK // LINE) * LINE
@@ -127,22 +130,32 @@ def _skinny(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr,
             if GATE > 0:
                 prefetch_l2(ahead + N.to(tl.int64) * K + k)
         gdc_wait()
-    x_at = x_ptr + m[None, :] * x_row + cols[:, None]
+    # Rows past M repeat the last one too; their results are not stored.
+    x_at = x_ptr + tl.minimum(m, M - 1)[None, :] * x_row + cols[:, None]
     acc = tl.zeros([BN, BM], tl.float32)
     acc2 = tl.zeros([BN, BM], tl.float32)
     squares = tl.zeros([BM], tl.float32)
     for k in range(lo, hi, BK):
         k_ok = k + cols < K
-        w = tl.load(w_at + k, mask=k_ok[None, :], other=0.0)
-        x = tl.load(x_at + k, mask=k_ok[:, None] & m_ok[None, :], other=0.0)
+        if EVEN:
+            w = tl.load(w_at + k)
+            x = tl.load(x_at + k)
+        else:
+            w = tl.load(w_at + k, mask=k_ok[None, :], other=0.0)
+            x = tl.load(x_at + k, mask=k_ok[:, None], other=0.0)
         if NORM:
-            gain = tl.load(gain_ptr + k + cols, mask=k_ok, other=0.0).to(tl.float32)
+            # The next gain is on its way while this one is used.
+            following = tl.load(gain_ptr + k + BK + cols, mask=k + BK + cols < K, other=0.0).to(tl.float32)
             wide = x.to(tl.float32)
             squares += tl.sum(wide * wide, 0)
             x = (wide * gain[:, None]).to(x.dtype)
+            gain = following
         acc = tl.dot(w, x, acc, out_dtype=tl.float32, input_precision="ieee")
         if GATE > 0:
-            w2 = tl.load(w_at + N.to(tl.int64) * K + k, mask=k_ok[None, :], other=0.0)
+            if EVEN:
+                w2 = tl.load(w_at + N.to(tl.int64) * K + k)
+            else:
+                w2 = tl.load(w_at + N.to(tl.int64) * K + k, mask=k_ok[None, :], other=0.0)
             acc2 = tl.dot(w2, x, acc2, out_dtype=tl.float32, input_precision="ieee")
     last = True
     if SPLITS > 1:
@@ -250,7 +263,8 @@ def _launch(
         parts, arrivals = _SCRATCH.get(x.device, tiles * shape.splits * height * shape.bm, tiles)
     _skinny[(tiles * shape.splits,)](
         x, x.stride(0), weight, out, gain, bias, residual, best, parts, arrivals, num_rows, n, k, eps,
-        BM=shape.bm, BN=shape.bn, BK=shape.bk, SPLITS=shape.splits, **flags, **options,
+        BM=shape.bm, BN=shape.bn, BK=shape.bk, SPLITS=shape.splits, EVEN=k % shape.bk == 0, **flags,
+        **options,
     )  # fmt: skip
 
 

@@ -1,0 +1,68 @@
+"""Start-up: process start to first token, broken down, without reading weights.
+
+    python -m benchmarks.startup --model qwen3-0.6b --record
+
+Each measurement is a process of its own: once with an empty cache of compiled kernels, once with a filled one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks.common import Recorder, arguments
+
+
+def child(name: str, began: float) -> None:
+    """What a core does until its first token; prints seconds since ``began`` for each stage."""
+    stages = {"python": time.time() - began}
+    import torch
+
+    from benchmarks.common import model_config
+    from benchmarks.generate import build_core, run_case
+    from headrace.models.loading import random_weights
+    from headrace.models.registry import read_config
+
+    stages["imports"] = time.time() - began
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = random_weights(read_config(model_config(name)), dtype=dtype, device=device)
+    stages["weights"] = time.time() - began
+    core = build_core(model, [(1, 128, 2)], eager=device == "cpu", step_tokens=8192)
+    stages["cache"] = time.time() - began
+    run_case(core, (1, 128, 1), model.config.vocab_size, 1)
+    stages["first_token"] = time.time() - began
+    run_case(core, (1, 128, 2), model.config.vocab_size, 2)
+    stages["first_decode_step"] = time.time() - began
+    print(json.dumps(stages))
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default="qwen3-0.6b")
+    parser.add_argument("--child", type=float, help="internal")
+    args = parser.parse_args()
+    if args.child is not None:
+        child(args.model, args.child)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        for case in ("cold kernels", "warm kernels"):
+            command = [sys.executable, "-m", "benchmarks.startup", "--model", args.model, "--child", repr(time.time())]
+            environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            rows.append((case, json.loads(done.stdout.splitlines()[-1])))
+    recorder = Recorder("startup", args)  # imports torch: after the measurements
+    for case, stages in rows:
+        recorder.row(
+            model=args.model, precision="bfloat16", case=case, metric="seconds", value=stages["first_token"],
+            stages={name: round(seconds, 2) for name, seconds in stages.items()},
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
