@@ -10,12 +10,12 @@ import torch
 
 from headrace.checkpoints.fetch import installed
 from headrace.config.plan.weights import KEPT_BLOCKS
+from headrace.config.quantization import TYPES
 from headrace.config.resolve import resolve
 from headrace.config.schema.own import SCHEMES
 from headrace.config.spec import EngineSpec
 from headrace.engines.build import build
 from headrace.engines.plan import cpu_machine, plan_for
-from headrace.quantization.registry import LOAD_TIME
 from headrace.quantization.schemes.int4 import fast_on_this_cpu
 from support.tiny_folder import write_llama
 
@@ -69,7 +69,9 @@ def test_kept_blocks_are_those_of_the_loader() -> None:
 
     assert set(KEPT_BLOCKS) == set(KEEPABLE)
     assert cpu_machine().packs == fast_on_this_cpu()
-    assert {scheme for scheme in SCHEMES if scheme.startswith("int")} == set(LOAD_TIME)
+    assert {scheme for scheme in SCHEMES if scheme.startswith("int")} == {
+        t for t in TYPES if t.startswith("int")
+    }
 
 
 @pytest.mark.models

@@ -142,8 +142,8 @@ CASES: dict[str, tuple[Pack, dict[str, Any] | None]] = {
         compressed("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}),
     ),
     "ct_int8_packed": (
-        packed_int(8, 64, zeros=False),
-        compressed("pack-quantized", {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64}),
+        packed_int(8, 32, zeros=False),
+        compressed("pack-quantized", {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 32}),
     ),
     "ct_int8": (
         int8_pack,
@@ -175,8 +175,8 @@ CASES: dict[str, tuple[Pack, dict[str, Any] | None]] = {
         {"quant_method": "gptq", "bits": 4, "desc_act": True, "checkpoint_format": "gptq_v2"},
     ),
     "gptq_8": (
-        lambda base, weight: write.gptq(base, weight, 64, RNG, bits=8, v1=True, order=False),
-        {"quant_method": "gptq", "bits": 8, "group_size": 64},
+        lambda base, weight: write.gptq(base, weight, 32, RNG, bits=8, v1=True, order=False),
+        {"quant_method": "gptq", "bits": 8, "group_size": 32},
     ),
 }
 
