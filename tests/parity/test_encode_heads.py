@@ -131,19 +131,19 @@ CAUSAL: dict[str, dict[str, Any]] = {
 def make_causal(folder: Path, stem: str, head: str, **fields: Any) -> Any:
     import transformers
 
-    config = getattr(transformers, f"{stem}Config")(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=90,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **{**CAUSAL[stem], **fields},
-    )
+    defaults = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 90,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = getattr(transformers, f"{stem}Config")(**{**defaults, **CAUSAL[stem], **fields})
     name = stem.removesuffix("Text") if head == "ForSequenceClassification" and stem != "Gemma3Text" else stem
     torch.manual_seed(1)
     model = getattr(transformers, name + head)(config).eval()

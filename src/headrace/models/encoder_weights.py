@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from headrace.checkpoints.base import Checkpoint
 from headrace.errors import MissingFile, UnsupportedCheckpoint
 from headrace.models.encoder import EncoderModel
-from headrace.models.encoder_families import EncoderFamily, Names
+from headrace.models.encoder_family import EncoderFamily, Names
 
 __all__ = ["find_prefix", "load_encoder", "load_module"]
 

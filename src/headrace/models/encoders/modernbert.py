@@ -1,0 +1,96 @@
+"""ModernBERT (Warner et al. 2024): windows, rotary, GeGLU, norms before the blocks."""
+
+from __future__ import annotations
+
+from headrace.layers.rotary import RopeConfig
+from headrace.models.encoder import EncoderConfig
+from headrace.models.encoder_family import EncoderFamily, Names, common_fields
+from headrace.models.reading import ConfigReader
+
+__all__ = ["MODERNBERT"]
+
+
+def _modernbert(read: ConfigReader) -> EncoderConfig:
+    common = common_fields(read)
+    layers = common["num_layers"]
+    every = read.integer("global_attn_every_n_layers", 3)
+    kinds = read.get("layer_types")
+    local = (
+        [kind == "sliding_attention" for kind in kinds] if kinds else [i % every != 0 for i in range(layers)]
+    )
+    # local_attention counts both sides; a token sees half of it to each side.
+    window = read.integer("local_attention", 128) // 2 + 1
+    full, sliding = _modernbert_thetas(read)
+    bias = read.flag("attention_bias")
+    mlp_bias = read.flag("mlp_bias")
+    for name in (
+        "deterministic_flash_attn",
+        "reference_compile",
+        "repad_logits_with_grad",
+        "sparse_prediction",
+    ):
+        read.get(name)
+    for name in (
+        "sparse_pred_ignore_index",
+        "initializer_cutoff_factor",
+        "decoder_bias",
+        "embedding_dropout",
+    ):
+        read.get(name)
+    for name in (
+        "classifier_pooling",
+        "classifier_bias",
+        "classifier_activation",
+        "mlp_dropout",
+        "cls_token_id",
+    ):
+        read.get(name)
+    return EncoderConfig(
+        **common,
+        max_tokens=read.integer("max_position_embeddings", 8192),
+        rope=RopeConfig(dim=common["head_dim"], theta=full),
+        local_rope=RopeConfig(dim=common["head_dim"], theta=sliding),
+        windows=tuple(window if is_local else None for is_local in local),
+        norm_eps=read.number("norm_eps", 1e-5),
+        norm_bias=read.flag("norm_bias"),
+        pre_norm=True,
+        first_norm=False,
+        qkv_bias=bias,
+        output_bias=bias,
+        gated=True,
+        activation=read.activation("hidden_activation", default="gelu"),
+        up_bias=mlp_bias,
+        down_bias=mlp_bias,
+    )
+
+
+def _modernbert_thetas(read: ConfigReader) -> tuple[float, float]:
+    """Rotary bases of full and of sliding layers, in the old spelling or the new."""
+    thetas = {
+        "full_attention": read.number("global_rope_theta", 160000.0),
+        "sliding_attention": read.number("local_rope_theta", 10000.0),
+    }
+    parameters = read.get("rope_parameters") or {}
+    for kind in thetas:
+        given = parameters.get(kind) or {}
+        if given.get("rope_type", "default") != "default":
+            raise read.refuse("rope_parameters", parameters, "rope_type default")
+        thetas[kind] = float(given.get("rope_theta", thetas[kind]))
+    return thetas["full_attention"], thetas["sliding_attention"]
+
+
+def _modernbert_names(config: EncoderConfig) -> Names:
+    return {
+        "word": ("embeddings.tok_embeddings",),
+        "embedding_norm": ("embeddings.norm",),
+        "layers.{i}.attention_norm": ("layers.{i}.attn_norm",),
+        "layers.{i}.attention.qkv": ("layers.{i}.attn.Wqkv",),
+        "layers.{i}.attention.o": ("layers.{i}.attn.Wo",),
+        "layers.{i}.mlp_norm": ("layers.{i}.mlp_norm",),
+        "layers.{i}.mlp.gate_up": ("layers.{i}.mlp.Wi",),
+        "layers.{i}.mlp.down": ("layers.{i}.mlp.Wo",),
+        "norm": ("final_norm",),
+    }
+
+
+MODERNBERT = EncoderFamily(("modernbert",), _modernbert, _modernbert_names)
