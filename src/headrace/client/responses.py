@@ -100,7 +100,7 @@ class Timed:
         return [reply.headers for reply in self._heads]
 
 
-class OpenAIEmbeddingData:
+class OpenAIEmbeddingData(msgspec.Struct, gc=False):
     """One vector, kept as float32 bytes (or as the base64 text that was asked for) until it is looked at.
 
     Attributes:
@@ -108,12 +108,9 @@ class OpenAIEmbeddingData:
         object: ``embedding``.
     """
 
-    __slots__ = ("_raw", "index", "object")
-
-    def __init__(self, index: int, raw: str | bytes | memoryview, object: str = "embedding") -> None:
-        self.index = index
-        self.object = object
-        self._raw = raw
+    index: int
+    _raw: Any  # str, bytes or memoryview
+    object: str = "embedding"
 
     @property
     def embedding(self) -> list[float] | str:
