@@ -37,7 +37,7 @@ from headrace.quantization.scaled import ScaledLinear
 from headrace.scheduling.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["build", "eos_token_ids"]
+__all__ = ["build", "choose_device", "choose_dtype", "eos_token_ids"]
 
 
 def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Ready]:
@@ -51,7 +51,7 @@ def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Rea
     began = time.perf_counter()
     require_supported(spec)
     checkpoint = open_weights(spec)
-    device = _device(spec)
+    device = choose_device(spec)
     threads = spec.num_threads or torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)  # reading files gains little from more, and loses much where others compute
@@ -82,7 +82,7 @@ def _build_encode(
             f"quantization is {spec.quantization!r}; encoders are not quantized yet: leave it out",
             param="quantization",
         )
-    dtype = _dtype(spec, checkpoint, device)
+    dtype = choose_dtype(spec, checkpoint, device)
     core, ready = build_encode(spec, checkpoint, device, dtype)
     ready.summary.update(_summary(checkpoint, core.runner.model, device, dtype))
     return core, ready
@@ -108,7 +108,7 @@ def _summary(
 def _build_generate(
     spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, progress: Progress | None
 ) -> tuple[GenerateCore, Ready]:
-    dtype = _dtype(spec, checkpoint, device, packs=True)
+    dtype = choose_dtype(spec, checkpoint, device, packs=True)
     model = load_weights(spec, checkpoint, dtype, device, progress)
     cache_dtype = kv_dtype(spec, checkpoint, model.config, dtype)
     if model.config.headless:
@@ -207,7 +207,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         return None
 
 
-def _device(spec: EngineSpec) -> torch.device:
+def choose_device(spec: EngineSpec) -> torch.device:
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device is 'cuda' and torch finds no CUDA device; use device cpu or auto", param="device"
@@ -217,7 +217,7 @@ def _device(spec: EngineSpec) -> torch.device:
     return torch.device(spec.device)
 
 
-def _dtype(
+def choose_dtype(
     spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, *, packs: bool = False
 ) -> torch.dtype:
     """What was asked for; else what is fast and as right as the weights are.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from headrace.config.quantization import TYPES
 from headrace.config.schema.common import SOURCES
 from headrace.config.schema.fields import (
     REQUIRED,
@@ -28,10 +29,7 @@ from headrace.config.yaml import Node
 
 __all__ = ["KV_DTYPES", "OWN", "SCHEMES"]
 
-SCHEMES = (
-    *("fp8", "fp8_mlp_only", "fp8_block", "nvfp4", "nvfp4_mlp_only", "mxfp4"),
-    *("int8", "int4", "int4-g64", "int4-g128"),
-)
+SCHEMES = tuple(TYPES)
 POOLINGS = (
     *(
         "cls",

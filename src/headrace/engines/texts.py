@@ -1,0 +1,95 @@
+"""Texts to calibrate with and to compare on: the packaged set, or rows of a user's file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from headrace.checkpoints.base import Checkpoint
+from headrace.errors import ConfigError, MissingFile
+from headrace.text.template import ChatTemplate
+from headrace.text.tokenizer import Tokenizer
+
+__all__ = ["PACKAGED_TEXTS", "Row", "read_rows", "tokenized"]
+
+PACKAGED_TEXTS = Path(__file__).parent.parent / "quantization" / "texts.jsonl"
+
+Row = str | list[dict[str, Any]]
+"""A text, or the messages of a chat."""
+
+
+def read_rows(file: Path, *, limit: int | None = None) -> list[Row]:
+    """Rows of a file.
+
+    Args:
+        file: ``.jsonl`` (or ``.json``, a list) with a column ``text``, or ``messages`` as a chat API takes them;
+            any other file is one text a paragraph, paragraphs apart by empty lines.
+        limit: of the number of rows.
+
+    Raises MissingFile, or ConfigError naming the line.
+    """
+    try:
+        content = file.read_text("utf-8")
+    except FileNotFoundError:
+        raise MissingFile(f"there is no file {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read as UTF-8 text: {error}") from None
+    found: list[Row] = []
+    for row in _rows(file, content):
+        if not isinstance(row, str) or row.strip():
+            found.append(row)
+        if limit is not None and len(found) == limit:
+            break
+    if not found:
+        raise ConfigError(f"{file} holds no text")
+    return found
+
+
+def _rows(file: Path, content: str) -> Iterator[Row]:
+    if file.suffix not in (".jsonl", ".json"):
+        yield from content.split("\n\n")
+        return
+    lines = content.splitlines()
+    if file.suffix == ".json":
+        rows = _json(content, f"{file}")
+        if not isinstance(rows, list):
+            raise ConfigError(f"{file} holds a JSON {type(rows).__name__}; expected a list of rows")
+        lines = [json.dumps(row) for row in rows]
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _row(_json(line, f"{file}, line {number}"), f"{file}, line {number}")
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} is no JSON: {error}") from None
+
+
+def _row(row: Any, where: str) -> Row:
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return str(row["text"])
+        messages = row.get("messages")
+        if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+            return messages
+    raise ConfigError(f"{where} has neither 'text' (a string) nor 'messages' (a list of objects)")
+
+
+def tokenized(checkpoint: Checkpoint, rows: Sequence[Row], max_tokens: int) -> list[list[int]]:
+    """Token ids of each row as requests would have them (chats by the model's template), cut to ``max_tokens``."""
+    tokenizer = Tokenizer.from_path(checkpoint.path)
+    template: ChatTemplate | None = None
+    found = []
+    for row in rows:
+        if isinstance(row, str):
+            found.append(tokenizer.encode(row)[:max_tokens])
+            continue
+        if template is None:
+            template = ChatTemplate.from_sources(tokenizer.sources, tokenizer.special_tokens)
+        text = template.render(row, add_generation_prompt=False)
+        found.append(tokenizer.encode(text, add_special_tokens=False)[:max_tokens])
+    return found
