@@ -101,7 +101,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check("top_p", self.top_p, 0.0, 1.0, above=True)
         _check("top_k", self.top_k, -1, None)
         _check("min_p", self.min_p, 0.0, 1.0)
-        _check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        _check("repetition_penalty", self.repetition_penalty, 0.01, 100.0)  # smaller ones overflow logits
         _check("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         _check("seed", self.seed, -_INT64, _INT64 - 1, optional=True)

@@ -124,13 +124,24 @@ class AsyncEngine:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def prompts(self, inputs: Sequence[PromptLike], *, add_special_tokens: bool = True) -> list[Prompt]:
-        """Tokenize texts; take token ids and Prompts as they are."""
-        size = sum(len(item) for item in inputs if isinstance(item, str))
-        return await self._offload(size, partial(self._prompts, inputs, add_special_tokens))
+    async def prompts(
+        self, inputs: Sequence[PromptLike], *, add_special_tokens: bool = True, cut: bool = False
+    ) -> list[Prompt]:
+        """Tokenize texts; take token ids and Prompts as they are.
 
-    def _prompts(self, inputs: Sequence[PromptLike], add_special_tokens: bool) -> list[Prompt]:
+        Args:
+            cut: they will be cut to fit. Else a text that is far too long is refused by its beginning.
+
+        Raises ContextLengthExceeded.
+        """
+        size = sum(len(item) for item in inputs if isinstance(item, str))
+        return await self._offload(size, partial(self._prompts, inputs, add_special_tokens, cut))
+
+    def _prompts(self, inputs: Sequence[PromptLike], add_special_tokens: bool, cut: bool) -> list[Prompt]:
         texts = [item for item in inputs if isinstance(item, str)]
+        if not cut:
+            for text in texts:
+                self._check_length(text, "prompt")
         if len(texts) > 1:
             encoded = iter(self.kit.tokenizer.encode_batch(texts, add_special_tokens))
         else:
@@ -143,10 +154,29 @@ class AsyncEngine:
                 prompts.append(item if isinstance(item, Prompt) else Prompt(tuple(item)))
         return prompts
 
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse a text that is far too long without reading it to its end: that may take half a minute.
+
+        A beginning with twice the tokens that fit is proof enough: cutting a text splits its last word only.
+        """
+        limit = self.max_model_len
+        size = 8 * limit  # characters; few prompts that fit are longer
+        while size < len(text):
+            if (count := len(self.kit.tokenizer.encode(text[:size], False))) > 2 * limit:
+                raise self._too_long(f"more than {count} tokens", param)
+            size *= 2
+
+    def _too_long(self, count: str, param: str) -> ContextLengthExceeded:
+        return ContextLengthExceeded(
+            f"the prompt has {count}, but model {self.name!r} holds {self.max_model_len} tokens of "
+            "prompt and output together; shorten it or set truncate_prompt_tokens",
+            param=param,
+        )
+
     async def chat_prompt(
-        self, messages: Messages, *, add_special_tokens: bool = False, **options: Any
+        self, messages: Messages, *, add_special_tokens: bool = False, cut: bool = False, **options: Any
     ) -> Prompt:
-        """Render messages with the chat template and tokenize the result.
+        """Render messages with the chat template and tokenize the result; ``cut`` as in `prompts`.
 
         ``options`` are those of `TextKit.render`: ``tools``, ``documents``, ``add_generation_prompt``...
         """
@@ -154,6 +184,8 @@ class AsyncEngine:
 
         def work() -> Prompt:
             text = kit.render(messages, **options)
+            if not cut:
+                self._check_length(text, "messages")
             ids = kit.tokenizer.encode(text, add_special_tokens)
             return Prompt(tuple(ids), text, bool(options.get("continue_final_message")), "messages")
 
@@ -252,21 +284,20 @@ class AsyncEngine:
             raise InvalidRequest("the prompt is empty: it has no tokens", param=prompt.param)
         if count + max(1, params.min_tokens) > limit:
             at_least = f" with min_tokens {params.min_tokens}" if params.min_tokens > 1 else ""
-            raise ContextLengthExceeded(
-                f"the prompt has {count} tokens{at_least}, but model {self.name!r} holds {limit} tokens of "
-                "prompt and output together; shorten it or set truncate_prompt_tokens",
-                param=prompt.param,
-            )
+            raise self._too_long(f"{count} tokens{at_least}", prompt.param)
         _check_ids(prompt.token_ids, self.client.ready.vocab_size, prompt.param)
         return prompt
 
-    async def _one_prompt(self, prompt: PromptLike | None, messages: Messages | None) -> Prompt:
+    async def _one_prompt(
+        self, prompt: PromptLike | None, messages: Messages | None, options: dict[str, Any]
+    ) -> Prompt:
         if (prompt is None) == (messages is None):
             raise InvalidRequest("give either prompt or messages, and not both", param="prompt")
+        cut = options.get("truncate_prompt_tokens") is not None
         if messages is not None:
-            return await self.chat_prompt(messages)
+            return await self.chat_prompt(messages, cut=cut)
         assert prompt is not None
-        return (await self.prompts([prompt]))[0]
+        return (await self.prompts([prompt], cut=cut))[0]
 
     async def generate(
         self,
@@ -278,7 +309,7 @@ class AsyncEngine:
         **options: Any,
     ) -> AsyncIterator[Delta]:
         """Deltas of ``n`` choices as they come. Leaving the iterator aborts; ``options`` as for `open`."""
-        one = await self._one_prompt(prompt, messages)
+        one = await self._one_prompt(prompt, messages, options)
         generation = self.open([one], params or self.default_params(), n=n, **options)
         async with aclosing(generation):
             async for deltas in generation:
@@ -297,7 +328,7 @@ class AsyncEngine:
     ) -> Result:
         """The whole answer: ``best_of`` choices run, the ``n`` of highest log-probability per token"""
         params = params or self.default_params()
-        one = await self._one_prompt(prompt, messages)
+        one = await self._one_prompt(prompt, messages, options)
         runs = n if best_of is None else best_of
         generation = self.open([one], ranked(params, n, runs), n=runs, **options)
         completions = best(await collect(generation), n, keep_logprobs=params.logprobs is not None)

@@ -114,7 +114,8 @@ class LLM:
         talks: Sequence[Any] = conversations if several else [conversations]
 
         async def answer(messages: Messages) -> Result:
-            prompt = await self.engine.chat_prompt(messages, **(template_options or {}))
+            cut = options.get("truncate_prompt_tokens") is not None
+            prompt = await self.engine.chat_prompt(messages, cut=cut, **(template_options or {}))
             return await self.engine.complete(prompt, params, n=n, best_of=best_of, **options)
 
         return self._run_all([lambda talk=talk: answer(talk) for talk in talks], "chat", progress)  # type: ignore[misc]

@@ -187,8 +187,9 @@ class EncodeText:
     ) -> tokenizers.Encoding:
         """The same again, with text tokens cut off so that special tokens stay."""
         backend = self.tokenizer.backend
-        one = backend.encode(first, add_special_tokens=False)
-        two = None if second is None else backend.encode(second, add_special_tokens=False)
+        # The batch call works outside Python's lock; `encode` would stop every thread while it reads a long text.
+        one = backend.encode_batch([first], add_special_tokens=False)[0]
+        two = None if second is None else backend.encode_batch([second], add_special_tokens=False)[0]
         room = limit - (backend.num_special_tokens_to_add(two is not None) if special else 0)
         if room < 1:
             raise InvalidRequest(

@@ -17,6 +17,7 @@ from headrace.text.sources import TextSources, read_sources
 
 __all__ = ["Tokenizer"]
 
+_LOCKED_CHARS = 4096  # of texts up to which the batch call's own cost would be felt
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -69,8 +70,11 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of one text; ``add_special_tokens`` puts the model's start and end around it.
 
-        Special tokens written out in the text become those tokens in either case.
+        Special tokens written out in the text become those tokens in either case. Long texts are worked on
+        outside Python's lock, which ``backend.encode`` holds: a megabyte would stop every thread for seconds.
         """
+        if len(text) > _LOCKED_CHARS:
+            return self.encode_batch([text], add_special_tokens)[0]
         return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:

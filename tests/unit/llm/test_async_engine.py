@@ -174,8 +174,29 @@ def test_chat_renders_and_continues() -> None:
         assert prompt.continuing
         developer = await engine.chat_prompt([{"role": "developer", "content": "x"}])
         assert developer.text.startswith("<|system|>")
-        long = await engine.chat_prompt([{"role": "user", "content": "a" * 10_000}])
+        long = await engine.chat_prompt([{"role": "user", "content": "a" * 10_000}], cut=True)
         assert len(long.token_ids) > 1000
+
+    asyncio.run(main())
+
+
+def test_texts_far_too_long_are_refused_by_their_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        engine = engine_of(gives([]))
+        read: list[int] = []
+        encode = type(TOKENIZER).encode
+        monkeypatch.setattr(
+            type(TOKENIZER), "encode", lambda self, text, *a: read.append(len(text)) or encode(self, text, *a)
+        )
+        with pytest.raises(ContextLengthExceeded, match="more than") as refused:
+            await engine.prompts(["\x01" * 500_000])
+        assert refused.value.param == "prompt"
+        with pytest.raises(ContextLengthExceeded, match="more than") as refused:
+            await engine.chat_prompt([{"role": "user", "content": "\x01" * 500_000}])
+        assert refused.value.param == "messages"
+        assert sum(read) < 50_000
+        [cut] = await engine.prompts(["\x01" * 5000], cut=True)
+        assert len(cut.token_ids) >= 5000
 
     asyncio.run(main())
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
+from headrace.serving.openai.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from support.serving import LiveServer, live, scripted_model
 
 OK_CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -51,6 +53,8 @@ CHAT_CASES = [
     ({"n": 2, "best_of": 1}, "best_of"),
     ({"best_of": 2, "stream": True}, "best_of"),
     ({"seed": 2**80}, "seed"),
+    ({"repetition_penalty": 1e-30}, "repetition_penalty"),
+    ({"logit_bias": {"1": 1, "2": True}}, "logit_bias.2"),
     ({"stop": ""}, "stop"),
     ({"stop": ["a"] * 33}, "stop"),
     ({"stop": 5}, "stop"),
@@ -120,6 +124,8 @@ def test_bad_chat_fields_are_named(server: LiveServer, change: dict[str, Any], p
         ({"prompt": None}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"suffix": "x"}, "suffix"),
+        ({"prompt": ["a"] * 100, "n": 128}, "n"),
+        ({"prompt": ["a"] * 1025, "best_of": 2}, "best_of"),
         ({"echo": True, "logprobs": 1, "stream": True}, "echo"),
         ({"logprobs": 21}, "logprobs"),
         ({"messages": []}, "messages"),
@@ -257,6 +263,29 @@ def test_fuzzed_bodies_never_fail_the_server(
     elif status != 200:
         assert status in (400, 403, 404, 422), (body, reply)
         check_shape(reply)
+
+
+@pytest.mark.parametrize(
+    ("schema", "change"),
+    [
+        (CompletionRequest, {"prompt": [*["a"] * 5000, 5]}),
+        (CompletionRequest, {"prompt": [*[5] * 5000, "a"]}),
+        (CompletionRequest, {"prompt": [["a"]] * 5000}),
+        (CompletionRequest, {"prompt": "a"} | {f"f{k}": 1 for k in range(5000)}),
+        (CompletionRequest, {"prompt": "a", "logit_bias": {str(k): "x" for k in range(5000)}}),
+        (CompletionRequest, {"prompt": "a", "stop_token_ids": ["x"] * 5000}),
+        (ChatRequest, {"messages": [{"role": "king", "content": 5}] * 5000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [5] * 5000}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a"} | {f"f{k}": 1 for k in range(5000)}]}),
+        (EmbeddingRequest, {"input": [*[1] * 5000, "a"]}),
+    ],
+    ids=range(10),
+)
+def test_one_finding_is_enough(schema: type[BaseModel], change: dict[str, Any]) -> None:
+    """Bodies are checked on the event loop: a finding for each wrong item would hold up every request."""
+    with pytest.raises(ValidationError) as found:
+        schema.model_validate({"model": "m"} | change)
+    assert found.value.error_count() < 10
 
 
 def test_bad_requests_disturb_nobody() -> None:

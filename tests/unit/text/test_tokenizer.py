@@ -225,3 +225,24 @@ def test_a_tokenizer_json_beside_a_gguf_file_counts_only_if_it_fits(tmp_path: Pa
     assert read_sources(file).tokenizer_file == tmp_path / "tokenizer.json"
     assert read_sources(tmp_path).gguf is not None
     assert Tokenizer.from_path(tmp_path).eos_ids == (1,)
+
+
+def test_long_texts_leave_pythons_lock(folder: Path) -> None:
+    """`tokenizers`' encode holds it, its batch calls do not."""
+    tokenizer = Tokenizer.from_path(folder)
+    locked: list[int] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(backend, name)
+
+        def encode(self, text: str, **options: Any) -> Any:
+            locked.append(len(text))
+            return backend.encode(text, **options)
+
+    backend, tokenizer.backend = tokenizer.backend, Watched()
+    for size in (10, 20_000):
+        text = "ab c " * size
+        assert tokenizer.encode(text) == list(backend.encode(text).ids)
+        assert tokenizer.encode(text, False) == list(backend.encode(text, add_special_tokens=False).ids)
+    assert locked == [50, 50]

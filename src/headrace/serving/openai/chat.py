@@ -67,6 +67,7 @@ async def render(body: ChatRequest, engine: AsyncEngine, allow_template: bool) -
     return await engine.chat_prompt(
         [_plain(message) for message in body.messages],
         add_special_tokens=bool(body.add_special_tokens),
+        cut=body.truncate_prompt_tokens is not None,
         chat_template=body.chat_template,
         tools=_tools(body),
         documents=body.documents,

@@ -6,15 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from headrace.serving.openai.fields import ApiModel, acts, harmless, refused
+from headrace.serving.openai.fields import ApiModel, Many, Numbers, acts, harmless, refused
 
 __all__ = ["GenerateFields", "StopText", "StreamOptions"]
 
 MAX_CHOICES = 128
 INT32 = 2**31 - 1  # what any engine holds in a number
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
-StopList = Annotated[list[StopText], Field(max_length=32)]
-TokenIds = list[int]
+StopList = Annotated[Many[StopText], Field(max_length=32)]
+TokenIds = Many[int]
 _BEAMS = "it belongs to beam search, which is not offered; sampling and best_of are"
 _REMOTE = "prefill and decode run in one engine here"
 
@@ -55,7 +55,7 @@ class GenerateFields(ApiModel):
     length_penalty: float | None = refused(_BEAMS, 1, 1.0)
     early_stopping: bool | None = refused(_BEAMS, False)
     use_beam_search: bool | None = refused("beam search is not offered; use best_of", False)
-    logit_bias: dict[str, float] | None = acts(None, "Token id (a string) to a number added to its logit.")
+    logit_bias: Numbers | None = acts(None, "Token id (a string) to a number added to its logit.")
     seed: int | None = acts(None, "The same seed gives the same text in any batch; choice k derives its own.")
     stop: StopText | StopList | None = acts(
         None, "A string or up to 32; output ends before the first that occurs."
@@ -90,7 +90,7 @@ class GenerateFields(ApiModel):
     )
     guided_json: Any = acts(None, "A JSON schema (older form of `structured_outputs`).")
     guided_regex: str | None = acts(None, "The whole answer matches this regular expression.")
-    guided_choice: list[str] | None = acts(None, "The answer is one of these.")
+    guided_choice: Many[str] | None = acts(None, "The answer is one of these.")
     guided_grammar: str | None = acts(None, "The answer follows this grammar (Lark or GBNF).")
     guided_decoding_backend: str | None = harmless("There is one back end.")
     guided_whitespace_pattern: str | None = refused("whitespace in JSON is the compiler's choice")

@@ -20,7 +20,7 @@ from headrace.serving.openai.generate import answer, reply_id
 from headrace.serving.openai.logprobs import TokenNames, joined
 from headrace.serving.openai.replies import TextChoice, TextLogprobs, TextReply
 from headrace.serving.openai.sampling import check_stream, num_choices, sampling_params
-from headrace.serving.openai.schemas import CompletionRequest
+from headrace.serving.openai.schemas import MAX_INPUTS, CompletionRequest
 from headrace.serving.verify import Verifier
 from headrace.types import ConstraintSpec, SamplingParams
 
@@ -37,11 +37,21 @@ async def completions(request: web.Request) -> web.StreamResponse:
     if body.stream and body.echo and body.logprobs is not None:
         raise InvalidRequest("echo with logprobs cannot be streamed; set stream to false", param="echo")
     _, runs = num_choices(body)
+    if runs * len(inputs) > MAX_INPUTS:
+        raise InvalidRequest(
+            f"{len(inputs)} prompts with {runs} choices each are {runs * len(inputs)} sequences; "
+            f"expected at most {MAX_INPUTS} in one request",
+            param="n" if body.best_of is None else "best_of",
+        )
     async with open_call(request, body.model, runs * len(inputs)) as call:
         engine = call.model.engine
         wanted = await constrain(body, call.state.grammars)
         params = _params(body, engine, wanted.spec if wanted else None)
-        prompts = await engine.prompts(inputs, add_special_tokens=body.add_special_tokens is not False)
+        prompts = await engine.prompts(
+            inputs,
+            add_special_tokens=body.add_special_tokens is not False,
+            cut=body.truncate_prompt_tokens is not None,
+        )
         if body.echo:
             prompts = [_with_text(prompt, engine) for prompt in prompts]
         call.show_prompt(body.prompt)

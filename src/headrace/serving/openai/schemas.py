@@ -8,11 +8,11 @@ from pydantic import Field, model_validator
 
 from headrace.serving.body import FieldError
 from headrace.serving.openai.common import INT32, GenerateFields
-from headrace.serving.openai.fields import ApiModel, acts, harmless, refused
+from headrace.serving.openai.fields import ApiModel, Many, acts, harmless, refused
 
 __all__ = ["ChatRequest", "CompletionRequest", "EmbeddingRequest", "Message"]
 
-MAX_INPUTS = 2048
+MAX_INPUTS = 2048  # of a request; also its prompts times its choices
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -65,9 +65,9 @@ class Message(ApiModel):
     """One turn of a conversation."""
 
     role: Role
-    content: str | list[ContentPart] | None = None
+    content: str | Many[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
     function_call: FunctionCall | None = None
     refusal: str | None = None
@@ -107,7 +107,7 @@ class Tool(ApiModel):
 class ChatRequest(GenerateFields):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(
+    messages: Many[Message] = Field(
         description="The conversation, text only.", min_length=1, json_schema_extra={"effect": "acted on"}
     )
     max_completion_tokens: int | None = acts(None, "The same as `max_tokens`, and goes before it.", le=INT32)
@@ -115,14 +115,14 @@ class ChatRequest(GenerateFields):
     top_logprobs: int | None = acts(
         None, "So many most likely tokens a position; needs `logprobs`.", ge=0, le=20
     )
-    tools: list[Tool] | None = acts(None, "Handed to the chat template; the reply comes as plain content.")
+    tools: Many[Tool] | None = acts(None, "Handed to the chat template; the reply comes as plain content.")
     tool_choice: str | dict[str, Any] | None = acts(
         None, "`auto` or `none`; `required` and a named function are refused."
     )
     parallel_tool_calls: bool | None = harmless("Calls are not parsed out of the reply in this version.")
-    functions: list[FunctionTool] | None = acts(None, "Old form of `tools`.")
+    functions: Many[FunctionTool] | None = acts(None, "Old form of `tools`.")
     function_call: str | dict[str, Any] | None = acts(None, "Old form of `tool_choice`.")
-    documents: list[dict[str, Any]] | None = acts(None, "Handed to the chat template.")
+    documents: Many[dict[str, Any]] | None = acts(None, "Handed to the chat template.")
     chat_template: str | None = acts(None, "Used instead of the model's own, if the server allows it.")
     chat_template_kwargs: dict[str, Any] | None = acts(None, "Variables for the chat template.")
     chat_template_args: dict[str, Any] | None = acts(None, "The same as `chat_template_kwargs`.")
@@ -138,7 +138,7 @@ class ChatRequest(GenerateFields):
         None, "Handed to the chat template; `none` also sets its `enable_thinking` to false."
     )
     verbosity: Literal["low", "medium", "high"] | None = harmless("No open checkpoint reads it.")
-    modalities: list[Literal["text", "audio"]] | None = acts(None, "`text`; `audio` is refused.")
+    modalities: Many[Literal["text", "audio"]] | None = acts(None, "`text`; `audio` is refused.")
     audio: dict[str, Any] | None = harmless(
         "Only read together with `modalities: [audio]`, which is refused."
     )
@@ -177,7 +177,7 @@ class ChatRequest(GenerateFields):
 class CompletionRequest(GenerateFields):
     """POST /v1/completions"""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | Many[str] | Many[int] | Many[Many[int]] = Field(
         description="Text, token ids, or a list of either.", json_schema_extra={"effect": "acted on"}
     )
     max_tokens: int | None = acts(
@@ -210,7 +210,7 @@ class EmbeddingRequest(ApiModel):
     model: str = Field(
         description="A served name; GET /v1/models lists them.", json_schema_extra={"effect": "acted on"}
     )
-    input: str | list[str] | list[int] | list[list[int]] = Field(
+    input: str | Many[str] | Many[int] | Many[Many[int]] = Field(
         description=f"Text, token ids, or a list of up to {MAX_INPUTS} of either.",
         json_schema_extra={"effect": "acted on"},
     )
