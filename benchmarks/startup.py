@@ -52,7 +52,15 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as cache:
         for case in ("cold kernels", "warm kernels"):
-            command = [sys.executable, "-m", "benchmarks.startup", "--model", args.model, "--child", repr(time.time())]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.startup",
+                "--model",
+                args.model,
+                "--child",
+                repr(time.time()),
+            ]
             environment = {**os.environ, "TRITON_CACHE_DIR": cache}
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             rows.append((case, json.loads(done.stdout.splitlines()[-1])))
