@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api-key", action="append", default=[], metavar="KEY", help="may be given several times")
     add("--api-key-file", action="append", default=[], metavar="FILE", help="one key a line")
     add("--max-body-bytes", type=int, default=8 * 2**20, metavar="N", help="larger bodies get 413 (8 MiB)")
+    add("--data-dir", metavar="DIR", help="folder for /v1/files and /v1/batches; without it they are off")
     add("--drain-seconds", type=float, default=30.0, metavar="S", help="time to finish after SIGTERM (30)")
     add("--allow-chat-template", action="store_true", help="let requests bring templates (they are programs)")
     add("--log-prompts", action="store_true", help="write what clients send into the log")
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         drain_seconds=args.drain_seconds,
         allow_chat_template=args.allow_chat_template,
         log_prompts=args.log_prompts,
+        data_dir=args.data_dir,
     )
     bars = LoadingBars()
     server = Server(
