@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from headrace.kernels.attention import reference
+from headrace.kernels.attention import reference, triton_decode
 from headrace.kernels.attention.triton import attention
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
 from headrace.kernels.rotary.reference import qk_norm_rope, rope
@@ -106,6 +106,29 @@ def test_a_row_ignores_its_neighbours_and_padding() -> None:
     assert torch.equal(out[0], together[1])
     assert out[1:].isnan().all()
     assert not workspace.arrivals.any()
+
+
+SHAPES = (
+    [(64, 64, 1, 4, 3), (64, 256, 2, 4, 4), (64, 1024, 2, 4, 4)]
+    if ON_GPU
+    else [(16, 32, 2, 4, 1), (32, 512, 1, 4, 1)]
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("window", [None, 100])
+def test_any_cut_of_the_keys(
+    shape: tuple[int, ...], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every shape that decode_shape may choose, over pieces that are full, ragged, and of the new key alone."""
+    monkeypatch.setattr(triton_decode, "decode_shape", lambda *_: triton_decode.DecodeShape(*shape))
+    split = shape[1]
+    lens = [split, split + 1, 2 * split + 17, 3, min(5 * split, 600)]
+    for dtype in DTYPES[-1:]:
+        (q, k, v), batch = make_batch([1] * len(lens), lens, 4, 2, 128, dtype)
+        expected = reference.attention(q, k, v, batch, 0, scale=0.09, window=window)
+        out = attention(q, k, v, batch, 0, scale=0.09, window=window)
+        assert error(out, expected) < tolerance(dtype)
 
 
 @pytest.mark.parametrize(("norm", "width"), [(True, 64), (True, 0), (False, 64), (False, 16)])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,53 +30,20 @@ if TYPE_CHECKING:
 
 __all__ = ["GraphRunner", "GraphStep"]
 
+# Finer than powers of two: a padded row or token costs as much as a real one.
 _DECODE = (
-    1,
-    2,
-    4,
-    8,
-    16,
-    24,
-    32,
-    48,
-    64,
-    96,
-    128,
-    160,
-    192,
-    224,
-    256,
-    320,
-    384,
-    448,
-    512,
-    640,
-    768,
-    896,
-    1024,
+    *(1, 2, 4, 8, 16, 24, 32, 48, 64),
+    *range(96, 257, 32),
+    *range(320, 513, 64),
+    *range(640, 1025, 128),
 )
 _MIXED_TOKENS = (
-    16,
-    32,
-    64,
-    96,
-    128,
-    192,
-    256,
-    320,
-    384,
-    448,
-    512,
-    640,
-    768,
-    896,
-    1024,
-    1280,
-    1536,
-    1792,
-    2048,
+    *(16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512),
+    *range(640, 1025, 128),
+    *range(1280, 2049, 256),
+    *range(2560, 4097, 512),
+    *range(5120, 8193, 1024),
 )
-_MIXED_TOKENS += (2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192)
 _MIXED_SEQS = (16, 64, 256, 1024)
 _STAGES = 4  # pinned buffers in turn; at most two steps are in flight
 
@@ -102,6 +69,9 @@ class _Key(NamedTuple):
         return 4 * self.tokens + (3 * self.seqs + 1 if self.kind == "mixed" else 0)
 
 
+_NO_GRAPH = _Key(0, 0, "")
+
+
 @dataclass(slots=True)
 class GraphStep(Step):
     """A step that a graph runs; its input waits in pinned memory.
@@ -113,7 +83,7 @@ class GraphStep(Step):
         tokens: int64 [P], of a greedy decode graph.
     """
 
-    key: _Key = _Key(0, 0, "")
+    key: _Key = _NO_GRAPH
     input: Tensor | None = None
     greedy: bool = False
     updates: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -170,7 +140,7 @@ class GraphRunner(Runner):
         self._decode_sizes = _ladder(_DECODE, max_num_seqs)
         self._seq_sizes = _ladder(_MIXED_SEQS, max_num_seqs)
         self._graphs: dict[_Key, _Graph] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # torch's handle of the graphs' common memory
         largest = max(4 * max_num_seqs, _Key(_MIXED_TOKENS[-1], max_num_seqs, "mixed").size)
         pinned = device.type == "cuda"
         self._stages = [torch.zeros(largest, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]

@@ -66,8 +66,8 @@ def sequence_lanes(num_seqs: int) -> int:
     return int(triton.next_power_of_2(num_seqs))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def prefetch_l2(pointers) -> None:  # type: ignore[no-untyped-def]
+@triton.jit
+def prefetch_l2(pointers):
     """Ask for the 128-byte lines at ``pointers`` to come to L2. Addresses must be mapped; order means nothing."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;",

@@ -120,7 +120,8 @@ def _blocks(table_ptr, key, hi, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head_offset, BLOCK: tl.constexpr,
-               TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+               TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr,
+               MASKED: tl.constexpr):  # fmt: skip
     """Keys and values [TILE, DP] from ``key`` on; with MASKED zero from ``hi`` on. WIDE: 64-bit offsets."""
     at = key + tl.arange(0, TILE)
     d = tl.arange(0, DP)[None, :]
@@ -425,11 +426,10 @@ def decode_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(3) == 1 and q.stride(2) == 1
     assert workspace.partial.shape[0] >= num_seqs and workspace.partial.shape[2] == num_heads
-    width = 0
-    norm = fused is not None and fused.weight is not None
+    gains, cos, sin, eps = None, None, None, 0.0
     if fused is not None:
+        gains, cos, sin, eps = fused.weight, fused.cos, fused.sin, fused.eps
         assert new_k is not None and new_v is not None and new_k.stride() == new_v.stride()
-        width = 0 if fused.cos is None else fused.cos.shape[-1]
     shape = decode_shape(num_seqs * num_kv_heads, padded)
     most = num_seqs * num_kv_heads * MAX_SPLITS
     programs = min(most, num_multiprocessors(q.device) * shape.programs)
@@ -443,13 +443,14 @@ def decode_attention(
         k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         workspace.partial, workspace.arrivals, tables, tables.stride(0), seq_lens if rows is None else rows,
         seq_lens if query_starts is None else query_starts, seq_lens,
-        fused.weight if norm else q, fused.eps if fused is not None else 0.0,
-        fused.cos if width else workspace.partial, fused.sin if width else workspace.partial,
+        q if gains is None else gains, eps, workspace.partial if cos is None else cos,
+        workspace.partial if sin is None else sin,
         num_seqs, num_kv_heads, scale, soft_cap or 0.0,
-        G=group, GP=max(16, merged), GM=merged, D=head_dim, DP=padded, R=width,
+        G=group, GP=max(16, merged), GM=merged, D=head_dim, DP=padded, R=0 if cos is None else cos.shape[-1],
         BLOCK=block_size, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
-        CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=norm, ROWS=rows is not None,
-        STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS, MIN_SPLIT=shape.min_split,
+        CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
+        STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
+        MIN_SPLIT=shape.min_split,
         CHUNK=max(1, min(8, 2048 // (merged * padded))), **options,
     )  # fmt: skip
     return out

@@ -185,8 +185,8 @@ def prefill_attention(
     grid = (num_tokens * group // rows + num_seqs, num_heads // group)
     _prefill[grid](
         q, q.stride(0), q.stride(1), k, v, 0 if paged else k.stride(0), k.stride(0), k.stride(-3), k.stride(-2), out,
-        tables if paged else seq_lens, tables.stride(0) if paged else 0, query_starts, seq_lens, num_seqs, num_heads,
-        scale, soft_cap or 0.0,
+        seq_lens if tables is None else tables, 0 if tables is None else tables.stride(0), query_starts, seq_lens,
+        num_seqs, num_heads, scale, soft_cap or 0.0,
         G=group, D=head_dim, DP=padded, BLOCK=k.shape[1] if paged else 1, ROWS=rows, TILE=tile,
         SEQS=sequence_lanes(num_seqs), WINDOW=window or 0, CAPPED=soft_cap is not None,
         CAUSAL=causal, PAGED=paged, SKIP_SINGLE=skip_single, **launch_options(q.device, warps, stages),

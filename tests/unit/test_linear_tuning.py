@@ -1,0 +1,59 @@
+"""The measured tile shapes are well-formed, and the rule gives a sound shape for everything else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from headrace.kernels.linear import tuning
+from headrace.kernels.linear.tuning import GemvShape, SkinnyShape, gemv_shape, skinny_shape
+
+TABLES = sorted((Path(tuning.__file__).parent / "tuned").glob("*.json"))
+
+
+def power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_measured_shapes(path: Path) -> None:
+    table = json.loads(path.read_text())
+    assert table
+    for key, numbers in table.items():
+        found = re.fullmatch(r"(1|16|32|64):(\d+)x(\d+)(g?)", key)
+        assert found, key
+        rows = int(found[1])
+        shape = GemvShape(*numbers) if rows == 1 else SkinnyShape(*numbers)
+        assert power_of_two(shape.bn), key
+        assert power_of_two(shape.bk), key
+        if isinstance(shape, SkinnyShape):
+            assert shape.bm == rows, key
+            assert shape.splits * shape.bk <= int(found[3]), key
+            assert shared_bytes(shape, gated=bool(found[4])) <= 227 << 10, key
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k"), [(96, 32), (576, 576), (49152, 576), (6144, 4096), (151936, 1024), (4096, 14336)]
+)
+def test_rule(n: int, k: int, gated: bool) -> None:
+    unknown = torch.device("cpu")
+    shape = gemv_shape(unknown, n, k, gated)
+    assert power_of_two(shape.bk)
+    assert shape.bn * shape.bk <= 8192
+    for rows in (2, 16, 17, 33, 64):
+        shape = skinny_shape(unknown, rows, n, k, gated)
+        assert rows <= shape.bm
+        assert shape.splits == 1 or shape.splits * shape.bk <= k
+        assert shared_bytes(shape, gated) <= 113 << 10  # two programs a multiprocessor
+
+
+def shared_bytes(shape: SkinnyShape, gated: bool) -> int:
+    """Pipeline buffers in 16 bits a number."""
+    return 2 * shape.stages * shape.bk * (shape.bn * (2 if gated else 1) + shape.bm)
