@@ -42,14 +42,19 @@ class ConstraintSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """A grammar that the output must follow.
 
     Attributes:
-        kind: ``json_object``, ``json_schema``, ``regex``, ``choice``, ``grammar`` or ``structural_tag``.
-        text: its canonical source (JSON for schemas, choices and tags; Lark for grammars).
+        kind: ``json_object``, ``json_schema``, ``regex``, ``choice``, ``grammar``, ``lark``, ``structural_tag``, or
+            ``text`` (anything, for a head with a limit).
+        text: its canonical source (JSON for schemas, choices and tags; Lark or GBNF for grammars).
         free_until: token ids that end an unconstrained head (thinking); empty: constrained from the start.
+        free_from: the head is there only if the output begins with this token; None: it is there.
+        free_tokens: longest head in tokens; then ``free_until`` is forced. None: no limit.
     """
 
     kind: str
     text: str
     free_until: tuple[int, ...] = ()
+    free_from: int | None = None
+    free_tokens: int | None = None
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.execution.sampler import Sampler, uniform
+from headrace.execution.sampler import Masks, Sampler, uniform
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.table import BlockTable
 from headrace.scheduling.plan import Chunk
@@ -132,12 +132,25 @@ def test_penalties_equal_their_definitions() -> None:
 
 def test_masks_forbid() -> None:
     logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(3))
-    allowed = torch.zeros(VOCAB, dtype=torch.bool)
-    allowed[[5, 9]] = True
+    bits = torch.zeros(2, -(-VOCAB // 32), dtype=torch.int32)
+    bits[:, 0] = 1 << 5 | 1 << 9
+    bits[0, 1] = -(2**31)  # token 63: the sign bit
     chunks = [chunk(0, SamplingParams(seed=1)), chunk(1, SamplingParams(temperature=0.0))]
     sampler = Sampler(2, torch.device("cpu"))
     for c in chunks:
         sampler.admit(c.sequence)
-    tokens = sampler.sample(logits.clone(), chunks, {0: allowed, 1: allowed}).tokens.tolist()
-    assert set(tokens) <= {5, 9}
+    masks = Masks(torch.tensor([1, 0]), bits)
+    tokens = sampler.sample(logits.clone(), chunks, masks).tokens.tolist()
+    assert tokens[1] in (5, 9, 63)
+    assert tokens[0] in (5, 9)
+    masked = logits.clone()
+    masks.forbid(masked)
+    assert torch.isfinite(masked[0]).nonzero()[:, 0].tolist() == [5, 9]
+    assert torch.isfinite(masked[1]).nonzero()[:, 0].tolist() == [5, 9, 63]
+    best = masked[1].argmax()
+    chunks = [chunk(0, SamplingParams(temperature=0.0)), chunk(1, SamplingParams(temperature=0.0))]
+    for c in chunks:
+        sampler.admit(c.sequence)
+    assert sampler.sample(logits.clone(), chunks, masks).tokens[1] == best
+    tokens = sampler.sample(logits.clone(), chunks, Masks(torch.tensor([1]), bits[1:])).tokens.tolist()
     assert tokens[1] == (5 if logits[1, 5] > logits[1, 9] else 9)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headrace.execution.runner import Runner, Step
-from headrace.execution.sampler import Sampled
+from headrace.execution.sampler import Masks, Sampled
 from headrace.kernels.step import argmax_rows, begin_step
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.models.decoder import DecoderModel
@@ -275,7 +275,7 @@ class GraphRunner(Runner):
         return graph.output[0]
 
     @torch.inference_mode()
-    def sample(self, step: Step, masks: dict[int, Tensor] | None = None) -> Step:
+    def sample(self, step: Step, masks: Masks | None = None) -> Step:
         if not isinstance(step, GraphStep) or not step.greedy or not step.chunks:
             return super().sample(step, masks)
         assert not masks, "constrained rows are not plain"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.execution.sampler import Sampled, Sampler, token_logprobs
+from headrace.execution.sampler import Masks, Sampled, Sampler, token_logprobs
 from headrace.execution.threads import ThreadGovernor
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.scheduling.plan import Chunk, StepPlan
@@ -147,7 +147,7 @@ class Runner:
         return self.model(batch)
 
     @torch.inference_mode()
-    def sample(self, step: Step, masks: dict[int, Tensor] | None = None) -> Step:
+    def sample(self, step: Step, masks: Masks | None = None) -> Step:
         """Launch sampling and the copy of the tokens to the host."""
         if step.logits is None:
             return step

@@ -19,9 +19,28 @@ from headrace.scheduling.plan import Chunk
 from headrace.scheduling.sequence import Sequence
 from headrace.types import TokenLogprobs
 
-__all__ = ["Sampled", "Sampler", "uniform"]
+__all__ = ["Masks", "Sampled", "Sampler", "uniform"]
 
 _CANDIDATES = 512  # most likely tokens looked at before a full sort is paid for
+
+
+@dataclass(slots=True)
+class Masks:
+    """Allowed tokens of some rows, on the device.
+
+    Attributes:
+        rows: int64 [M], rows of the logits.
+        bits: int32 [M, ceil(V / 32)], little-endian; a set bit allows its token.
+    """
+
+    rows: Tensor
+    bits: Tensor
+
+    def forbid(self, logits: Tensor) -> None:
+        """Set what is not allowed to -inf, in ``logits`` [P, V]."""
+        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+        allowed = ((self.bits[:, :, None] >> shifts) & 1).view(len(self.rows), -1)[:, : logits.shape[1]]
+        logits[self.rows] = logits[self.rows].masked_fill_(allowed == 0, -torch.inf)
 
 
 @dataclass(slots=True)
@@ -86,19 +105,19 @@ class Sampler:
         self.min_p[row] = s.min_p
         self.seed[row] = np.uint64(sequence.seed & 0xFFFFFFFFFFFFFFFF)
 
-    def sample(self, logits: Tensor, chunks: list[Chunk], masks: dict[int, Tensor] | None = None) -> Sampled:
+    def sample(self, logits: Tensor, chunks: list[Chunk], masks: Masks | None = None) -> Sampled:
         """One token for each chunk.
 
         Args:
             logits: float32 [P, V], changed in place.
             chunks: the P chunks that sample, in order.
-            masks: row of ``logits`` -> bool [V], True where a token is allowed (constraints).
+            masks: of rows whose next token is constrained.
         """
         logprobs = self._logprob_source(logits, chunks)
         for i, chunk in enumerate(chunks):
             _adjust(logits[i], chunk)
-        for i, allowed in (masks or {}).items():
-            logits[i].masked_fill_(~allowed, -torch.inf)
+        if masks is not None:
+            masks.forbid(logits)
         rows = np.fromiter((c.row for c in chunks), np.int64, len(chunks))
         temperature = self.temperature[rows]
         greedy = np.flatnonzero(temperature == 0.0)

@@ -9,8 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Any
 
-import numpy as np
-
 from headrace.errors import HeadraceError, InvalidRequest
 from headrace.execution.constraints.grammar import LIMITS, grammar_of
 from headrace.types import ConstraintSpec
@@ -27,41 +25,72 @@ class Constraint:
 
     Args:
         matcher: llguidance's LLMatcher, this sequence's own.
-        free_until: see ConstraintSpec; until these ids have come the output is free.
+        spec: what it follows, and the head that is free.
     """
 
-    def __init__(self, matcher: Any, free_until: tuple[int, ...]) -> None:
-        self._matcher = matcher
-        self._waiting_for = list(free_until)
+    def __init__(self, matcher: Any, spec: ConstraintSpec) -> None:
+        self.matcher = matcher
+        self._any = spec.kind == "text"
+        self._close = list(spec.free_until)
+        self._open = spec.free_from if self._close else None
+        self._budget = spec.free_tokens
         self._recent: list[int] = []
+        self._num_free = 0
+
+    @property
+    def in_head(self) -> bool:
+        """Whether the free head goes on."""
+        return bool(self._close) and self._open is None
+
+    @property
+    def forced(self) -> int | None:
+        """The only token allowed next, where the head is over its limit."""
+        if not self.in_head or self._budget is None or self._num_free < self._budget:
+            return None
+        known = next(
+            n
+            for n in range(len(self._close), -1, -1)
+            if self._recent[len(self._recent) - n :] == self._close[:n]
+        )
+        return self._close[known]
+
+    @property
+    def head_begins(self) -> int | None:
+        """A token that is allowed beside the grammar's: it begins a head."""
+        return self._open
 
     @property
     def active(self) -> bool:
         """Whether the next token is constrained."""
-        return not self._waiting_for
+        return self.forced is not None if self.in_head else not self._any or self._open is not None
 
     @property
     def complete(self) -> bool:
         """Nothing more may follow."""
-        return self.active and bool(self._matcher.is_stopped())
+        return not self._close and not self._any and bool(self.matcher.is_stopped())
 
-    def fill(self, mask: np.ndarray) -> None:
-        """Write the bits of allowed tokens into ``mask``, int32 [ceil(V / 32)], little-endian bits."""
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self._matcher.is_error():
+    def check(self) -> None:
+        """Raises HeadraceError when the grammar gave up (a limit of its own)."""
+        if self.matcher.is_error():
             raise HeadraceError(
-                f"the grammar gave up: {self._matcher.get_error().strip()}", code="constraint_failed"
+                f"the grammar gave up: {self.matcher.get_error().strip()}", code="constraint_failed"
             )
 
     def advance(self, token: int) -> None:
         """Take a sampled token. Raises HeadraceError when the grammar does not allow it: a bug."""
-        if self._waiting_for:
-            self._recent = [*self._recent, token][-len(self._waiting_for) :]
-            if self._recent == self._waiting_for:
-                self._waiting_for = []
-        elif not self._matcher.consume_token(token):
+        if self._open is not None:
+            begun, self._open = token == self._open, None
+            if begun:
+                return
+            self._close = []
+        if self._close:
+            self._num_free += 1
+            self._recent = [*self._recent, token][-len(self._close) :]
+            if self._recent == self._close:
+                self._close = []
+        elif not self._any and not self.matcher.consume_token(token):
             raise HeadraceError(
-                f"token {token} does not fit the grammar: {self._matcher.get_error().strip()}",
+                f"token {token} does not fit the grammar: {self.matcher.get_error().strip()}",
                 code="constraint_failed",
             )
 
@@ -100,7 +129,7 @@ class ConstraintCompiler:
                 self._cache.move_to_end((spec.kind, spec.text))
         if known is not None:
             done: Future[Constraint] = Future()
-            done.set_result(Constraint(known.deep_copy(), spec.free_until))
+            done.set_result(Constraint(known.deep_copy(), spec))
             return done
         return self._pool.submit(self._compile, spec)
 
@@ -122,7 +151,7 @@ class ConstraintCompiler:
             self._cache[spec.kind, spec.text] = matcher
             while len(self._cache) > _CACHED:
                 self._cache.popitem(last=False)
-        return Constraint(matcher.deep_copy(), spec.free_until)
+        return Constraint(matcher.deep_copy(), spec)
 
     def _vocabulary(self) -> Any:
         if self._tokenizer is None:

@@ -10,7 +10,7 @@ from headrace.types import ConstraintSpec
 
 __all__ = ["KINDS", "LIMITS", "check_grammar", "grammar_of"]
 
-KINDS = ("json_object", "json_schema", "regex", "choice", "grammar", "structural_tag")
+KINDS = ("json_object", "json_schema", "regex", "choice", "grammar", "lark", "structural_tag", "text")
 MAX_SOURCE_BYTES = 1 << 20
 
 # Bounds on what one grammar may cost: a hostile one errs, it does not stall or swell the process.
@@ -55,9 +55,17 @@ def grammar_of(spec: ConstraintSpec) -> str:
                 or not all(isinstance(c, str) and c for c in choices)
             ):
                 raise _invalid("a choice is a list of one or more strings, none of them empty")
-            return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in choices)))
+            return str(
+                LLMatcher.grammar_from_lark(
+                    "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in choices)
+                )
+            )
         case "grammar":
             return _lark(spec.text)
+        case "lark":
+            return str(LLMatcher.grammar_from_lark(spec.text))
+        case "text":
+            return str(LLMatcher.grammar_from_lark("start: /(.|\\n)*/"))
         case "structural_tag":
             return _structural_tag(_json(spec))
     raise _invalid(f"constraint kind {spec.kind!r} is unknown; expected one of {', '.join(KINDS)}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from headrace.errors import HeadraceError, InvalidRequest
 from headrace.execution.constraints.compiler import Constraint, ConstraintCompiler
+from headrace.execution.sampler import Masks
 from headrace.scheduling.plan import StepPlan
 from headrace.scheduling.sequence import Sequence
 from headrace.types import FinishReason
@@ -30,6 +31,7 @@ class ConstraintTable:
         self._device = device
         self._compiling: dict[str, tuple[Sequence, Future[Constraint]]] = {}
         self._live: dict[str, Constraint] = {}
+        self._pool: Any = None
 
     def add(self, sequence: Sequence) -> None:
         """Begin to compile the sequence's grammar, if it has one."""
@@ -65,26 +67,58 @@ class ConstraintTable:
                 failed.append((sequence, error.message if isinstance(error, HeadraceError) else repr(error)))
         return failed
 
-    def masks(self, plan: StepPlan) -> tuple[dict[int, Tensor], list[tuple[Sequence, str]]]:
-        """Allowed tokens by row of the plan's logits, bool [V' >= V], and sequences whose grammar gave up."""
-        masks: dict[int, Tensor] = {}
-        failed: list[tuple[Sequence, str]] = []
-        if not self._live:
-            return masks, failed
+    def masks(self, plan: StepPlan) -> tuple[Masks | None, list[tuple[Sequence, str]]]:
+        """Allowed tokens of the plan's constrained rows, in one upload, and sequences whose grammar gave up."""
+        live = self._live
+        found = [
+            (row, chunk.sequence, constraint)
+            for row, chunk in enumerate(plan.sampling if live else ())
+            if (constraint := live.get(chunk.sequence.id)) is not None and constraint.active
+        ]
+        if not found:
+            return None, []
         assert self._compiler is not None
-        for i, chunk in enumerate(plan.sampling):
-            constraint = self._live.get(chunk.sequence.id)
-            if constraint is None or not constraint.active:
-                continue
-            bits = np.zeros(-(-self._compiler.vocab_size // 32), np.int32)
+        rows, words = len(found), -(-self._compiler.vocab_size // 32)
+        pinned = self._device.type == "cuda"
+        host = torch.zeros(
+            rows * words + rows, dtype=torch.int32, pin_memory=pinned
+        )  # bits, then row numbers
+        flat = host.numpy()
+        self._fill([constraint for _, _, constraint in found], flat[: rows * words].reshape(rows, words))
+        flat[rows * words :] = [row for row, _, _ in found]
+        failed = []
+        for _, sequence, constraint in found:
             try:
-                constraint.fill(bits)
+                constraint.check()
             except HeadraceError as error:
-                failed.append((chunk.sequence, error.message))
-                continue
-            allowed = np.unpackbits(bits.view(np.uint8), bitorder="little").view(np.bool_)
-            masks[i] = torch.from_numpy(allowed[: self._compiler.vocab_size]).to(self._device)
-        return masks, failed
+                failed.append((sequence, error.message))
+        uploaded = host.to(self._device, non_blocking=True)
+        return Masks(uploaded[rows * words :].long(), uploaded[: rows * words].view(rows, words)), failed
+
+    def _fill(self, constraints: list[Constraint], bits: np.ndarray) -> None:
+        """Masks of many grammars in parallel, outside Python's lock, into rows of ``bits``."""
+        jobs = []
+        for i, constraint in enumerate(constraints):
+            if constraint.forced is None:
+                jobs.append((constraint.matcher, i))
+        row_bytes = bits.strides[0]
+        if len(jobs) == 1:
+            matcher, i = jobs[0]
+            matcher.unsafe_compute_mask_ptr(bits.ctypes.data + i * row_bytes, row_bytes)
+        elif jobs:
+            self._executor().unsafe_compute_mask_ptr(jobs, bits.ctypes.data, row_bytes, len(bits))
+        unsigned = bits.view(np.uint32)
+        for i, constraint in enumerate(constraints):
+            more = constraint.forced if constraint.forced is not None else constraint.head_begins
+            if more is not None:
+                unsigned[i, more // 32] |= np.uint32(1 << more % 32)
+
+    def _executor(self) -> Any:
+        if self._pool is None:
+            from llguidance import LLExecutor
+
+            self._pool = LLExecutor()
+        return self._pool
 
     def advance(self, sequence: Sequence) -> None:
         """The sequence got its newest token; a complete grammar ends it."""

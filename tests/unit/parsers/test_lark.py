@@ -1,0 +1,152 @@
+"""What a format's grammar lets a model write, its parser reads as calls that follow their schemas."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import jsonschema
+import pytest
+
+from headrace.serving.grammar_child import ByteVocabulary
+from headrace.serving.parsers.formats import TOOLS as FORMATS
+from headrace.serving.parsers.formats import build
+from headrace.serving.parsers.grammar import Format
+from headrace.serving.parsers.lark import ToolGrammar
+from headrace.serving.parsers.machine import Machine
+from headrace.serving.parsers.turn import Turn
+from support.turns import TURNS
+
+TOOLS: dict[str, Any] = {
+    "get_weather": {
+        "type": "object",
+        "properties": {
+            "city": {"enum": ["Köln", 'a "b"\n']},
+            "days": {"type": "integer", "minimum": 1, "maximum": 14},
+            "exact": {"type": "boolean"},
+            "where": {"$ref": "#/$defs/where"},
+        },
+        "required": ["days"],
+        "additionalProperties": False,
+        "$defs": {
+            "where": {
+                "type": "object",
+                "properties": {"ok": {"type": "boolean"}, "none": {"type": "null"}},
+                "additionalProperties": False,
+            }
+        },
+    },
+    "now": {"type": "object", "properties": {}, "additionalProperties": False},
+}
+NAMES = [*FORMATS, "harmony"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    return LLTokenizer(TokenizerWrapper(ByteVocabulary()))
+
+
+def matcher_of(lark: str, tokenizer: Any) -> Any:
+    from llguidance import LLMatcher
+
+    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(lark), log_level=0)
+    assert not matcher.is_error(), (matcher.get_error(), lark)
+    return matcher
+
+
+def walk(matcher: Any, rng: random.Random, limit: int = 1500) -> str | None:
+    """A random text of the grammar; spaces and line breaks rarely, or JSON would be all space."""
+    data = bytearray()
+    for _ in range(limit):
+        bits = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = [i for i in range(257) if bits >> i & 1]
+        if 256 in allowed and (len(allowed) == 1 or rng.random() < 0.5):
+            return data.decode()
+        solid = [i for i in allowed if i not in (256, *b" \t\r\n")]
+        token = rng.choice(solid or [i for i in allowed if i != 256])
+        data.append(token)
+        assert matcher.consume_token(token)
+    return None
+
+
+def parse(name: str, text: str) -> tuple[str, list[tuple[str, Any]]]:
+    format = build(name, "harmony" if name == "harmony" else None)
+    turn = Turn(Machine(format, TOOLS))
+    turn.feed(text, last=True)
+    assert all(call.whole for call in turn.calls), text
+    return turn.content, [(call.name, json.loads(call.arguments)) for call in turn.calls]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_random_walks_are_right_calls(name: str, parallel: bool, tokenizer: Any) -> None:
+    format = build(name, None)
+    lark = ToolGrammar(format, TOOLS, lambda text: None).forced(parallel=parallel)
+    fresh = matcher_of(lark, tokenizer)
+    rng = random.Random(name)
+    found = 0
+    for _ in range(8):
+        text = walk(fresh.deep_copy(), rng)
+        if text is None or (name == "harmony" and "text" in text):
+            continue
+        content, calls = parse(name, text)
+        assert calls, text
+        assert name == "harmony" or not content.strip(), text
+        assert parallel or len(calls) == 1, text
+        for tool, arguments in calls:
+            jsonschema.validate(arguments, TOOLS[tool])
+        found += 1
+    assert found >= (1 if name == "harmony" else 6)
+
+
+FREE: dict[str, Any] = {
+    "get_weather": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city"],
+    },
+    "now": {"type": "object", "properties": {}},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if not FORMATS[name].section.bare])
+def test_triggered_takes_samples_and_refuses_wrong_arguments(name: str, tokenizer: Any) -> None:
+    lark = ToolGrammar(build(name, None), FREE, lambda text: None).triggered(parallel=True)
+    assert lark is not None
+    fresh = matcher_of(lark, tokenizer)
+    taken = 0
+    for turn in TURNS:
+        if (
+            turn.tools != name
+            or turn.reasoning is not None
+            or (not turn.text.isprintable() and not turn.calls)
+        ):
+            continue
+        data = list(turn.text.encode())
+        copy = fresh.deep_copy()
+        if copy.try_consume_tokens(data) == len(data) and copy.is_accepting():
+            taken += bool(turn.calls)
+            if turn.calls and ": 3" in turn.text and name != "gemma":
+                wrong = list(turn.text.replace(": 3", ': "3"').encode())
+                assert fresh.deep_copy().try_consume_tokens(wrong) < len(wrong), turn.text
+    assert taken >= 1, lark
+    plain = list(b"Nothing to call here < at all.")
+    copy = fresh.deep_copy()
+    assert copy.try_consume_tokens(plain) == len(plain)
+    assert copy.is_accepting()
+
+
+def test_special_tokens_are_named_by_id() -> None:
+    ids = {"[TOOL_CALLS]": 5, "[ARGS]": 6}
+    lark = ToolGrammar(build("mistral_args", None), FREE, ids.get).triggered(parallel=True)
+    assert lark is not None
+    assert "<[5]>" in lark
+    assert "<[6]>" in lark
+    assert "[TOOL_CALLS]" not in lark
+
+
+def test_a_format_without_tools_has_no_trigger() -> None:
+    assert ToolGrammar(Format(), FREE, lambda text: None).triggered(parallel=True) is None
