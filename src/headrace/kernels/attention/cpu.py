@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.attention.cache import as_cached
+from headrace.kernels.attention.cache import gather, store
 from headrace.kernels.attention.plan import Gather, Plan, Span, additive, make_plan
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def attention(
         cache = batch.caches[layer]
         cache_k, cache_v = cache.k.flatten(0, 1), cache.v.flatten(0, 1)
         assert batch.slots is not None
-        cache_k.index_copy_(0, batch.slots, as_cached(k, cache_k.dtype))
-        cache_v.index_copy_(0, batch.slots, as_cached(v, cache_v.dtype))
+        store(cache_k, batch.slots, k)
+        store(cache_v, batch.slots, v)
     plan = _plan_of(batch, window, layer, q.dtype)
     if len(plan.pieces) == 1 and isinstance(plan.pieces[0], Span):
         return _run_span(plan.pieces[0], q, k, v, cache_k, cache_v, scale, soft_cap)
@@ -108,8 +108,8 @@ def _run_gather(
     """Output rows [count * query_len, Hq, D] of gathered sequences."""
     rows = work.index.shape[0]
     length = rows // work.count
-    keys = torch.index_select(cache_k, 0, work.index, out=plan.buffer("k", cache_k, rows))
-    values = torch.index_select(cache_v, 0, work.index, out=plan.buffer("v", cache_v, rows))
+    keys = gather(cache_k, work.index, plan.buffer("k", cache_k, rows))
+    values = gather(cache_v, work.index, plan.buffer("v", cache_v, rows))
     keys, values = _sequences(keys, 0, work.count, length), _sequences(values, 0, work.count, length)
     queries = q.index_select(0, work.queries)
     return _attend(queries, work.query_len, keys, values, work.mask, scale, soft_cap)

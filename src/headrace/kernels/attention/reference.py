@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from headrace.kernels.attention.cache import as_cached
+from headrace.kernels.attention.cache import rows, store
 
 if TYPE_CHECKING:
     from headrace.layers.packed import AttentionBatch
@@ -43,15 +43,15 @@ def attention(
     if cache is not None:
         assert batch.slots is not None
         assert batch.block_tables is not None
-        cache.k.flatten(0, 1)[batch.slots] = as_cached(k, cache.k.dtype)
-        cache.v.flatten(0, 1)[batch.slots] = as_cached(v, cache.v.dtype)
+        store(cache.k.flatten(0, 1), batch.slots, k)
+        store(cache.v.flatten(0, 1), batch.slots, v)
     out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype, device=q.device)
     for i, length in enumerate(lens):
         rows = slice(starts[i], starts[i + 1])
         keys, values = k[rows], v[rows]
         if cache is not None:
             blocks = batch.block_tables[i].long()[: -(-length // cache.k.shape[1])]  # type: ignore[index]
-            keys, values = cache.k[blocks].flatten(0, 1)[:length], cache.v[blocks].flatten(0, 1)[:length]
+            keys, values = (rows(pool, blocks).flatten(0, 1)[:length] for pool in (cache.k, cache.v))
         out[rows] = _one(q[rows], keys, values, batch.causal, scale, window, soft_cap)
     return out
 

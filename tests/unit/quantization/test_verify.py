@@ -1,0 +1,184 @@
+"""The comparison with the reference: planted defects are caught every time, good set-ups pass."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from headrace.checkpoints.folder import FolderCheckpoint
+from headrace.config.quantization import quantization_type
+from headrace.config.spec import EngineSpec
+from headrace.engines.texts import PACKAGED_TEXTS, read_rows
+from headrace.engines.verify import Limits, Report, compare, verify
+from headrace.errors import ConfigError, MissingFile
+from headrace.models.decoder import DecoderModel
+from headrace.models.loading import load_decoder
+from headrace.quantization.audit import audit
+from headrace.quantization.registry import load_time
+from headrace.quantization.scaled import ScaledLinear
+from headrace.quantization.schemes.fp4 import Fp4Weight
+from headrace.quantization.schemes.fp8 import Fp8Weight
+from support.tiny_folder import write_llama
+
+CPU = torch.device("cpu")
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+RNG = random.Random(0)
+TEXTS = [[RNG.randrange(300) for _ in range(n)] for n in (40, 33, 7)]
+# The tiny model is random, so its distributions are harsher on rounding than any trained one's.
+LOOSE = Limits(max_kl=0.5, min_top1=0.3, max_perplexity_ratio=2.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("m") / "llama", **SHAPE)
+
+
+def load(folder: Path, scheme: str = "") -> DecoderModel:
+    checkpoint = FolderCheckpoint(folder)
+    transform = load_time(quantization_type(scheme), CPU) if scheme else None
+    return load_decoder(checkpoint.config, checkpoint, dtype=torch.float32, device="cpu", transform=transform)
+
+
+def check(
+    model: DecoderModel, folder: Path, limits: Limits = LOOSE, cache: torch.dtype = torch.float32
+) -> Report:
+    return compare(model, load(folder), TEXTS, cache, torch.float32, CPU, limits)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_block", "fp4", "mxfp4", "fp8_mlp_only"])
+def test_good_setups_pass(folder: Path, scheme: str) -> None:
+    report = check(load(folder, scheme), folder)
+    assert report.problems == ()
+    assert report.passed
+    assert report.tokens == sum(map(len, TEXTS))
+    assert 0 < report.mean_kl < report.max_kl
+    assert len(report.layer_errors) == 2
+    assert len(report.matrices) == (4 if "mlp" in scheme else 8)
+
+
+def test_the_reference_equals_itself(folder: Path) -> None:
+    report = check(load(folder), folder)
+    assert report.mean_kl == pytest.approx(0, abs=1e-9)
+    assert report.top1 == 1
+    assert report.perplexity == pytest.approx(report.reference_perplexity)
+    assert max(report.layer_errors) == 0
+
+
+def test_an_fp8_cache_shows(folder: Path) -> None:
+    """Only later pieces of a text read the cache, so this fails if they do not."""
+    report = check(load(folder), folder, cache=torch.float8_e4m3fn)
+    assert report.passed
+    assert 1e-6 < report.mean_kl < 0.1
+
+
+def damaged(weight: object, kind: str, seed: int) -> object:
+    """A packed weight with one defect that a wrong packer or reader could leave."""
+    rng = random.Random(seed)
+    assert isinstance(weight, (Fp8Weight, Fp4Weight))
+    rows, columns = weight.shape
+    row = rng.randrange(rows // 2)
+    if isinstance(weight, Fp8Weight):
+        codes, scale = weight.codes.clone().view(torch.uint8), weight.scale.clone()
+        if kind == "scale":
+            scale[rng.randrange(len(scale))] *= rng.choice([0.5, 1.5, 2.0])
+        elif kind == "swapped":
+            codes = torch.cat((codes[rows // 2 :], codes[: rows // 2]))
+        elif kind == "missing":
+            codes[row : row + 4, : columns // 2] = 0
+        return Fp8Weight(codes.view(torch.float8_e4m3fn), scale, weight.block)
+    packed, scale = weight.packed.clone(), weight.scale.clone()
+    factor = weight.row_scale.clone()
+    if kind == "scale":
+        factor[row] *= rng.choice([0.25, 2.0])
+    elif kind == "swapped":
+        packed = (packed << 4) | (packed >> 4)
+    elif kind == "missing":
+        packed[row : row + 4, : columns // 4] = 0
+    return Fp4Weight(packed, scale, factor)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp4"])
+@pytest.mark.parametrize("kind", ["scale", "swapped", "missing"])
+def test_planted_defects_are_caught(folder: Path, scheme: str, kind: str) -> None:
+    """In any matrix, and named: without any help from limits on the output."""
+    reference = load(folder)
+    anything = Limits(max_kl=1e9, min_top1=0, max_perplexity_ratio=1e9)
+    for seed in range(4):
+        model = load(folder, scheme)
+        linears = [(n, m) for n, m in model.named_modules() if isinstance(m, ScaledLinear)]
+        name, linear = random.Random(seed).choice(linears)
+        linear.quantized = damaged(linear.quantized, kind, seed)  # type: ignore[assignment]
+        report = compare(model, reference, TEXTS, torch.float32, torch.float32, CPU, anything)
+        assert not report.passed
+        assert all(problem.startswith(name + ":") for problem in report.problems)
+
+
+def test_a_broken_model_is_beyond_every_limit(folder: Path) -> None:
+    model = load(folder)
+    model.layers[0].mlp.down.weight.data.mul_(torch.nan)
+    report = check(model, folder)
+    assert len(report.problems) >= 3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_audit_names_the_place(bits: int) -> None:
+    full = torch.randn(40, 150)
+    rounded = full + torch.randn(40, 150) * (0.02 if bits == 8 else 0.1)
+    assert audit("w", rounded, full, bits=bits).where is None
+    wrong = rounded.clone()
+    wrong[17, 128:] = 0
+    found = audit("w", wrong, full, bits=bits)
+    assert (found.where, found.bad_pieces) == ((17, 128), 1)
+    wrong[3, 5] = torch.nan
+    assert audit("w", wrong, full, bits=bits).where == (3, 0)
+
+
+def test_through_specs(folder: Path) -> None:
+    spec = EngineSpec(model=str(folder), path=folder, quantization="fp8", dtype="float32", device="cpu")
+    report = verify(spec, lambda _: TEXTS, limits=LOOSE)
+    assert report.passed
+    assert "fp8" in report.setup
+    assert msgspec.json.decode(msgspec.json.encode(report), type=Report) == report
+    with pytest.raises(ConfigError, match="reference itself"):
+        verify(msgspec.structs.replace(spec, quantization=""), lambda _: TEXTS)
+    with pytest.raises(ConfigError, match="at least 64"):
+        verify(spec, lambda _: [[1, 2, 3]])
+
+
+def test_an_fp8_cache_is_refused_where_it_is_known_to_harm(tmp_path: Path) -> None:
+    other = write_llama(tmp_path / "q", **SHAPE)
+    config = json.loads((other / "config.json").read_text())
+    config["architectures"] = ["Qwen2ForCausalLM"]
+    (other / "config.json").write_text(json.dumps(config))
+    from safetensors.torch import load_file, save_file
+
+    tensors: dict[str, Tensor] = load_file(other / "model.safetensors")
+    for name in [n for n in tensors if "q_proj" in n or "k_proj" in n or "v_proj" in n]:
+        tensors[name.replace("weight", "bias")] = torch.zeros(tensors[name].shape[0])
+    save_file(tensors, other / "model.safetensors")
+    for changes in ({"kv_cache_dtype": "fp8"}, {"quantization": "fp8_kv"}):
+        spec = EngineSpec(model=str(other), path=other, device="cpu", **changes)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="bias to q, k and v"):
+            verify(spec, lambda _: TEXTS)
+
+
+def test_texts(tmp_path: Path) -> None:
+    assert len(read_rows(PACKAGED_TEXTS)) >= 8
+    file = tmp_path / "rows.jsonl"
+    chat = [{"role": "user", "content": "hi"}]
+    file.write_text(json.dumps({"text": "one"}) + "\n\n" + json.dumps({"messages": chat}) + "\n")
+    assert read_rows(file) == ["one", chat]
+    assert read_rows(file, limit=1) == ["one"]
+    (tmp_path / "a.txt").write_text("first\nline\n\nsecond\n\n\n")
+    assert read_rows(tmp_path / "a.txt") == ["first\nline", "second"]
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"txt": 1}\n')
+    with pytest.raises(ConfigError, match="line 2 has neither"):
+        read_rows(tmp_path / "bad.jsonl")
+    with pytest.raises(MissingFile):
+        read_rows(tmp_path / "none")
