@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from headrace.kernels.attention.cache import rows, store
+from headrace.kernels.attention.cache import store
 
 if TYPE_CHECKING:
     from headrace.layers.packed import AttentionBatch
