@@ -8,11 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-<<<<<<< HEAD
-from headrace.execution.sampler import Masks, Sampler, uniform
-=======
-from headrace.execution.sampler import Sampler, race_keys, race_times
->>>>>>> qa
+from headrace.execution.sampler import Masks, Sampler, race_keys, race_times
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.table import BlockTable
 from headrace.scheduling.plan import Chunk

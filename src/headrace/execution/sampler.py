@@ -21,11 +21,7 @@ from headrace.scheduling.plan import Chunk
 from headrace.scheduling.sequence import Sequence
 from headrace.types import TokenLogprobs
 
-<<<<<<< HEAD
-__all__ = ["Masks", "Sampled", "Sampler", "uniform"]
-=======
-__all__ = ["Sampled", "Sampler", "race_keys", "race_times"]
->>>>>>> qa
+__all__ = ["Masks", "Sampled", "Sampler", "race_keys", "race_times"]
 
 _GOLDEN = -1640531535  # 2^32 over the golden ratio, as int32
 _CANDIDATES = 512  # most likely tokens looked at before a full sort is paid for
