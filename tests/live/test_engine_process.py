@@ -13,8 +13,9 @@ import pytest
 
 from headrace.config.spec import EngineSpec
 from headrace.engines.dispatch import DispatchClient
-from headrace.engines.process import ProcessClient, start, start_in_process
+from headrace.engines.process import ProcessClient, _ZmqTransport, start, start_in_process
 from headrace.errors import EngineDead, InvalidRequest, MissingFile, NotReady, UnknownArchitecture
+from headrace.messages import Shutdown
 from headrace.types import FinishReason, Output, Request, SamplingParams
 from support.tiny_folder import write_llama
 
@@ -145,6 +146,18 @@ def test_a_killed_core_is_noticed_by_everybody(tiny: EngineSpec) -> None:
         await client.close()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("timeout", [0.0, 0.01], ids=["busy", "idle"])
+def test_a_core_whose_server_is_gone_stops(timeout: float, tmp_path: Path) -> None:
+    """Also in the middle of work: it would hold the device until its longest answer is complete."""
+    transport = _ZmqTransport(f"ipc://{tmp_path}/core", parent=os.getppid())
+    try:
+        assert transport.receive(timeout) == []
+        transport._parent += 1
+        assert transport.receive(timeout) == [(b"", Shutdown(drain=False))]
+    finally:
+        transport.close()
 
 
 def test_a_core_that_cannot_start_says_why(tiny: EngineSpec, tmp_path: Path) -> None:
