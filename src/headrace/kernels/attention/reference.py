@@ -47,12 +47,12 @@ def attention(
         store(cache.v.flatten(0, 1), batch.slots, v)
     out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype, device=q.device)
     for i, length in enumerate(lens):
-        own = slice(starts[i], starts[i + 1])
-        keys, values = k[own], v[own]
+        rows = slice(starts[i], starts[i + 1])
+        keys, values = k[rows], v[rows]
         if cache is not None:
             blocks = batch.block_tables[i].long()[: -(-length // cache.k.shape[1])]  # type: ignore[index]
             keys, values = (rows(pool, blocks).flatten(0, 1)[:length] for pool in (cache.k, cache.v))
-        out[own] = _one(q[own], keys, values, batch.causal, scale, window, soft_cap)
+        out[rows] = _one(q[rows], keys, values, batch.causal, scale, window, soft_cap)
     return out
 
 
