@@ -17,6 +17,7 @@ COMMANDS = {
     "models": "list the models that are here, and those that can be fetched by name",
     "plan": "say whether a model fits, and how fast it can be, without a GPU and without reading weights",
     "verify": "measure what quantized weights or a smaller cache cost against the 16-bit model",
+    "quantize": "write a quantized copy of a model",
     "config": "check or show a config.yaml",
     "init": "write a commented config.yaml for a model",
     "client": "send many texts, chats or batch files to any server",

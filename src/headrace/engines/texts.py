@@ -12,7 +12,7 @@ from headrace.errors import ConfigError, MissingFile
 from headrace.text.template import ChatTemplate
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["PACKAGED_TEXTS", "Row", "read_rows", "tokenized"]
+__all__ = ["PACKAGED_TEXTS", "Row", "read_dataset", "read_rows", "tokenized"]
 
 PACKAGED_TEXTS = Path(__file__).parent.parent / "quantization" / "texts.jsonl"
 
@@ -77,6 +77,29 @@ def _row(row: Any, where: str) -> Row:
         if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
             return messages
     raise ConfigError(f"{where} has neither 'text' (a string) nor 'messages' (a list of objects)")
+
+
+def read_dataset(name: str, *, limit: int) -> list[Row]:
+    """Rows of the ``train`` split of a data set of the hub (column ``text`` or ``messages``).
+
+    Raises ConfigError when the package ``datasets`` is missing, or the data set cannot be read.
+    """
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError:
+        raise ConfigError(
+            f"calibration data {name!r} is no file here, and reading a data set of the hub needs the package "
+            "datasets (pip install datasets); or give a .jsonl file with --data",
+            param="calibration",
+        ) from None
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+        found = [_row(row, f"{name}, row {number}") for number, row in zip(range(limit), rows)]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the data set {name!r} cannot be read: {error}", param="calibration") from None
+    if not found:
+        raise ConfigError(f"the data set {name!r} has no rows", param="calibration")
+    return found
 
 
 def tokenized(checkpoint: Checkpoint, rows: Sequence[Row], max_tokens: int) -> list[list[int]]:

@@ -19,7 +19,7 @@ from headrace.quantization.ggml import PackedEmbedding, packed_linear
 from headrace.quantization.keep import quantized_linear
 from headrace.quantization.registry import PackedSource, can_keep
 
-__all__ = ["Progress", "Transform", "WeightSource", "load_decoder", "random_weights"]
+__all__ = ["Progress", "Transform", "WeightSource", "linear_sources", "load_decoder", "random_weights"]
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all (of the loaded model)
 Transform = Callable[[str, Linear], nn.Module]  # path and loaded linear -> what replaces it
@@ -79,6 +79,18 @@ def load_decoder(
     loader.fill(progress, transform)
     _finish(model)
     return model
+
+
+def linear_sources(config: Mapping[str, Any], weights: WeightSource) -> dict[str, tuple[str, ...]]:
+    """Path of each linear within the decoder -> the checkpoint's tensors that make up its weight, in order."""
+    family, architecture = family_of(config)
+    model = DecoderModel(read_config(config), dtype=torch.float32, device="meta")
+    loader = _Loader(model, weights, family.names, architecture, torch.device("meta"))
+    return {
+        path: loader.sources[f"{path}.weight"]
+        for path, module in model.named_modules()
+        if isinstance(module, Linear)
+    }
 
 
 def random_weights(

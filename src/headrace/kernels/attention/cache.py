@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["as_cached", "gather", "rows", "store"]
+__all__ = ["as_cached", "gather", "store", "take"]
 
 _FP8_MAX = 448.0
 
@@ -36,7 +36,7 @@ def gather(cache: Tensor, index: Tensor, out: Tensor) -> Tensor:
     return torch.index_select(cache, 0, index, out=out)
 
 
-def rows(cache: Tensor, index: Tensor) -> Tensor:
+def take(cache: Tensor, index: Tensor) -> Tensor:
     """A fresh tensor of rows ``index`` int64 [R] of a cache [N, ...]."""
     if cache.dtype is torch.float8_e4m3fn:
         return cache.view(torch.uint8)[index].view(torch.float8_e4m3fn)

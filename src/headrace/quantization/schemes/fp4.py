@@ -6,7 +6,7 @@ keep theirs). MXFP4 (OCP Microscaling Formats 1.0): 32 columns share a power of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,11 +95,15 @@ class Fp4Weight:
         )
 
 
-def quantize_nvfp4(weight: Tensor) -> Fp4Weight:
+def quantize_nvfp4(weight: Tensor, importance: Tensor | None = None) -> Fp4Weight:
     """Round 16- or 32-bit weights [rows, columns] to nearest, losing precision.
 
     The largest scale is E4M3's largest number. Each group takes the better, in squared error, of two scales: its
     largest value at 6 or at 4. Rounding twice changes nothing.
+
+    Args:
+        importance: float32 [columns], weight of each column's squared error (the mean square of what it meets in
+            calibration); more scales are then tried.
 
     Raises UnsupportedCheckpoint when the columns are no multiple of 16.
     """
@@ -110,11 +114,12 @@ def quantize_nvfp4(weight: Tensor) -> Fp4Weight:
     best_error = torch.full_like(peak, torch.inf)
     packed = torch.zeros(*grouped.shape[:2], NVFP4_GROUP // 2, dtype=torch.uint8, device=weight.device)
     codes = torch.zeros(peak.shape, dtype=torch.uint8, device=weight.device)
-    for target in (FP4_MAX, 4.0):
+    weigh = _weigher(importance, NVFP4_GROUP)
+    for target in (FP4_MAX, 4.0) if importance is None else (FP4_MAX, 7.0, 6.5, 5.5, 5.0, 4.5, 4.0):
         scale = to_fp8((peak / target / whole).clamp(min=2.0**-9))
         factor = (scale.float() * whole)[..., None]
         trial = encode_e2m1(grouped / factor)
-        error = (decode_e2m1(trial) * factor - grouped).square().sum(-1)
+        error = weigh((decode_e2m1(trial) * factor - grouped).square())
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         packed = torch.where(better[..., None], trial, packed)
@@ -123,11 +128,11 @@ def quantize_nvfp4(weight: Tensor) -> Fp4Weight:
     return Fp4Weight(packed.flatten(1), codes.view(torch.float8_e4m3fn), rows)
 
 
-def quantize_mxfp4(weight: Tensor) -> Fp4Weight:
+def quantize_mxfp4(weight: Tensor, importance: Tensor | None = None) -> Fp4Weight:
     """Round 16- or 32-bit weights [rows, columns] to nearest, losing precision.
 
     The scale is the specification's, the power of two that brings the largest value into [4, 8), or twice that,
-    whichever has the less squared error.
+    whichever has the less squared error (weighed by ``importance``, as in quantize_nvfp4).
 
     Raises UnsupportedCheckpoint when the columns are no multiple of 32.
     """
@@ -137,15 +142,24 @@ def quantize_mxfp4(weight: Tensor) -> Fp4Weight:
     best_error = torch.full_like(peak, torch.inf)
     packed = torch.zeros(*grouped.shape[:2], MXFP4_GROUP // 2, dtype=torch.uint8, device=weight.device)
     scales = exponent
+    weigh = _weigher(importance, MXFP4_GROUP)
     for trial_scale in (exponent, exponent + 1):
         factor = decode_e8m0(trial_scale)[..., None]
         trial = encode_e2m1(grouped / factor)
-        error = (decode_e2m1(trial) * factor - grouped).square().sum(-1)
+        error = weigh((decode_e2m1(trial) * factor - grouped).square())
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         packed = torch.where(better[..., None], trial, packed)
         scales = torch.where(better, trial_scale, scales)
     return Fp4Weight(packed.flatten(1), scales, torch.ones(weight.shape[0], device=weight.device))
+
+
+def _weigher(importance: Tensor | None, group: int) -> Callable[[Tensor], Tensor]:
+    """Squared errors [rows, groups, group] -> [rows, groups]."""
+    if importance is None:
+        return lambda squares: squares.sum(-1)
+    weights = importance.float().view(1, -1, group)
+    return lambda squares: (squares * weights).sum(-1)
 
 
 def _grouped(weight: Tensor, group: int, scheme: str) -> Tensor:

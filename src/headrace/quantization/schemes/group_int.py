@@ -101,11 +101,13 @@ class GroupIntWeight:
         return torch.equal(self.order, other.order)
 
 
-def quantize_group_int(weight: Tensor, bits: int, group: int) -> GroupIntWeight:
+def quantize_group_int(
+    weight: Tensor, bits: int, group: int, importance: Tensor | None = None
+) -> GroupIntWeight:
     """Round 16- or 32-bit weights [rows, columns] to nearest, losing precision; symmetric, a scale a group.
 
     Four bits: the value of largest magnitude meets -8, and the width is shrunk to the best of a few, in squared
-    error. Eight bits: it meets 127.
+    error (weighed by ``importance`` [columns], see quantize_nvfp4). Eight bits: it meets 127.
 
     Raises UnsupportedCheckpoint when ``group`` does not divide the columns.
     """
@@ -120,24 +122,25 @@ def quantize_group_int(weight: Tensor, bits: int, group: int) -> GroupIntWeight:
         scale = (grouped.abs().amax(-1) / 127).clamp(min=1e-30)
         codes = (grouped / scale[..., None]).round_().clamp_(-127, 127)
     else:
-        codes, scale = _four_bits(grouped)
+        codes, scale = _four_bits(grouped, importance)
     low = 2 ** (bits - 1)
     plain = (codes + low).to(torch.uint8).flatten(1)
     packed = pack_nibbles(plain) if bits == 4 else plain
     return GroupIntWeight(packed, scale, torch.full_like(scale, low), bits)
 
 
-def _four_bits(grouped: Tensor) -> tuple[Tensor, Tensor]:
+def _four_bits(grouped: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes from -8 to 7 and their scales."""
     index = grouped.abs().argmax(-1, keepdim=True)
     peak = grouped.gather(-1, index).squeeze(-1)
     peak = torch.where(peak == 0, -1e-30, peak)
     best = torch.full_like(peak, torch.inf)
     codes, scale = torch.zeros_like(grouped), peak
+    weights = 1.0 if importance is None else importance.float().view(1, -1, grouped.shape[-1])
     for ratio in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75):
         trial = peak * (ratio / -8)
         rounded = (grouped / trial[..., None]).round_().clamp_(-8, 7)
-        error = (rounded * trial[..., None] - grouped).square_().sum(-1)
+        error = ((rounded * trial[..., None] - grouped).square_() * weights).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         codes = torch.where(better[..., None], rounded, codes)

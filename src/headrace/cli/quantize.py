@@ -1,0 +1,130 @@
+"""Write a quantized copy of a model that this server and others load (compressed-tensors)."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headrace.cli.flags import add_spec_flags, resolution
+
+if TYPE_CHECKING:
+    from headrace.checkpoints.base import Checkpoint
+    from headrace.config.spec import EngineSpec
+
+EXAMPLES = """\
+examples:
+  headrace quantize ./Qwen3-8B --type fp8 --out ./Qwen3-8B-fp8
+  headrace quantize ./Qwen3-8B --type fp4 --out ./Qwen3-8B-fp4 --data my.jsonl
+  headrace quantize config.yaml --out ./quantized      type, data and sizes as the file says
+  headrace verify ./Qwen3-8B-fp8 --reference ./Qwen3-8B
+
+4-bit types are fitted to data: rows of a .jsonl with a column "text" or "messages", or paragraphs of any other file;
+without --data, the packaged texts. An interrupted run goes on where it was: give the same command again.
+"""
+
+FLAGS = ("revision", "device")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this command."""
+    add = parser.add_argument
+    add("model", metavar="MODEL|config.yaml", help="folder or hub id with 16-bit weights, or a configuration")
+    add("--out", required=True, metavar="DIR", help="folder to write")
+    add(
+        "--type",
+        dest="kind",
+        metavar="NAME",
+        help="fp8, fp8_kv, fp8_mlp_only, fp4, fp4_kv, fp4_mlp_only, int8, int4 ...",
+    )
+    add("--data", metavar="FILE|DATASET", help="calibration data: a file, or a data set of the hub")
+    add("--rows", type=int, metavar="N", help="rows used, at most (1024)")
+    add("--max-tokens", type=int, metavar="N", help="tokens of each row (1536)")
+    add("--no-calibration", action="store_true", help="round to nearest, without data")
+    add_spec_flags(parser, FLAGS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantize and write."""
+    from headrace.config.quantization import quantization_type
+    from headrace.errors import ConfigError
+
+    spec = resolution(args, FLAGS).spec
+    name = args.kind or spec.quantization
+    if not name:
+        raise ConfigError("--type is missing, and no config.yaml names one; give one, such as --type fp8")
+    quantization_type(name)
+    if args.kind is None and spec.kv_cache_dtype == "fp8" and name in ("fp8", "nvfp4"):
+        name = {"fp8": "fp8_kv", "nvfp4": "fp4_kv"}[name]
+    from headrace.engines.weights import open_weights
+    from headrace.quantization.containers import QuantizedCheckpoint
+
+    checkpoint = open_weights(_plain(spec))
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        raise ConfigError(f"{spec.model} is already quantized: {checkpoint.label}; give the 16-bit weights")
+    from headrace.engines.quantize import (
+        fingerprint_texts,
+        importance_by_tensor,
+        quantize_checkpoint,
+        uses_calibration,
+    )
+
+    importance, fingerprint = None, ""
+    with _bars() as tell:
+        if uses_calibration(name) and not args.no_calibration:
+            from headrace.engines.build import choose_device
+
+            texts = _texts(args, spec, checkpoint)
+            fingerprint = fingerprint_texts(texts)
+            importance = importance_by_tensor(checkpoint, texts, choose_device(spec), tell)
+        out = quantize_checkpoint(
+            checkpoint,
+            name,
+            Path(args.out),
+            importance=importance,
+            calibrated_by=fingerprint,
+            progress=tell,
+        )
+    print(f"wrote {out}; check it with: headrace verify {out} --reference {spec.model}")
+    return 0
+
+
+def _plain(spec: EngineSpec) -> EngineSpec:
+    import msgspec
+
+    return msgspec.structs.replace(spec, quantization="", kv_cache_dtype="auto")
+
+
+def _texts(args: argparse.Namespace, spec: EngineSpec, checkpoint: Checkpoint) -> list[list[int]]:
+    """Token ids of the calibration rows: --data, else a configuration's data set, else the packaged texts."""
+    from headrace.config.spec import Calibration
+    from headrace.engines.texts import PACKAGED_TEXTS, read_dataset, read_rows, tokenized
+
+    asked = spec.calibration
+    limit = args.rows or asked.num_rows
+    source = args.data or (asked.dataset if asked != Calibration() else "")
+    if not source:
+        rows = read_rows(PACKAGED_TEXTS, limit=limit)
+    elif Path(source).exists():
+        rows = read_rows(Path(source), limit=limit)
+    else:
+        rows = read_dataset(source, limit=limit)
+    return tokenized(checkpoint, rows, args.max_tokens or asked.max_tokens)
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar a stage."""
+    from rich.progress import Progress, TaskID
+
+    with Progress(transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield tell

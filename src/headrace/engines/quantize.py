@@ -1,0 +1,203 @@
+"""Write a quantized copy of a checkpoint: shard by shard, resumable, in the form that others read too."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headrace.checkpoints.base import Checkpoint
+from headrace.checkpoints.folder import FolderCheckpoint
+from headrace.config.plan.weights import classify
+from headrace.config.quantization import QuantizationType, quantization_type
+from headrace.engines.calibration import column_importance
+from headrace.errors import ConfigError, UnsupportedCheckpoint
+from headrace.models.loading import linear_sources, load_decoder
+from headrace.quantization.writing import WRITABLE, packed_tensors, quantization_config, round_weight
+
+__all__ = ["Progress", "importance_by_tensor", "quantize_checkpoint"]
+
+Progress = Callable[[str, int, int], None]  # what, done, in all
+
+_SHARD_BYTES = 2 << 30  # of unquantized weights
+_MARK = "quantize.json"  # in an unfinished folder: what it is to become
+_TABLE = "model.safetensors.index.json"
+_CALIBRATED = ("nvfp4", "mxfp4", "int4", "int4-g64", "int4-g128")
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    name: str,
+    out: Path,
+    *,
+    importance: Mapping[str, Tensor] | None = None,
+    calibrated_by: str = "",
+    progress: Progress | None = None,
+    shard_bytes: int = _SHARD_BYTES,
+) -> Path:
+    """Write ``checkpoint`` quantized as ``name`` into the folder ``out``; an interrupted run goes on where it was.
+
+    Args:
+        checkpoint: a Hugging Face folder with 16- or 32-bit weights.
+        importance: of columns, by tensor name (see importance_by_tensor); only 4-bit formats use it.
+        calibrated_by: fingerprint of what importance was made from, so that a resumed run does not mix two.
+
+    Raises ConfigError, UnsupportedCheckpoint; also when ``out`` holds something else.
+    """
+    if not isinstance(checkpoint, FolderCheckpoint):
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.path}: quantize reads Hugging Face folders with 16- or 32-bit safetensors, and this is none"
+        )
+    kind = quantization_type(name)
+    if kind.weights not in WRITABLE:
+        raise ConfigError(
+            f"type {name!r} cannot be written; expected one of {', '.join(WRITABLE)}", param="type"
+        )
+    mark = {"checkpoint": checkpoint.fingerprint, "type": name, "calibration": calibrated_by}
+    _open_folder(out, mark)
+    chosen = [tensor for tensor in checkpoint.names() if converts(tensor, checkpoint, kind)]
+    if not chosen:
+        raise UnsupportedCheckpoint(f"{checkpoint.path} holds no matrix that {name!r} converts")
+    groups = list(_shards(checkpoint, shard_bytes))
+    where: dict[str, str] = {}
+    for number, names in enumerate(groups, 1):
+        file = out / f"model-{number:05}-of-{len(groups):05}.safetensors"
+        if not file.exists():
+            _write_shard(checkpoint, names, set(chosen), kind, importance or {}, file, number == 1)
+        where |= dict.fromkeys(_names_in(file), file.name)
+        if progress is not None:
+            progress("shards", number, len(groups))
+    _finish(checkpoint, out, kind, chosen, where)
+    return out
+
+
+def converts(name: str, checkpoint: Checkpoint, kind: QuantizationType) -> bool:
+    """Whether this tensor is a linear's matrix that the type rounds."""
+    info = checkpoint.info(name)
+    if len(info.shape) != 2 or not name.endswith(".weight") or info.dtype not in ("F32", "F16", "BF16"):
+        return False
+    group = classify(name)
+    if name.endswith((".gate.weight", ".router.weight")):
+        return False
+    return group == "mlp" or group == "experts" or (group == "attention" and kind.layers == "all")
+
+
+def importance_by_tensor(
+    checkpoint: Checkpoint, texts: Sequence[list[int]], device: torch.device, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Run the unquantized decoder over texts; for each tensor of a linear the mean square of its input columns.
+
+    Raises UnknownArchitecture or UnsupportedCheckpoint when no decoder reads the checkpoint.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = load_decoder(checkpoint.config, checkpoint, dtype=dtype, device=device)
+    tell = None if progress is None else lambda done, total: progress("calibration", done, total)
+    found = column_importance(model, [ids for ids in texts if ids], progress=tell)
+    sources = linear_sources(checkpoint.config, checkpoint)
+    return {name: value for path, value in found.items() for name in sources[path]}
+
+
+def uses_calibration(name: str) -> bool:
+    """Whether this type is made with the help of data."""
+    return quantization_type(name).weights in _CALIBRATED
+
+
+def _open_folder(out: Path, mark: Mapping[str, Any]) -> None:
+    """Make ``out``, or check that it is an earlier run of the same."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / _MARK).is_file():
+            raise ConfigError(f"{out} holds something else already; give an empty or new folder", param="out")
+        before = json.loads((out / _MARK).read_text("utf-8"))
+        if before != mark:
+            raise ConfigError(
+                f"{out} holds an unfinished run of something else ({before}); delete it or give another folder",
+                param="out",
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARK).write_text(json.dumps(mark), "utf-8")
+
+
+def _shards(checkpoint: Checkpoint, limit: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name in checkpoint.names():
+        nbytes = checkpoint.info(name).nbytes
+        if names and size + nbytes > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += nbytes
+    yield names
+
+
+def _write_shard(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    chosen: set[str],
+    kind: QuantizationType,
+    importance: Mapping[str, Tensor],
+    file: Path,
+    first: bool,
+) -> None:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensor = checkpoint.load(name)
+        if name not in chosen:
+            tensors[name] = tensor.contiguous()
+            continue
+        base = name.removesuffix(".weight")
+        packed = round_weight(tensor, kind.weights, importance.get(name))
+        tensors |= {key: value.contiguous() for key, value in packed_tensors(base, packed).items()}
+        if kind.kv_cache == "fp8" and base.endswith(".k_proj"):
+            attention = base.removesuffix(".k_proj")
+            tensors |= {f"{attention}.k_scale": torch.ones(1), f"{attention}.v_scale": torch.ones(1)}
+    part = file.with_suffix(".part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.rename(file)  # a shard is there whole or not at all
+
+
+def _names_in(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as handle:
+        return list(handle.keys())
+
+
+def _finish(
+    checkpoint: FolderCheckpoint,
+    out: Path,
+    kind: QuantizationType,
+    chosen: Sequence[str],
+    where: Mapping[str, str],
+) -> None:
+    for entry in sorted(checkpoint.path.iterdir()):
+        weights = entry.suffix in (".safetensors", ".bin", ".pt", ".gguf") or entry.name == _TABLE
+        if entry.is_file() and not weights and entry.name != "config.json":
+            shutil.copyfile(entry, out / entry.name)
+    size = sum(file.stat().st_size for file in out.glob("model-*.safetensors"))
+    table = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+    (out / _TABLE).write_text(json.dumps(table, indent=1), "utf-8")
+    matrices = (name for name in checkpoint.names() if name.endswith(".weight"))
+    left = [
+        name.removesuffix(".weight")
+        for name in matrices
+        if name not in chosen and len(checkpoint.info(name).shape) == 2 and classify(name) != "embedding"
+    ]
+    ignored = sorted({*left, "lm_head"})
+    config = {**checkpoint.config, "quantization_config": quantization_config(kind, ignored)}
+    (out / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    (out / _MARK).unlink()
+
+
+def fingerprint_texts(texts: Sequence[list[int]]) -> str:
+    """Content id of calibration data."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:32]

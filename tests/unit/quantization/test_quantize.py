@@ -1,0 +1,168 @@
+"""Checkpoints that we write: read back as they were rounded, resumable, and readable by others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from headrace.checkpoints.folder import FolderCheckpoint
+from headrace.cli.main import main
+from headrace.config.quantization import quantization_type
+from headrace.engines import quantize as module
+from headrace.engines.quantize import importance_by_tensor, quantize_checkpoint
+from headrace.errors import ConfigError, UnsupportedCheckpoint
+from headrace.layers.packed import PackedBatch
+from headrace.models.loading import load_decoder
+from headrace.quantization.containers import QuantizedCheckpoint, open_quantized
+from headrace.quantization.registry import load_time
+from headrace.quantization.writing import round_weight
+from support.tiny_folder import write_llama
+
+CPU = torch.device("cpu")
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+TYPES = ["fp8", "fp8_kv", "fp8_mlp_only", "fp8_block", "fp4", "fp4_kv", "mxfp4", "int8", "int4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_llama(tmp_path_factory.mktemp("m") / "llama", **SHAPE)
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def written(folder: Path, out: Path, name: str, **options: object) -> QuantizedCheckpoint:
+    quantize_checkpoint(FolderCheckpoint(folder), name, out, **options)  # type: ignore[arg-type]
+    checkpoint = open_quantized(FolderCheckpoint(out))
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_read_back_as_rounded(name: str, folder: Path, tmp_path: Path) -> None:
+    source = load_file(folder / "model.safetensors")
+    checkpoint = written(folder, tmp_path / "q", name)
+    kind = quantization_type(name)
+    assert set(checkpoint.names()) == set(source)
+    for tensor, dense in source.items():
+        got = checkpoint.load(tensor)
+        if tensor in checkpoint.modules:
+            dense = round_weight(dense, kind.weights).dequantize()
+        torch.testing.assert_close(got, dense, rtol=3e-7, atol=0)
+    assert ("self_attn" in str(sorted(checkpoint.modules))) == (kind.layers == "all")
+    assert not any("embed" in tensor or "lm_head" in tensor for tensor in checkpoint.modules)
+    assert checkpoint.container.kv_cache == kind.kv_cache
+    assert (tmp_path / "q" / "tokenizer.json").is_file()
+
+
+def test_the_same_model_as_quantized_on_load(folder: Path, tmp_path: Path) -> None:
+    checkpoint = written(folder, tmp_path / "q", "fp8")
+    plain = FolderCheckpoint(folder)
+    kind = load_time(quantization_type("fp8"), CPU)
+    models = (
+        load_decoder(checkpoint.config, checkpoint, dtype=torch.float32, device="cpu", keep_packed=True),
+        load_decoder(plain.config, plain, dtype=torch.float32, device="cpu", transform=kind),
+    )
+    a, b = (model.logits(model(PackedBatch.for_encoding([[3, 7, 11, 90]], causal=True))) for model in models)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = written(folder, tmp_path / "a", "fp8", shard_bytes=30_000)
+    shards = sorted(file.name for file in (tmp_path / "a").glob("model-*"))
+    assert len(shards) > 3
+    made: list[str] = []
+    real = module._write_shard
+
+    def stopping(*args: object) -> None:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        real(*args)  # type: ignore[arg-type]
+        made.append(str(args[5]))
+
+    monkeypatch.setattr(module, "_write_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        written(folder, tmp_path / "b", "fp8", shard_bytes=30_000)
+    with pytest.raises(ConfigError, match="unfinished run of something else"):
+        written(folder, tmp_path / "b", "fp4", shard_bytes=30_000)
+    again: list[str] = []
+    monkeypatch.setattr(module, "_write_shard", lambda *args: (again.append(str(args[5])), real(*args)))
+    resumed = written(folder, tmp_path / "b", "fp8", shard_bytes=30_000)
+    assert not set(again) & set(made)
+    assert len(again) == len(shards) - 2
+    for name in whole.names():
+        assert torch.equal(whole.load(name), resumed.load(name))
+    with pytest.raises(ConfigError, match="something else already"):
+        written(folder, tmp_path / "b", "fp8")
+
+
+def test_calibration_lowers_the_error_that_counts(folder: Path, tmp_path: Path) -> None:
+    """Inputs with a few large columns, as in trained models: the output error must go down."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][:6] = 20.0
+    save_file(tensors, folder.parent / "model.safetensors")
+    (folder.parent / "config.json").write_text((folder / "config.json").read_text())
+    checkpoint = FolderCheckpoint(folder.parent)
+    texts = [[(7 * i + j) % 300 for j in range(30)] for i in range(4)]
+    importance = importance_by_tensor(checkpoint, texts, CPU)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert importance[name].shape == (64,)
+    assert importance[name][:6].min() > 20 * importance[name][6:].mean()
+    full, weights = tensors[name], importance[name]
+    for form in ("nvfp4", "mxfp4", "int4"):
+        errors = [
+            float(((round_weight(full, form, given).dequantize() - full).square() * weights).sum())
+            for given in (None, weights)
+        ]
+        assert errors[1] < errors[0]
+    got = written(folder.parent, tmp_path / "q", "fp4", importance=importance, calibrated_by="x")
+    assert torch.equal(got.load(name), round_weight(full, "nvfp4", weights).dequantize())
+
+
+def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "q"
+    assert main(["quantize", str(folder), "--type", "fp8", "--out", str(out)]) == 0
+    assert "verify" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["format"] == "float-quantized"
+    assert main(["quantize", str(out), "--type", "fp8", "--out", str(tmp_path / "r")]) == 2
+    assert "already quantized" in capsys.readouterr().err
+    assert main(["quantize", str(folder), "--type", "fp9", "--out", str(tmp_path / "r")]) == 2
+    assert "did you mean" in capsys.readouterr().err
+    assert main(["quantize", str(folder), "--out", str(tmp_path / "r")]) == 2
+
+
+def test_what_cannot_be_quantized(tmp_path: Path) -> None:
+    odd = write_llama(tmp_path / "odd", **{**SHAPE, "intermediate_size": 72})
+    with pytest.raises(UnsupportedCheckpoint, match="16 bits"):
+        written(odd, tmp_path / "q", "mxfp4")
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_block", "fp4", "mxfp4", "int8", "int4"])
+def test_others_read_the_same_numbers(name: str, folder: Path, tmp_path: Path) -> None:
+    """The reference library decompresses our files to the weights that we multiply with."""
+    library = pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import decompress_module
+    from compressed_tensors.quantization import QuantizationConfig
+
+    checkpoint = written(folder, tmp_path / "q", name)
+    config = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert library is not None
+    parsed = QuantizationConfig.model_validate(config)
+    (scheme,) = parsed.config_groups.values()
+    stored = load_file(next((tmp_path / "q").glob("model-*.safetensors")))
+    for tensor in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        base = tensor.removesuffix("weight")
+        linear = torch.nn.Linear(*reversed(checkpoint.info(tensor).shape), bias=False)
+        del linear.weight
+        for key, value in stored.items():
+            if key.startswith(base):
+                linear.register_parameter(
+                    key.removeprefix(base), torch.nn.Parameter(value, requires_grad=False)
+                )
+        linear.quantization_scheme = scheme
+        linear.quantization_status = parsed.quantization_status
+        decompress_module(linear)
+        torch.testing.assert_close(linear.weight.float(), checkpoint.load(tensor), rtol=1e-2, atol=1e-3)
