@@ -6,6 +6,7 @@ Without a GPU the captured function runs directly, the fused one under Triton's 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ import torch
 from headrace.engines.generate import GenerateCore
 from headrace.execution.graphs import GraphRunner
 from headrace.execution.runner import Runner
+from headrace.kernels import dispatch
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
+from headrace.layers.linear import FixedLinear
 from headrace.models.decoder import DecoderModel
 from headrace.models.decoder_fast import reason_against
 from headrace.models.loading import random_weights
@@ -64,7 +67,13 @@ def build_model(name: str) -> DecoderModel:
 
 
 def build_core(
-    model: DecoderModel, *, graphs: bool, fast: bool = True, overlap: bool = False, chunk: int = 64
+    model: DecoderModel,
+    *,
+    graphs: bool,
+    fast: bool = True,
+    fixed: bool = False,
+    overlap: bool = False,
+    chunk: int = 64,
 ) -> GenerateCore:
     num_blocks = 120
     layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
@@ -73,7 +82,11 @@ def build_core(
         cache.k.fill_(torch.nan)
         cache.v.fill_(torch.nan)
     sizes = {"device": DEVICE, "block_size": BLOCK, "max_num_seqs": 6, "max_model_len": 128}
-    runner = GraphRunner(model, caches, fast=fast, **sizes) if graphs else Runner(model, caches, **sizes)
+    runner = (
+        GraphRunner(model, caches, fast=fast, fixed=fixed, **sizes)
+        if graphs
+        else Runner(model, caches, **sizes)
+    )
     scheduler = Scheduler(
         BlockPool(num_blocks),
         block_size=BLOCK,
@@ -140,6 +153,27 @@ def test_fused_graphs(name: str, sampled: bool, monkeypatch: pytest.MonkeyPatch)
     assert drain(build_core(model, graphs=True), work) == expected
 
 
+@pytest.fixture
+def triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels of GPUs on whatever device there is."""
+    monkeypatch.setattr(dispatch, "_FILES", {"cpu": "triton", "cuda": "triton"})
+    dispatch.kernel.cache_clear()
+    yield
+    dispatch.kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("triton_everywhere")
+def test_fixed_order() -> None:
+    """Deterministic mode: the same tokens alone and together, whole and in chunks."""
+    model = build_model("qwen2")
+    FixedLinear.fix(model)
+    work = requests(9 if ON_GPU else 3, 30 if ON_GPU else 4, sampled=False)
+    expected = drain(build_core(model, graphs=True, fixed=True, overlap=True, chunk=16), work)
+    for request in work[: None if ON_GPU else 1]:
+        alone = drain(build_core(model, graphs=True, fixed=True), [request])
+        assert alone[request.id] == expected[request.id]
+
+
 def test_a_broken_row_ends_alone() -> None:
     """A row with logits that are not finite ends with an error; the others never notice."""
     model = build_model("qwen2")
@@ -147,7 +181,7 @@ def test_a_broken_row_ends_alone() -> None:
     work = [
         Request(
             id=str(i),
-            token_ids=(t, 3),
+            token_ids=(t, 3, *range(10, 10 + i)),
             sampling=SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True),
         )
         for i, t in enumerate([5, 7, 9])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -166,3 +167,29 @@ def test_fused_prologue(norm: bool, width: int) -> None:
     assert error(out, expected) < tolerance(dtype)
     assert error(cache.k.view(-1, kv_heads, dim)[batch.slots], wanted) < tolerance(dtype)
     assert torch.equal(cache.v.view(-1, kv_heads, dim)[batch.slots], v)
+
+
+@pytest.mark.parametrize("window", [None, 11])
+def test_fixed_order(window: int | None) -> None:
+    """Bitwise: a prompt at once, in chunks of any size, and beside others."""
+    dtype, length = DTYPES[0], 45
+    (q, k, v), batch = make_batch([length, 3], [length, 20], 4, 2, 64, dtype)
+    batch.fixed = True
+    whole = attention(q, k, v, batch, 0, scale=0.1, window=window)[:length]
+    for cuts in ([0, 1, 2, 30, 31, 45], [0, 16, 32, 45]):
+        rows = []
+        for begin, end in pairwise(cuts):
+            chunk = AttentionBatch(
+                query_starts=torch.tensor([0, end - begin], dtype=torch.int32, device=DEVICE),
+                seq_lens=torch.tensor([end], dtype=torch.int32, device=DEVICE),
+                block_tables=batch.block_tables[:1],
+                slots=batch.slots[begin:end],
+                caches=batch.caches,
+                max_query_len=end - begin,
+                max_seq_len=end,
+                fixed=True,
+            )
+            rows.append(
+                attention(q[begin:end], k[begin:end], v[begin:end], chunk, 0, scale=0.1, window=window)
+            )
+        assert torch.equal(torch.cat(rows), whole)

@@ -8,7 +8,7 @@ import torch
 from headrace.kernels.linear import reference
 from headrace.kernels.linear import triton as fast
 from headrace.kernels.linear.tuning import GemvShape, SkinnyShape
-from triton_device import DEVICE, DTYPES, error, randn, tolerance
+from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
 
 SHAPES = [(1, 48, 64), (1, 70, 200), (2, 96, 128), (5, 72, 264), (17, 40, 64), (50, 130, 96)]
 
@@ -65,3 +65,17 @@ def test_fp32_logits() -> None:
     out = fast.small_linear(x, weight, out_dtype=torch.float32)
     assert out.dtype == torch.float32
     assert error(out, reference.small_linear(x, weight, out_dtype=torch.float32)) < 1e-3
+
+
+def test_fixed_linear() -> None:
+    """Bitwise: a row alone and among any number of others."""
+    dtype = DTYPES[0]
+    x, weight, bias = (
+        randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(130, 72), (70, 72), (70,)])
+    )
+    out = fast.fixed_linear(x, weight, bias=bias)
+    assert error(out, reference.fixed_linear(x, weight, bias=bias)) < 2 * tolerance(dtype)
+    # The interpreter's products are a BLAS's, whose order may depend on the place in the tile: keep it there.
+    elsewhere = (slice(3, 90), slice(129, 130)) if ON_GPU else ()
+    for rows in (slice(0, 1), slice(64, 65), slice(64, 90), *elsewhere):
+        assert torch.equal(fast.fixed_linear(x[rows], weight, bias=bias), out[rows])

@@ -27,6 +27,7 @@ from headrace.execution.runner import Runner
 from headrace.execution.threads import ThreadGovernor
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
+from headrace.layers.linear import FixedLinear, Linear
 from headrace.layers.packed import LayerCache
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
@@ -172,6 +173,15 @@ def _runner(
         "max_model_len": max_model_len,
     }
     by_length = model.config.rope_boundary is not None
+    if device.type == "cuda" and spec.deterministic:
+        if any(hasattr(m, "in_features") and not isinstance(m, Linear) for m in model.modules()):
+            raise ConfigError(
+                "deterministic is true and this model has quantized layers, whose kernels depend on the batch; "
+                "serve it unquantized, or leave deterministic out",
+                param="deterministic",
+            )
+        FixedLinear.fix(model)
+        sizes["fixed"] = True
     if device.type == "cuda" and not spec.eager and not by_length:
         from headrace.execution.graphs import GraphRunner
 

@@ -120,6 +120,7 @@ class GraphRunner(Runner):
         max_model_len: int,
         capture: bool = True,
         fast: bool = True,
+        fixed: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -128,6 +129,7 @@ class GraphRunner(Runner):
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            fixed=fixed,
         )
         self.decoder = model
         self.max_model_len = max_model_len
@@ -147,7 +149,7 @@ class GraphRunner(Runner):
         self._turn = 0
         self._plain = np.zeros(max_num_seqs, bool)
         self._changed: list[tuple[int, int]] = []
-        self._fast = _fast_decoder(model, max_model_len) if fast else None
+        self._fast = _fast_decoder(model, max_model_len) if fast and not fixed else None
         self._workspace = None if self._fast is None else self._fast.workspace(max_num_seqs)
 
     # --- preparing -------------------------------------------------------------------------------
@@ -361,6 +363,7 @@ class GraphRunner(Runner):
             caches=self.caches,
             max_query_len=1,
             max_seq_len=self.max_model_len,
+            fixed=self.fixed,
         )
         logits = model.logits(model(PackedBatch(inputs.token_ids, inputs.positions, attention)))
         if key.kind == "logits":
@@ -389,6 +392,7 @@ class GraphRunner(Runner):
             max_seq_len=self.max_model_len,
             some_single=key.some_single,
             fresh=key.fresh,
+            fixed=self.fixed,
         )
         return self.decoder(PackedBatch(inputs.token_ids, inputs.positions, attention))  # type: ignore[no-any-return]
 

@@ -90,6 +90,7 @@ class Runner:
         max_num_seqs: rows of per-sequence state.
         max_model_len: tokens of the longest sequence.
         rope_by_length: the model's rotary embedding depends on a sequence's (prompt) length.
+        fixed: attention sums every row in the same order, whatever the batch (see FixedLinear for the rest).
     """
 
     def __init__(
@@ -102,8 +103,10 @@ class Runner:
         max_num_seqs: int,
         max_model_len: int,
         rope_by_length: bool = False,
+        fixed: bool = False,
     ) -> None:
         self.model = model
+        self.fixed = fixed
         self.threads: ThreadGovernor | None = None
         self.rope_by_length = rope_by_length
         self.caches = caches
@@ -193,6 +196,7 @@ class Runner:
             max_seq_len=max_seq_len,
             some_single=bool((counts == 1).any()),
             fresh=not starts[counts > 1].any(),
+            fixed=self.fixed,
             host_query_lens=counts.tolist() if host else None,
             host_seq_lens=ends.tolist() if host else None,
             host_blocks=[list(c.sequence.table.blocks) for c in chunks] if host else None,

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headrace.kernels.dense import product
+from headrace.kernels.linear import fixed_linear
 
-__all__ = ["Embedding", "Linear", "parameter"]
+__all__ = ["Embedding", "FixedLinear", "Linear", "parameter"]
 
 
 def parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
@@ -45,6 +46,21 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return product(x, self.weight, self.bias)
+
+
+class FixedLinear(Linear):
+    """A Linear whose every row is summed in the same order, whatever the batch (deterministic mode)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        return fixed_linear(x, self.weight, bias=self.bias)
+
+    @staticmethod
+    def fix(model: nn.Module) -> None:
+        """Make every Linear of a model one of these, sharing its weights."""
+        for module in model.modules():
+            if type(module) is Linear:
+                module.__class__ = FixedLinear
 
 
 class Embedding(nn.Module):

@@ -35,6 +35,7 @@ class AttentionBatch:
         caches: one LayerCache a layer; empty without a cache.
         causal: False for bidirectional encoders.
         max_query_len, max_seq_len: host integers, so that no kernel launch waits for the device.
+        fixed: every row is summed in the same order, whatever the batch and the chunk (deterministic mode).
         fresh: no sequence of two or more new tokens has earlier keys.
         some_single: whether a sequence may have one new token beside others that have more.
         host_query_lens, host_seq_lens, host_blocks: the same facts as Python lists, for the CPU path.
@@ -53,6 +54,7 @@ class AttentionBatch:
     max_seq_len: int = 0
     some_single: bool = True
     fresh: bool = False
+    fixed: bool = False
     host_query_lens: list[int] | None = None
     host_seq_lens: list[int] | None = None
     host_blocks: list[list[int]] | None = None

@@ -75,15 +75,15 @@ def attention(
     assert batch.slots is not None and batch.block_tables is not None
     write_cache(k, v, cache.k, cache.v, batch.slots)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if batch.max_query_len > 1:
+    if batch.max_query_len > 1 or batch.fixed:
         # Keys that all lie in this batch are read there: the same numbers without the way through the table.
         fresh = batch.fresh and k.dtype == cache.k.dtype and k.stride() == v.stride()
         prefill_attention(
             q, k if fresh else cache.k, v if fresh else cache.v, batch.query_starts, batch.seq_lens, scale=scale,
             causal=batch.causal, window=window, soft_cap=soft_cap, tables=None if fresh else batch.block_tables,
-            skip_single=True, out=out,
+            skip_single=not batch.fixed, fixed=batch.fixed, out=out,
         )  # fmt: skip
-    if batch.decode_only or batch.some_single:
+    if not batch.fixed and (batch.decode_only or batch.some_single):
         decode_attention(
             q, cache.k, cache.v, batch.block_tables, batch.seq_lens, _workspace(batch, q, k), scale=scale,
             window=window, soft_cap=soft_cap, out=out,

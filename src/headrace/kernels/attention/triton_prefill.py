@@ -157,6 +157,7 @@ def prefill_attention(
     soft_cap: float | None = None,
     tables: Tensor | None = None,
     skip_single: bool = False,
+    fixed: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend each query to its own sequence's keys.
@@ -168,6 +169,7 @@ def prefill_attention(
         seq_lens: int32 [S], keys of each sequence.
         tables: int32 [S, B].
         skip_single: leave sequences of one new token to decode_attention.
+        fixed: tiles of one size whatever the batch.
         out: [T, Hq, D] contiguous.
 
     Returns:
@@ -181,7 +183,8 @@ def prefill_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     assert q.stride(2) == 1 and k.stride(-1) == 1 and k.stride() == v.stride()
     paged = tables is not None
-    rows, tile, warps, stages = _shape(padded, num_tokens * group // max(num_seqs, 1), q.element_size())
+    per_seq = 0 if fixed else num_tokens * group // max(num_seqs, 1)
+    rows, tile, warps, stages = _shape(padded, per_seq, q.element_size())
     grid = (num_tokens * group // rows + num_seqs, num_heads // group)
     _prefill[grid](
         q, q.stride(0), q.stride(1), k, v, 0 if paged else k.stride(0), k.stride(0), k.stride(-3), k.stride(-2), out,

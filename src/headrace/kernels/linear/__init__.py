@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headrace.kernels.dispatch import kernel
 
-__all__ = ["GATES", "MAX_ROWS", "argmax_linear", "small_linear"]
+__all__ = ["GATES", "MAX_ROWS", "argmax_linear", "fixed_linear", "small_linear"]
 
 MAX_ROWS = 64
 GATES = ("silu", "gelu", "gelu_tanh")
@@ -52,3 +52,16 @@ def argmax_linear(x: Tensor, weight: Tensor, *, norm: tuple[Tensor, float] | Non
         int64 [M]; -1 where a row holds NaN or infinity.
     """
     return kernel("linear", "argmax_linear", x.device.type)(x, weight, norm=norm)  # type: ignore[no-any-return]
+
+
+def fixed_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` for any number of rows, each summed in an order that does not depend on the others.
+
+    Args:
+        x: [M, K], rows contiguous.
+        weight: [N, K].
+
+    Returns:
+        [M, N] like x.
+    """
+    return kernel("linear", "fixed_linear", x.device.type)(x, weight, bias=bias)  # type: ignore[no-any-return]

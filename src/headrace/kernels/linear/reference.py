@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["argmax_linear", "small_linear"]
+__all__ = ["argmax_linear", "fixed_linear", "small_linear"]
 
 
 def small_linear(
@@ -38,6 +38,12 @@ def small_linear(
 def argmax_linear(x: Tensor, weight: Tensor, *, norm: tuple[Tensor, float] | None = None) -> Tensor:
     values, tokens = _product(x, weight, norm).max(-1)
     return torch.where(torch.isfinite(values), tokens, -1)
+
+
+def fixed_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    # One row at a time: a product of many may be summed in another order.
+    rows = [small_linear(row[None], weight, bias=bias) for row in x]
+    return torch.cat(rows) if rows else x.new_empty(0, weight.shape[0])
 
 
 def _product(x: Tensor, weight: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:
