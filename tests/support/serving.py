@@ -23,7 +23,15 @@ from headrace.text.encoding import Encoded, EncodeText, Truncate
 from headrace.types import EncodeTask, Request
 
 BOS, EOS, NAMED = 256, 257, 258
-EXTRA = {259: b"Hel", 260: b"lo", 261: " 🎉".encode()[:3], 262: "🎉".encode()[2:]}
+THINK, UNTHINK = 263, 264
+EXTRA = {
+    259: b"Hel",
+    260: b"lo",
+    261: " 🎉".encode()[:3],
+    262: "🎉".encode()[2:],
+    THINK: b"<think>",
+    UNTHINK: b"</think>",
+}
 
 
 class ByteTokenizer:
@@ -41,6 +49,13 @@ class ByteTokenizer:
         if token_id < 256:
             return bytes([token_id])
         return EXTRA.get(token_id) or {BOS: b"<bos>", EOS: b"<eos>", NAMED: b"<named>"}.get(token_id, b"")
+
+    special_ids = frozenset((BOS, EOS, NAMED))
+
+    def token_to_id(self, token: str) -> int | None:
+        return {"<bos>": BOS, "<eos>": EOS, "<named>": NAMED, "<think>": THINK, "</think>": UNTHINK}.get(
+            token
+        )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         shown = (i for i in ids if not (skip_special_tokens and i in (BOS, EOS, NAMED)))
@@ -64,8 +79,10 @@ class ByteDetokenizer:
 class ByteKit:
     """Renders `role: content` a line; refuses a conversation that begins with the assistant."""
 
-    def __init__(self) -> None:
+    def __init__(self, template: str = "{{ messages }} {{ tools }}") -> None:
         self.tokenizer = ByteTokenizer()
+        self.template = template
+        self.architecture = ""
         self.rendered: list[dict[str, Any]] = []
 
     def render(self, messages: Any, *, add_generation_prompt: bool = True, **options: Any) -> str:
@@ -77,7 +94,9 @@ class ByteKit:
         lines = [f"{message['role']}: {message.get('content')}" for message in messages]
         return "\n".join(lines) + ("\nassistant: " if add_generation_prompt else "")
 
-    def detokenizer(self, *, skip_special_tokens: bool, continuing: bool) -> ByteDetokenizer:
+    def detokenizer(
+        self, *, skip_special_tokens: bool, continuing: bool, visible: frozenset[int] = frozenset()
+    ) -> ByteDetokenizer:
         return ByteDetokenizer(self.tokenizer, skip_special_tokens)
 
 
@@ -168,12 +187,19 @@ def scripted_model(
     script: Any = None, *, name: str = "m", names: tuple[str, ...] = (), kind: str = "dense", **more: Any
 ) -> Model:
     """A Model over a ScriptedEngine."""
-    spec = EngineSpec(model=name, served_names=(name, *names), max_queue=more.pop("max_queue", 2048))
+    spec = EngineSpec(
+        model=name,
+        served_names=(name, *names),
+        max_queue=more.pop("max_queue", 2048),
+        tool_call_parser=more.pop("tool_call_parser", None),
+        reasoning_parser=more.pop("reasoning_parser", None),
+    )
+    kit = ByteKit(**({"template": more.pop("template")} if "template" in more else {}))
     ready = Ready(kind, more.pop("max_model_len", 4096), more.pop("max_num_seqs", 16), 512)
     defaults = more.pop("sampling_defaults", None)
     core = ScriptedEngine(script or says("Hello!"), spec=spec, ready=ready, **more)
     text = ByteEncodeText(ready.max_model_len) if kind in ("bert", "embed") else None
-    return Model(spec, AsyncEngine(core, ByteKit(), sampling_defaults=defaults, encode_text=text))
+    return Model(spec, AsyncEngine(core, kit, sampling_defaults=defaults, encode_text=text))
 
 
 @contextmanager

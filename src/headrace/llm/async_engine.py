@@ -214,12 +214,14 @@ class AsyncEngine:
         priority: int = 0,
         cache_salt: str = "",
         deadline: float | None = None,
+        visible: frozenset[int] = frozenset(),
     ) -> Generation:
         """Check everything and prepare the call; it runs when the Generation is iterated.
 
         Args:
             truncate_prompt_tokens: keep only the last so many; -1: as many as fit beside ``max_tokens``.
             deadline: seconds of the monotonic clock.
+            visible: special tokens that are text all the same (markers that a parser looks for).
 
         Raises InvalidRequest, ContextLengthExceeded, Unprocessable.
         """
@@ -251,12 +253,14 @@ class AsyncEngine:
                     cache_salt=cache_salt,
                     deadline=deadline,
                 )
-                choices.append(self._choice(index, request, own, prompt))
+                choices.append(self._choice(index, request, own, prompt, visible))
         return Generation(self.client, fitted, choices)
 
-    def _choice(self, index: int, request: Request, params: SamplingParams, prompt: Prompt) -> Choice:
+    def _choice(
+        self, index: int, request: Request, params: SamplingParams, prompt: Prompt, visible: frozenset[int]
+    ) -> Choice:
         detokenizer = self.kit.detokenizer(
-            skip_special_tokens=params.skip_special_tokens, continuing=prompt.continuing
+            skip_special_tokens=params.skip_special_tokens, continuing=prompt.continuing, visible=visible
         )
         stops = None
         if params.stop:

@@ -28,6 +28,15 @@ class Tokenizer(Protocol):
         """The bytes that this token stands for; of a special token its name."""
         ...
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text unless asked for."""
+        ...
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token, written as the vocabulary spells it."""
+        ...
+
 
 class Detokenizer(Protocol):
     """Ids to text as they come: never half a character, and joined deltas equal the whole text."""
@@ -63,8 +72,25 @@ class TextKit(Protocol):
         """
         ...
 
-    def detokenizer(self, *, skip_special_tokens: bool, continuing: bool) -> Detokenizer:
-        """For one sequence; ``continuing``: its text goes on the prompt's, so its start is kept as it is."""
+    @property
+    def template(self) -> str:
+        """Source of the chat templates, all in one; empty when there is none."""
+        ...
+
+    @property
+    def architecture(self) -> str:
+        """First of ``architectures`` in config.json; may be empty."""
+        ...
+
+    def detokenizer(
+        self, *, skip_special_tokens: bool, continuing: bool, visible: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """For one sequence.
+
+        Args:
+            continuing: its text goes on the prompt's, so its start is kept as it is.
+            visible: special tokens that are shown all the same.
+        """
         ...
 
 

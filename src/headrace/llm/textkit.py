@@ -34,9 +34,24 @@ class ModelText:
             ]
         return template.render(messages, **options)
 
-    def detokenizer(self, *, skip_special_tokens: bool, continuing: bool) -> Detokenizer:
+    @property
+    def template(self) -> str:
         """See TextKit."""
-        return Detokenizer(self.tokenizer, skip_special_tokens=skip_special_tokens, continuing=continuing)
+        return "\n".join(self._template.templates.values())
+
+    @property
+    def architecture(self) -> str:
+        """See TextKit."""
+        named = self.tokenizer.sources.config.get("architectures")
+        return str(named[0]) if isinstance(named, list) and named else ""
+
+    def detokenizer(
+        self, *, skip_special_tokens: bool, continuing: bool, visible: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """See TextKit."""
+        return Detokenizer(
+            self.tokenizer, skip_special_tokens=skip_special_tokens, continuing=continuing, visible=visible
+        )
 
 
 def load_text(spec: EngineSpec) -> ModelText:

@@ -15,7 +15,7 @@ from headrace.types import ConstraintSpec
 if TYPE_CHECKING:
     from headrace.serving.openai.common import GenerateFields
 
-__all__ = ["Constrained", "check_tool_choice", "constrain", "json_schema", "read_constraint"]
+__all__ = ["Constrained", "constrain", "json_schema", "read_constraint"]
 
 _FORMATS = ("text", "json_object", "json_schema", "regex", "choice", "grammar", "structural_tag")
 _GUIDED = {
@@ -197,18 +197,3 @@ def _structural_tag(given: Any, param: str) -> Constrained:
         )
     text = json.dumps({"structures": tags, "triggers": given.get("triggers")})
     return Constrained(ConstraintSpec("structural_tag", text), param, tuple(warnings))
-
-
-def check_tool_choice(choice: str | dict[str, Any] | None, param: str) -> None:
-    """Refuse a choice of tools that would need a constraint, and what is no choice at all."""
-    if choice is None or choice in ("auto", "none"):
-        return
-    if choice == "required" or isinstance(choice, dict):
-        raise InvalidRequest(
-            f"{param} can be 'auto' or 'none' in this version: the output cannot be forced into a tool call",
-            param=param,
-            code="unsupported_value",
-        )
-    raise InvalidRequest(
-        f"{param} is {choice!r}; expected 'auto', 'none', 'required' or a named tool", param=param
-    )

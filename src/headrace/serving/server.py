@@ -75,6 +75,8 @@ class Server:
     async def _load(self, model: Model) -> None:
         engine = await self._start_engine(model.spec)
         model.loaded = engine
+        if engine.text is not None and not engine.embeds:
+            _ = model.format  # a wrong name of a parser ends the start, not the first request
         log.info("model ready", extra={"fields": {"model": model.name, **engine.client.ready.summary}})
 
     async def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,8 @@ from headrace.serving.auth import Keys
 from headrace.serving.batches import BatchJobs
 from headrace.serving.grammars import GrammarChecker
 from headrace.serving.metrics import Metrics
+from headrace.serving.parsers.choose import choose
+from headrace.serving.parsers.grammar import Format
 
 __all__ = ["STATE", "Model", "Models", "ServerOptions", "State"]
 
@@ -66,6 +69,12 @@ class Model:
         if self.loaded is None:
             raise NotReady(f"model {self.name!r} is loading; GET /ready says when it is done")
         return self.loaded
+
+    @cached_property
+    def format(self) -> Format:
+        """How it writes calls and thoughts; raises ConfigError for a parser's name that is not known."""
+        kit = self.engine.kit
+        return choose(kit.template, kit.architecture, self.spec.tool_call_parser, self.spec.reasoning_parser)
 
     @property
     def limit(self) -> int:

@@ -12,6 +12,7 @@ from headrace.llm import Delta, Generation
 from headrace.serving.call import Call
 from headrace.serving.errors import error_event, to_error
 from headrace.serving.exchange import current
+from headrace.serving.parsers.turn import Turn
 from headrace.serving.verify import Verifier
 
 __all__ = ["Writer", "send_stream"]
@@ -34,8 +35,8 @@ class Writer(Protocol):
         """Events for what one step brought; empty when there is nothing to tell."""
         ...
 
-    def content(self, index: int) -> str:
-        """The answer of one choice so far, as a constraint on it sees it."""
+    def turn(self, index: int) -> Turn:
+        """One choice so far."""
         ...
 
     def end(self) -> bytes:
@@ -82,7 +83,7 @@ async def _send(
         data = writer.chunks(deltas)
         if verifier is not None:
             for delta in deltas:
-                await verifier.look(writer.content(delta.index), delta)
+                await verifier.look(writer.turn(delta.index), delta)
         if not response.prepared:
             await response.prepare(call.request)
             data = writer.begin() + data

@@ -22,18 +22,24 @@ class Detokenizer:
         skip_special_tokens: leave special tokens out of the text.
         continuing: the ids go on an existing text, so the rules for the start of a text (SentencePiece's
             leading space) do not apply. Completions want this, a chat's reply does not.
+        visible: special tokens that stay in the text all the same.
     """
 
     __slots__ = ("_bytes", "_decoder", "_first_bytes", "_known", "_skip", "_started", "_strip", "_to_strip")
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continuing: bool = False
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        continuing: bool = False,
+        visible: frozenset[int] = frozenset(),
     ) -> None:
         pieces = tokenizer.pieces
         self._bytes = tokenizer.token_bytes
         self._first_bytes = tokenizer.first_token_bytes
         self._known = tokenizer.id_to_token
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = tokenizer.special_ids - visible if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(pieces.errors)
         self._started = continuing
         self._strip = pieces.strip

@@ -21,6 +21,7 @@ from headrace.serving.openai.logprobs import TokenNames, joined
 from headrace.serving.openai.replies import TextChoice, TextLogprobs, TextReply
 from headrace.serving.openai.sampling import check_stream, num_choices, sampling_params
 from headrace.serving.openai.schemas import MAX_INPUTS, CompletionRequest
+from headrace.serving.parsers.turn import Turn
 from headrace.serving.verify import Verifier
 from headrace.types import ConstraintSpec, SamplingParams
 
@@ -105,7 +106,7 @@ class TextAnswer:
         self._usage_end = bool(options and options.include_usage)
         self._usage_each = bool(options and options.continuous_usage_stats)
         self._offsets = [0] * len(generation.choices)
-        self._contents: list[list[str]] = [[] for _ in generation.choices]
+        self._turns = [Turn(None) for _ in generation.choices]
 
     def _echo(self, prompt: int) -> str:
         """The prompt's text, after any truncation."""
@@ -135,7 +136,7 @@ class TextAnswer:
         drop = body.max_tokens == 0
         events = []
         for delta in deltas:
-            self._contents[delta.index].append(delta.text)
+            self._turns[delta.index].feed(delta.text)
             if not (delta.text or delta.finish_reason or always):
                 continue
             text = "" if drop else delta.text
@@ -161,9 +162,9 @@ class TextAnswer:
             chunk.usage = replies.usage_reply(self._run.usage)
         return replies.event(chunk) + replies.DONE
 
-    def content(self, index: int) -> str:
+    def turn(self, index: int) -> Turn:
         """See Writer."""
-        return "".join(self._contents[index])
+        return self._turns[index]
 
     def reply(self, choices: list[Completion]) -> TextReply:
         """Everything at once."""
@@ -178,7 +179,7 @@ class TextAnswer:
     def _choice(self, done: Completion, place: int) -> TextChoice:
         body = self._body
         text = "" if body.max_tokens == 0 else done.text
-        self._contents[done.index] = [text]
+        self._turns[done.index].feed(text)
         start = self._echo(place) if body.echo else ""
         choice = TextChoice(done.index, start + text, replies.finish(done.finish_reason) or "stop")
         choice.stop_reason = done.stop_reason

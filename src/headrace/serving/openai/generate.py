@@ -14,6 +14,7 @@ from headrace.llm.async_engine import best, ranked
 from headrace.llm.protocols import Prompt
 from headrace.llm.results import Collector
 from headrace.serving.call import Call
+from headrace.serving.exchange import current
 from headrace.serving.openai.common import GenerateFields
 from headrace.serving.openai.replies import encode
 from headrace.serving.openai.sampling import num_choices
@@ -45,6 +46,7 @@ async def answer(
     params: SamplingParams,
     make: Callable[[Generation], Answer],
     verifier: Verifier | None = None,
+    visible: frozenset[int] = frozenset(),
 ) -> web.StreamResponse:
     """Run the prompts and answer. ``verifier`` looks at each text before it is called finished."""
     n, runs = num_choices(body)
@@ -56,6 +58,7 @@ async def answer(
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
         deadline=call.deadline,
+        visible=visible,
     )
     call.record.follow(generation)
     writer = make(generation)
@@ -71,8 +74,9 @@ async def answer(
     reply = writer.reply(kept)
     if verifier is not None:
         for completion in kept:
-            await verifier.look(writer.content(completion.index), completion)
-        reply = writer.reply(kept) if verifier.warned else reply
+            await verifier.look(writer.turn(completion.index), completion)
+        if verifier.warned:
+            reply.warnings = current().warnings
     return web.Response(body=encode(reply), content_type="application/json")
 
 

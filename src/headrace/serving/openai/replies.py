@@ -10,6 +10,7 @@ from msgspec import UNSET, UnsetType
 from headrace.types import FinishReason, Usage
 
 __all__ = [
+    "CallReply",
     "ChatChoice",
     "ChatChunk",
     "ChatDelta",
@@ -17,6 +18,7 @@ __all__ = [
     "ChatMessage",
     "ChatReply",
     "ChunkChoice",
+    "FunctionReply",
     "TextChoice",
     "TextLogprobs",
     "TextReply",
@@ -48,14 +50,14 @@ class UsageReply(msgspec.Struct):
     completion_tokens_details: dict[str, int]
 
 
-def usage_reply(usage: Usage) -> UsageReply:
+def usage_reply(usage: Usage, reasoning_tokens: int = 0) -> UsageReply:
     """Usage in the API's words."""
     return UsageReply(
         usage.prompt_tokens,
         usage.completion_tokens,
         usage.total_tokens,
         {"cached_tokens": usage.cached_tokens},
-        {"reasoning_tokens": usage.reasoning_tokens},
+        {"reasoning_tokens": reasoning_tokens},
     )
 
 
@@ -80,12 +82,30 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class FunctionReply(msgspec.Struct):
+    """Name and arguments (JSON text) of a call; in streams ``arguments`` is what is new."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class CallReply(msgspec.Struct):
+    """A tool call, or in streams what is new of one: ``id``, ``type`` and name come first and once."""
+
+    function: FunctionReply
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    index: int | UnsetType = UNSET
+
+
 class ChatMessage(msgspec.Struct):
     """The assistant's turn."""
 
     role: str
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CallReply] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -120,6 +140,8 @@ class ChatDelta(msgspec.Struct):
     content: str | UnsetType = UNSET
     role: str | UnsetType = UNSET
     refusal: UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CallReply] | UnsetType = UNSET
 
 
 class ChunkChoice(msgspec.Struct):

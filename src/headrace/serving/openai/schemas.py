@@ -115,12 +115,14 @@ class ChatRequest(GenerateFields):
     top_logprobs: int | None = acts(
         None, "So many most likely tokens a position; needs `logprobs`.", ge=0, le=20
     )
-    tools: Many[Tool] | None = acts(None, "Handed to the chat template; the reply comes as plain content.")
-    tool_choice: str | dict[str, Any] | None = acts(
-        None, "`auto` or `none`; `required` and a named function are refused."
+    tools: Many[Tool] | None = acts(
+        None, "Functions the model may call; calls follow their schemas wherever the format marks them."
     )
-    parallel_tool_calls: bool | None = harmless("Calls are not parsed out of the reply in this version.")
-    functions: Many[FunctionTool] | None = acts(None, "Old form of `tools`.")
+    tool_choice: str | dict[str, Any] | None = acts(
+        None, "`auto`, `none`, `required`, a named function, or `allowed_tools`."
+    )
+    parallel_tool_calls: bool | None = acts(None, "False: at most one call in a turn (default true).")
+    functions: Many[FunctionTool] | None = acts(None, "Old form of `tools`; calls come as `tool_calls`.")
     function_call: str | dict[str, Any] | None = acts(None, "Old form of `tool_choice`.")
     documents: Many[dict[str, Any]] | None = acts(None, "Handed to the chat template.")
     chat_template: str | None = acts(None, "Used instead of the model's own, if the server allows it.")
@@ -136,6 +138,9 @@ class ChatRequest(GenerateFields):
     echo: bool | None = acts(None, "Begin the reply with the last message if that is the assistant's.")
     reasoning_effort: Effort | None = acts(
         None, "Handed to the chat template; `none` also sets its `enable_thinking` to false."
+    )
+    thinking_token_budget: int | None = acts(
+        None, "So many tokens of thinking at most; then the model must answer.", ge=0, le=INT32
     )
     verbosity: Literal["low", "medium", "high"] | None = harmless("No open checkpoint reads it.")
     modalities: Many[Literal["text", "audio"]] | None = acts(None, "`text`; `audio` is refused.")
@@ -156,7 +161,7 @@ class ChatRequest(GenerateFields):
     )
     web_search_options: dict[str, Any] | None = harmless("The model has no access to the web.")
     moderation: dict[str, Any] | None = refused("no moderation model runs here")
-    include_reasoning: bool | None = harmless("Reasoning is part of the content in this version.")
+    include_reasoning: bool | None = acts(None, "False leaves `reasoning_content` out of the reply.")
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:

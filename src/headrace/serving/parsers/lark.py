@@ -44,8 +44,8 @@ class ToolGrammar:
         self._rules: list[str] = []
         self._count = 0
 
-    def forced(self, *, parallel: bool) -> str:
-        """Nothing but calls, one or more."""
+    def forced(self, *, parallel: bool, instead: str = "") -> str:
+        """Nothing but calls, one or more; or all of it what ``instead`` says."""
         if self._format.channels is not None:
             return self._harmony(self._format.channels)
         assert self._format.tools is not None
@@ -54,7 +54,8 @@ class ToolGrammar:
         one = self._rule(f"{opener} {self._body(section, parallel)}")
         repeat = parallel and not section.listed and not section.separator and not _marked(section)
         gap = '"\\n"?'
-        return self._grammar(f"{one} ({gap} {one})*" if repeat else one)
+        calls = f"{one} ({gap} {one})*" if repeat else one
+        return self._grammar(f"{calls} | {self._rule(instead)}" if instead else calls)
 
     def triggered(self, *, parallel: bool) -> str | None:
         """Free text in which whatever begins like a call is one; None where nothing marks a call's start."""

@@ -31,14 +31,21 @@ class Turn:
 
     Args:
         short_ids: ids of nine characters, as Mistral's templates ask.
+        parallel: keep more than one call.
+
+    Attributes:
+        calls: the calls so far.
+        dropped: how many calls were left out.
     """
 
-    def __init__(self, machine: Machine | None, *, short_ids: bool = False) -> None:
+    def __init__(self, machine: Machine | None, *, short_ids: bool = False, parallel: bool = True) -> None:
         self._machine = machine
         self._short = short_ids
         self._content: list[str] = []
         self._thoughts: list[str] = []
+        self._parallel = parallel
         self.calls: list[Call] = []
+        self.dropped = 0
 
     @property
     def content(self) -> str:
@@ -56,11 +63,14 @@ class Turn:
             events = self._machine.feed(text)
             if last:
                 events += self._machine.finish()
-        for event in events:
-            self._keep(event)
-        return events
+        return [event for event in events if self._keep(event)]
 
-    def _keep(self, event: Event) -> None:
+    def _keep(self, event: Event) -> bool:
+        """Take an event in; False when it belongs to a call too many."""
+        if isinstance(event, CallStart) and self.calls and not self._parallel:
+            self.dropped += 1
+        if self.dropped and isinstance(event, (CallStart, CallArguments, CallEnd)):
+            return False
         match event:
             case Content(text):
                 self._content.append(text)
@@ -73,6 +83,7 @@ class Turn:
             case CallEnd(broken):
                 call = self.calls[-1]
                 call.whole = not broken and _is_object(call.arguments)
+        return True
 
     def _new_id(self) -> str:
         return uuid.uuid4().hex[:9] if self._short else f"call_{uuid.uuid4().hex[:24]}"
