@@ -113,7 +113,7 @@ def test_many_kinds_at_once(client: openai.OpenAI) -> None:
     found: dict[int, Any] = {}
 
     def one(i: int) -> None:
-        extra, expected = forms[i % len(forms)]
+        extra, _expected = forms[i % len(forms)]
         try:
             reply = client.chat.completions.create(
                 model="m", messages=USER, max_tokens=40, n=2, seed=i, extra_body=extra, logprobs=True
