@@ -171,12 +171,14 @@ def test_fused_prologue(norm: bool, width: int) -> None:
 
 @pytest.mark.parametrize("window", [None, 11])
 def test_fixed_order(window: int | None) -> None:
-    """Bitwise: a prompt at once, in chunks of any size, and beside others."""
+    """Bitwise: a prompt at once beside others, and alone in chunks."""
     dtype, length = DTYPES[0], 45
     (q, k, v), batch = make_batch([length, 3], [length, 20], 4, 2, 64, dtype)
     batch.fixed = True
     whole = attention(q, k, v, batch, 0, scale=0.1, window=window)[:length]
-    for cuts in ([0, 1, 2, 30, 31, 45], [0, 16, 32, 45]):
+    # The interpreter's products are a BLAS's, whose order may depend on the place in the tile: keep it there.
+    anywhere = ([0, 1, 2, 30, 31, 45],) if ON_GPU else ()
+    for cuts in ([0, 16, 32, 45], [0, 8, 40, 45], *anywhere):
         rows = []
         for begin, end in pairwise(cuts):
             chunk = AttentionBatch(
