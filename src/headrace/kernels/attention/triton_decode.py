@@ -19,7 +19,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors, sequence_lanes
 
-__all__ = ["MAX_SPLITS", "DecodeShape", "DecodeWorkspace", "QKNormRope", "decode_attention", "decode_shape"]
+__all__ = [
+    "MAX_SPLITS",
+    "DecodeShape",
+    "DecodeWorkspace",
+    "QKNormRope",
+    "decode_attention",
+    "decode_shape",
+    "padded_dim",
+]
 
 MAX_SPLITS = 32
 
@@ -40,6 +48,11 @@ class DecodeShape(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+
+
+def padded_dim(head_dim: int) -> int:
+    """Columns of a tile: a power of two, and no fewer than a product's inner dimension takes."""
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def decode_shape(num_heads: int, padded: int) -> DecodeShape:
@@ -74,7 +87,7 @@ class DecodeWorkspace:
     def allocate(
         num_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
     ) -> DecodeWorkspace:
-        width = triton.next_power_of_2(head_dim) + 2
+        width = padded_dim(head_dim) + 2
         partial = torch.empty(num_seqs, MAX_SPLITS, num_heads, width, dtype=torch.float32, device=device)
         return DecodeWorkspace(
             partial, torch.zeros(num_seqs * num_kv_heads, dtype=torch.int32, device=device)
@@ -420,7 +433,7 @@ def decode_attention(
     block_size, num_kv_heads = k_cache.shape[1:3]
     num_seqs = seq_lens.shape[0]
     group = num_heads // num_kv_heads
-    padded = triton.next_power_of_2(head_dim)
+    padded = padded_dim(head_dim)
     merged = triton.next_power_of_2(group)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from headrace.kernels.attention.triton_decode import padded_dim
 from headrace.kernels.launch import INTERPRETED, launch_options, sequence_lanes
 
 __all__ = ["prefill_attention"]
@@ -178,7 +179,7 @@ def prefill_attention(
     num_tokens, num_heads, head_dim = q.shape
     num_seqs = seq_lens.shape[0]
     group = num_heads // k.shape[-2]
-    padded = triton.next_power_of_2(head_dim)
+    padded = padded_dim(head_dim)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     assert q.stride(2) == 1 and k.stride(-1) == 1 and k.stride() == v.stride()
