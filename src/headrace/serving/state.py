@@ -17,6 +17,7 @@ from headrace.serving.admission import Admission
 from headrace.serving.auth import Keys
 from headrace.serving.grammars import GrammarChecker
 from headrace.serving.metrics import Metrics
+from headrace.serving.openai.response_store import ResponseStore
 from headrace.serving.parsers.choose import choose
 from headrace.serving.parsers.grammar import Format
 
@@ -128,6 +129,7 @@ class State:
         self.metrics = Metrics(models.engines)
         self.admission = Admission(self.metrics)
         self.grammars = GrammarChecker()
+        self.responses = ResponseStore()
         self.running: set[asyncio.Task[object]] = set()
         self.draining = False
 
