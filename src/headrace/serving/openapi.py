@@ -126,10 +126,12 @@ def _type(row: dict[str, Any]) -> str:
 
 def write_tables(file: Path) -> None:
     """Put the tables of fields between their marks in a Markdown file."""
+    from headrace.serving.anthropic.schemas import MessagesRequest
+    from headrace.serving.openai.responses_schema import ResponsesRequest
     from headrace.serving.openai.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 
     text = file.read_text(encoding="utf-8")
-    for schema in (ChatRequest, CompletionRequest, EmbeddingRequest):
+    for schema in (ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, EmbeddingRequest):
         begin, end = f"<!-- {schema.__name__} -->\n", "<!-- end -->"
         before, _, rest = text.partition(begin)
         text = before + begin + fields_table(schema) + end + rest.partition(end)[2]

@@ -10,11 +10,15 @@ from openai.types.chat import ChatCompletionAssistantMessageParam, ChatCompletio
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as TextParams
 from openai.types.embedding_create_params import EmbeddingCreateParams
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
+from headrace.serving.anthropic.schemas import MessagesRequest
+from headrace.serving.openai.responses_schema import ResponsesRequest
 from headrace.serving.openai.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, Message
 from headrace.serving.openapi import fields_table
 from support.serving import live, scripted_model
 
+SCHEMAS = [ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, EmbeddingRequest]
 HARMLESS: dict[str, Any] = {
     "audio": {"voice": "alloy", "format": "wav"},
     "frequency_penalty": 0.5,
@@ -56,7 +60,12 @@ HARMLESS: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [(ChatRequest, ChatParams), (CompletionRequest, TextParams), (EmbeddingRequest, EmbeddingCreateParams)],
+    [
+        (ChatRequest, ChatParams),
+        (CompletionRequest, TextParams),
+        (EmbeddingRequest, EmbeddingCreateParams),
+        (ResponsesRequest, ResponseCreateParamsBase),
+    ],
 )
 def test_every_field_of_openais_schema_is_known(ours: Any, theirs: Any) -> None:
     assert set(theirs.__annotations__) - set(ours.model_fields) == set()
@@ -86,14 +95,14 @@ def test_every_openai_field_gets_a_reply() -> None:
         assert status == 200, body
 
 
-@pytest.mark.parametrize("schema", [ChatRequest, CompletionRequest, EmbeddingRequest])
+@pytest.mark.parametrize("schema", SCHEMAS)
 def test_every_field_says_what_it_does(schema: Any) -> None:
     for name, field in schema.model_fields.items():
         assert field.description, name
         assert field.json_schema_extra["effect"] in ("acted on", "accepted, no effect", "refused"), name
 
 
-@pytest.mark.parametrize("schema", [ChatRequest, CompletionRequest, EmbeddingRequest])
+@pytest.mark.parametrize("schema", SCHEMAS)
 def test_docs_hold_the_table_made_from_the_schema(schema: Any) -> None:
     page = Path(__file__).parents[3] / "docs" / "api.md"
     assert fields_table(schema) in page.read_text(encoding="utf-8"), (
