@@ -61,8 +61,6 @@ GAPS = (
     Gap(
         "secret_name", lambda value: value != "hf_access_token", "the hub's token is the only credential used"
     ),
-    Gap("tool_call_parser", _is_set, "no parsers of tool calls"),
-    Gap("reasoning_parser", _is_set, "no parsers of thinking"),
     Gap("deterministic", _is_set, "reductions depend on the batch"),
     Gap("default_route", _is_set, "every task has its own route", False),
     Gap("speculation", _is_set, "no drafts: the same output, at the usual speed", False),

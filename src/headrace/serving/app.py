@@ -9,12 +9,16 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from headrace.serving import openapi, probes
+from headrace.serving.anthropic.messages import messages
+from headrace.serving.anthropic.schemas import MessagesRequest
 from headrace.serving.middleware import ROUTES, around
 from headrace.serving.openai import batches
 from headrace.serving.openai.chat import chat_completions
 from headrace.serving.openai.completions import completions
 from headrace.serving.openai.embeddings import embeddings
 from headrace.serving.openai.models import get_model, list_models
+from headrace.serving.openai.responses import create_response, delete_response, get_response
+from headrace.serving.openai.responses_schema import ResponsesRequest
 from headrace.serving.openai.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from headrace.serving.state import STATE, State
 from headrace.serving.tei import embed, predict, rerank, text
@@ -49,6 +53,12 @@ class Route(NamedTuple):
 TABLE = (
     Route("POST", "/v1/chat/completions", chat_completions, "Answer a conversation.", ChatRequest),
     Route("POST", "/v1/completions", completions, "Continue texts.", CompletionRequest),
+    Route(
+        "POST", "/v1/responses", create_response, "Answer, as items; stored for a while.", ResponsesRequest
+    ),
+    Route("GET", "/v1/responses/{id}", get_response, "A stored response."),
+    Route("DELETE", "/v1/responses/{id}", delete_response, "Forget a stored response."),
+    Route("POST", "/v1/messages", messages, "Answer a conversation in Anthropic's shape.", MessagesRequest),
     Route("POST", "/v1/embeddings", embeddings, "Turn texts into vectors.", EmbeddingRequest),
     Route("POST", "/embed", embed.embed, "Turn texts into vectors.", EmbedRequest),
     Route("POST", "/embed_all", embed.embed_all, "One vector for each token.", EmbedAllRequest),

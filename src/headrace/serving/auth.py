@@ -28,6 +28,8 @@ class Keys:
         header = request.headers.get("Authorization", "")
         scheme, _, key = header.partition(" ")
         key = key.strip()
+        if not header and "x-api-key" in request.headers:  # Anthropic's clients
+            scheme, key = "api-key", request.headers["x-api-key"].strip()
         if not key or scheme.lower() not in _SCHEMES:
             raise AuthenticationFailed(
                 "no API key; send the header 'Authorization: Bearer KEY' (or 'Api-Key KEY')",

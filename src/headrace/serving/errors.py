@@ -24,10 +24,19 @@ from headrace.errors import (
     nearest,
 )
 
-__all__ = ["error_body", "error_event", "error_headers", "error_response", "from_http", "to_error"]
+__all__ = [
+    "anthropic_body",
+    "error_body",
+    "error_event",
+    "error_headers",
+    "error_response",
+    "from_http",
+    "to_error",
+]
 
 log = logging.getLogger(__name__)
 
+_ANTHROPIC = "/v1/messages"
 # OpenAI's `type` by status; 500 and above are server errors.
 _TYPES = {
     401: "authentication_error",
@@ -77,11 +86,19 @@ def error_headers(error: HeadraceError) -> dict[str, str]:
     return {"WWW-Authenticate": "Bearer"} if status == 401 else {}
 
 
-def error_response(error: HeadraceError, status: int | None = None) -> web.Response:
-    """The reply for an error."""
+def anthropic_body(error: HeadraceError, event: bool = False) -> bytes:
+    """JSON of an error in Anthropic's shape; as a server-sent event of a stream that has begun."""
+    status = http_status(error)
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    data = _encode({"type": "error", "error": {"type": kind, "message": _clean(error.message)}})
+    return b"event: error\ndata: " + data + b"\n\n" if event else data
+
+
+def error_response(error: HeadraceError, status: int | None = None, *, path: str = "") -> web.Response:
+    """The reply for an error, in the shape of the API that ``path`` belongs to."""
     return web.Response(
         status=status or http_status(error),
-        body=error_body(error),
+        body=anthropic_body(error) if path.startswith(_ANTHROPIC) else error_body(error),
         content_type="application/json",
         headers=error_headers(error),
     )

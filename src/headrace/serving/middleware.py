@@ -64,12 +64,14 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
         if error.status < 400:
             raise
         routes = request.app[ROUTES]
-        reply = error_response(from_http(error, request.path, request.method, routes), error.status)
+        reply = error_response(
+            from_http(error, request.path, request.method, routes), error.status, path=request.path
+        )
         if "Allow" in error.headers:
             reply.headers["Allow"] = error.headers["Allow"]
         return reply
     except Exception as error:
-        return error_response(to_error(error))
+        return error_response(to_error(error), path=request.path)
 
 
 def _finish(request: web.Request, state: State, exchange: Exchange, status: int, seconds: float) -> None:

@@ -119,6 +119,12 @@ _SINGLE = (
     "then",
     "else",
 )
+_SHAPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_MAPS, (dict,)),
+    **dict.fromkeys((*_LISTS, "required", "enum"), (list,)),
+    **dict.fromkeys(("format", "$ref", "pattern", "$id", "$anchor"), (str,)),
+    "type": (str, list),
+}
 _MAX_NODES = 50_000
 _MAX_DEPTH = 100
 _NAMED_AT_MOST = 8
@@ -203,6 +209,10 @@ class _Reader:
             )
         if key in ANNOTATIONS or key.startswith("x-"):
             return False
+        if not isinstance(value, _SHAPES.get(key, (object,))):
+            raise self._refuse(
+                f"has {key}: {json.dumps(value)[:60]} at {pointer or '/'}, which is of the wrong type"
+            )
         if key in UNENFORCED:
             self.unenforced.append((pointer, key, "not enforced"))
         elif key not in ENFORCED and key not in ("oneOf", "format"):
@@ -224,9 +234,9 @@ class _Reader:
         found = node.get("format")
         if found is None or found in FORMATS:
             return
-        pattern = _PATTERNS.get(found) if isinstance(found, str) else None
+        pattern = _PATTERNS.get(found)
         if pattern is None:
-            self.unenforced.append((pointer, "format", f"unknown format {str(found)[:40]!r}"))
+            self.unenforced.append((pointer, "format", f"unknown format {found[:40]!r}"))
             del copy["format"]
             return
         del copy["format"]

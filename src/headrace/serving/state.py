@@ -19,6 +19,7 @@ from headrace.serving.auth import Keys
 from headrace.serving.batches import BatchJobs
 from headrace.serving.grammars import GrammarChecker
 from headrace.serving.metrics import Metrics
+from headrace.serving.openai.response_store import ResponseStore
 from headrace.serving.parsers.choose import choose
 from headrace.serving.parsers.grammar import Format
 
@@ -134,6 +135,7 @@ class State:
         self.metrics = Metrics(models.engines)
         self.admission = Admission(self.metrics)
         self.grammars = GrammarChecker()
+        self.responses = ResponseStore()
         self.running: set[asyncio.Task[object]] = set()
         self.draining = False
         self.batches: BatchJobs | None = None

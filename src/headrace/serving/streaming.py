@@ -8,9 +8,10 @@ from typing import Protocol
 
 from aiohttp import web
 
+from headrace.errors import HeadraceError
 from headrace.llm import Delta, Generation
 from headrace.serving.call import Call
-from headrace.serving.errors import error_event, to_error
+from headrace.serving.errors import to_error
 from headrace.serving.exchange import current
 from headrace.serving.parsers.turn import Turn
 from headrace.serving.verify import Verifier
@@ -39,6 +40,10 @@ class Writer(Protocol):
         """One choice so far."""
         ...
 
+    def failure(self, error: HeadraceError) -> bytes:
+        """The event of an error after the stream has begun."""
+        ...
+
     def end(self) -> bytes:
         """Events after the last text, [DONE] among them."""
         ...
@@ -64,7 +69,7 @@ async def send_stream(
         told = call.too_late() if call.expired else to_error(error)  # type: ignore[arg-type]
         call.record.fail(told)
         response.force_close()
-        await response.write(error_event(told))
+        await response.write(writer.failure(told))
     finally:
         await generation.aclose()
     await response.write_eof()
@@ -80,13 +85,13 @@ async def _send(
 ) -> None:
     async for deltas in generation:
         call.record.tokens(deltas)
-        data = writer.chunks(deltas)
+        data = b"" if response.prepared else writer.begin()
+        data += writer.chunks(deltas)
         if verifier is not None:
             for delta in deltas:
                 await verifier.look(writer.turn(delta.index), delta)
         if not response.prepared:
             await response.prepare(call.request)
-            data = writer.begin() + data
         if data:
             await response.write(data)
     if not response.prepared:

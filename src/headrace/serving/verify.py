@@ -23,8 +23,7 @@ class Verifier:
         wanted: what content must follow; None: anything is right.
         plan: of a chat: its tools.
 
-    Attributes:
-        warned: whether it added a warning to the reply.
+    Warnings go to the current exchange, which the reply and its headers tell.
     """
 
     def __init__(
@@ -33,7 +32,6 @@ class Verifier:
         self._checker = checker
         self._wanted = wanted
         self._plan = plan
-        self.warned = False
         current().warnings += wanted.warnings if wanted is not None else ()
         current().warnings += plan.warnings if plan is not None else ()
 
@@ -54,7 +52,6 @@ class Verifier:
             self._warn(f"choice {done.index}{cut} does not follow {problem}")
 
     def _warn(self, text: str) -> None:
-        self.warned = True
         current().warnings += (text,)
 
     async def _problems(self, turn: Turn) -> AsyncIterator[tuple[str, bool]]:

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from msgspec import UNSET
 
+from headrace.errors import HeadraceError
 from headrace.llm import AsyncEngine, Completion, Delta, Generation
+from headrace.serving.errors import error_event
 from headrace.serving.exchange import current
 from headrace.serving.openai import replies
 from headrace.serving.openai.generate import reply_id
@@ -39,6 +41,7 @@ class ChatAnswer:
         self._usage_each = bool(options and options.continuous_usage_stats)
         self._thinking = 0  # tokens of deltas that brought thoughts: for usage on the way
         self._tier = UNSET if body.service_tier is None else "default"
+        self._done: list[Completion] = []
         self._prefix = ""
         last = body.messages[-1]
         if body.echo and last.role == "assistant":
@@ -119,6 +122,10 @@ class ChatAnswer:
             return "tool_calls"
         return replies.finish(reason)
 
+    def failure(self, error: HeadraceError) -> bytes:
+        """See Writer."""
+        return error_event(error)
+
     def end(self) -> bytes:
         """Usage if asked for, and the end."""
         warnings = current().warnings
@@ -130,9 +137,15 @@ class ChatAnswer:
             chunk.usage = self._usage()
         return replies.event(chunk) + replies.DONE
 
-    def reply(self, choices: list[Completion]) -> replies.ChatReply:
+    def take(self, choices: list[Completion]) -> None:
+        """See Answer."""
+        self._done = choices
+        for done in choices:
+            self._turns[done.index].feed(done.text, last=True)
+
+    def reply(self) -> replies.ChatReply:
         """Everything at once."""
-        rows = [self._choice(choice) for choice in choices]
+        rows = [self._choice(choice) for choice in self._done]
         reply = replies.ChatReply(
             self._id, self._created, self._body.model, rows, self._usage(), service_tier=self._tier
         )
@@ -145,7 +158,6 @@ class ChatAnswer:
 
     def _choice(self, done: Completion) -> replies.ChatChoice:
         turn = self._turns[done.index]
-        turn.feed(done.text, last=True)
         reason = self._reason(done.index, done.finish_reason or FinishReason.STOP)
         message = replies.ChatMessage("assistant", self._prefix + turn.content)
         if turn.calls:

@@ -8,12 +8,13 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET
 
-from headrace.errors import InvalidRequest
+from headrace.errors import HeadraceError, InvalidRequest
 from headrace.llm import AsyncEngine, Completion, Delta, Generation
 from headrace.llm.protocols import Prompt
 from headrace.serving.body import read
 from headrace.serving.call import open_call
 from headrace.serving.constraints import constrain
+from headrace.serving.errors import error_event
 from headrace.serving.exchange import current
 from headrace.serving.openai import replies
 from headrace.serving.openai.generate import answer, reply_id
@@ -106,6 +107,7 @@ class TextAnswer:
         self._usage_end = bool(options and options.include_usage)
         self._usage_each = bool(options and options.continuous_usage_stats)
         self._offsets = [0] * len(generation.choices)
+        self._done: list[Completion] = []
         self._turns = [Turn(None) for _ in generation.choices]
 
     def _echo(self, prompt: int) -> str:
@@ -151,6 +153,10 @@ class TextAnswer:
             events.append(replies.event(self._chunk([choice])))
         return b"".join(events)
 
+    def failure(self, error: HeadraceError) -> bytes:
+        """See Writer."""
+        return error_event(error)
+
     def end(self) -> bytes:
         """Usage if asked for, and the end."""
         warnings = current().warnings
@@ -166,8 +172,15 @@ class TextAnswer:
         """See Writer."""
         return self._turns[index]
 
-    def reply(self, choices: list[Completion]) -> TextReply:
+    def take(self, choices: list[Completion]) -> None:
+        """See Answer."""
+        self._done = choices
+        for done in choices:
+            self._turns[done.index].feed(done.text)
+
+    def reply(self) -> TextReply:
         """Everything at once."""
+        choices = self._done
         per_prompt = len(choices) // len(self._run.prompts)
         rows = [self._choice(choice, choice.index // per_prompt) for choice in choices]
         reply = TextReply(
@@ -179,7 +192,6 @@ class TextAnswer:
     def _choice(self, done: Completion, place: int) -> TextChoice:
         body = self._body
         text = "" if body.max_tokens == 0 else done.text
-        self._turns[done.index].feed(text)
         start = self._echo(place) if body.echo else ""
         choice = TextChoice(done.index, start + text, replies.finish(done.finish_reason) or "stop")
         choice.stop_reason = done.stop_reason

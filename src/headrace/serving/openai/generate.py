@@ -14,7 +14,6 @@ from headrace.llm.async_engine import best, ranked
 from headrace.llm.protocols import Prompt
 from headrace.llm.results import Collector
 from headrace.serving.call import Call
-from headrace.serving.exchange import current
 from headrace.serving.openai.common import GenerateFields
 from headrace.serving.openai.replies import encode
 from headrace.serving.openai.sampling import num_choices
@@ -28,8 +27,12 @@ __all__ = ["Answer", "answer", "reply_id"]
 class Answer(Writer, Protocol):
     """One API's way to write a call's result."""
 
-    def reply(self, choices: list[Completion]) -> Any:
-        """The whole reply, for msgspec."""
+    def take(self, choices: list[Completion]) -> None:
+        """Whole choices, instead of deltas."""
+        ...
+
+    def reply(self) -> Any:
+        """The whole reply to what was taken, for msgspec."""
         ...
 
 
@@ -71,13 +74,11 @@ async def answer(
         for completion in best(own, n, keep_logprobs=params.logprobs is not None):
             completion.index = len(kept)
             kept.append(completion)
-    reply = writer.reply(kept)
+    writer.take(kept)
     if verifier is not None:
         for completion in kept:
             await verifier.look(writer.turn(completion.index), completion)
-        if verifier.warned:
-            reply.warnings = current().warnings
-    return web.Response(body=encode(reply), content_type="application/json")
+    return web.Response(body=encode(writer.reply()), content_type="application/json")
 
 
 async def _collect(generation: Generation, call: Call) -> list[Completion]:
