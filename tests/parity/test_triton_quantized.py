@@ -10,6 +10,8 @@ from headrace.kernels.linear import reference as linear_reference
 from headrace.kernels.quantized_linear import reference
 from headrace.kernels.quantized_linear import triton as fast
 from headrace.kernels.quantized_linear.triton import FP8, INT4, INT8, MXFP4, NVFP4, PackedShape
+from headrace.quantization import device
+from headrace.quantization.scaled import Activations, QuantizedWeight, ScaledLinear
 from headrace.quantization.schemes.fp4 import quantize_mxfp4, quantize_nvfp4
 from headrace.quantization.schemes.fp8 import quantize_fp8
 from headrace.quantization.schemes.group_int import GroupIntWeight, quantize_group_int
@@ -36,7 +38,7 @@ def packed(form: int, n: int, k: int, group: int) -> tuple[dict[str, object], to
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("form", "group"), [(NVFP4, 16), (MXFP4, 32), (INT4, 32), (INT4, 128), (INT8, 64)])
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 40, 128), (5, 48, 384), (40, 24, 256)])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 40, 128), (20, 24, 384)])
 def test_weight_only(form: int, group: int, rows: int, n: int, k: int, dtype: torch.dtype) -> None:
     parts, dense = packed(form, n, k, group)
     x = randn(rows, k, dtype=dtype, seed=1)
@@ -121,3 +123,49 @@ def test_fp8_products(granularity: str, activation: str, rows: int, n: int, k: i
         shape=PackedShape(32, 128, 2, 4, 2),
     )
     assert error(out, F.linear(rounded, weight.dequantize())) < (1e-3 if DEVICE.type == "cuda" else 1e-5)
+
+
+def linears() -> dict[str, ScaledLinear]:
+    n, k = 96, 256
+    full = randn(n, k, dtype=torch.float32, seed=8, scale=k**-0.5)
+    bias = randn(n, dtype=torch.float32, seed=9)
+    static = Activations("static", torch.tensor(0.02, device=DEVICE))
+    cases: dict[str, tuple[QuantizedWeight, Activations]] = {
+        "fp8": (quantize_fp8(full), Activations("token")),
+        "fp8_tensor_static": (quantize_fp8(full, "tensor"), static),
+        "fp8_block": (quantize_fp8(full, "block"), Activations("group")),
+        "fp8_block_token": (quantize_fp8(full, "block"), Activations("token")),
+        "fp8_weight_only": (quantize_fp8(full), Activations()),
+        "nvfp4": (quantize_nvfp4(full), Activations()),
+        "mxfp4": (quantize_mxfp4(full), Activations()),
+        "int4": (quantize_group_int(full, 4, 128), Activations()),
+        "int8": (quantize_group_int(full, 8, 256), Activations()),
+    }
+    return {name: ScaledLinear(w, bias=bias, activations=a) for name, (w, a) in cases.items()}
+
+
+@pytest.mark.parametrize("name", list(linears()))
+@pytest.mark.parametrize("rows", [1, 20, 70])
+def test_linears(name: str, rows: int) -> None:
+    """Both ways of a ScaledLinear's forward: kernels, and what many rows take, against the reference."""
+    linear, dtype = linears()[name], DTYPES[-1]
+    x = randn(rows, 256, dtype=dtype, seed=10)
+    if linear.bias is not None:
+        linear.bias = linear.bias.to(dtype)
+    want = linear._reference(x) + linear.bias.float()  # type: ignore[union-attr]
+    assert error(device.product(linear, x), want) < 4 * tolerance(dtype)
+    assert device.has_kernel(linear) == (name != "fp8_weight_only")
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_block", "nvfp4", "int4"])
+def test_fused(name: str) -> None:
+    linear, dtype = linears()[name], DTYPES[-1]
+    linear.bias = linear.bias.to(dtype)  # type: ignore[union-attr]
+    x, residual = randn(5, 256, dtype=dtype, seed=11), randn(5, 48, dtype=dtype, seed=12)
+    gain = randn(256, dtype=dtype, seed=13)
+    got = device.fused(linear, x, norm=(gain, 1e-5), gate="silu", residual=residual)
+    wide = x.float()
+    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * gain.float()).to(dtype)
+    both = linear._reference(normed) + linear.bias.float()
+    want = F.silu(both[:, :48]) * both[:, 48:] + residual
+    assert error(got, want) < (0.02 if "fp8" in name else 4 * tolerance(dtype))
