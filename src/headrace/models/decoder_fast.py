@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from headrace.kernels.activation.triton import gelu_mul, gelu_tanh_mul, silu_mul
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
@@ -26,6 +26,8 @@ from headrace.layers.norm import RMSNorm
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.layers.rotary import Rotary
 from headrace.models.decoder import DecoderLayer, DecoderModel
+from headrace.quantization import device as scaled_kernels
+from headrace.quantization.scaled import ScaledLinear
 
 __all__ = ["DecodeBatch", "FastDecoder", "reason_against"]
 
@@ -43,9 +45,27 @@ def reason_against(model: DecoderModel) -> str | None:
         "residual_multiplier": config.residual_multiplier == 1.0,
         "rope": not any(r is not None and r.length_dependent for r in (config.rope, config.local_rope)),
         "head": model.head is not None,
-        "linear layers": all(type(m) is Linear for m in model.modules() if hasattr(m, "in_features")),
+        "linear layers": all(_covered(m) for m in model.modules() if hasattr(m, "in_features")),
     }
     return next((name for name, fine in checks.items() if not fine), None)
+
+
+def _covered(module: nn.Module) -> bool:
+    return type(module) is Linear or (isinstance(module, ScaledLinear) and scaled_kernels.has_kernel(module))
+
+
+def _linear(
+    x: Tensor,
+    linear: Linear | ScaledLinear,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    gate: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A linear of few rows with what stands around it, whatever its weights are."""
+    if isinstance(linear, ScaledLinear):
+        return scaled_kernels.fused(linear, x, norm=norm, gate=gate, residual=residual)
+    return small_linear(x, linear.weight, norm=norm, bias=linear.bias, gate=gate, residual=residual)
 
 
 @dataclass(slots=True)
@@ -72,12 +92,12 @@ class _Layer:
     """A layer's weights, looked up once. Gains are (weight, eps)."""
 
     attention_norm: tuple[Tensor, float]
-    qkv: Linear
+    qkv: Linear | ScaledLinear
     heads: QKNormRope
-    o: Linear
+    o: Linear | ScaledLinear
     mlp_norm: tuple[Tensor, float]
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear | ScaledLinear
+    down: Linear | ScaledLinear
     scale: float
     window: int | None
 
@@ -144,12 +164,11 @@ class FastDecoder:
         """Residual stream before the last norm, [B, D]."""
         x = batch.embedded
         for i, layer in enumerate(self.layers):
-            qkv = small_linear(x, layer.qkv.weight, norm=layer.attention_norm, bias=layer.qkv.bias)
+            qkv = _linear(x, layer.qkv, norm=layer.attention_norm)
             out = self._attend(qkv, layer, i, batch)
-            x = small_linear(out, layer.o.weight, bias=layer.o.bias, residual=x)
-            up = layer.gate_up
-            inner = small_linear(x, up.weight, norm=layer.mlp_norm, bias=up.bias, gate=self.config.activation)
-            x = small_linear(inner, layer.down.weight, bias=layer.down.bias, residual=x)
+            x = _linear(out, layer.o, residual=x)
+            inner = _linear(x, layer.gate_up, norm=layer.mlp_norm, gate=self.config.activation)
+            x = _linear(inner, layer.down, residual=x)
         return x
 
     def _large(self, batch: DecodeBatch) -> Tensor:
@@ -176,7 +195,7 @@ def _read_layer(layer: DecoderLayer, tables: tuple[Tensor, Tensor] | None) -> _L
         assert isinstance(norm, HeadNorm)
         weight, eps = norm.stacked, norm.q.eps
     linears = (attention.qkv, attention.o, mlp.gate_up, mlp.down)
-    qkv, o, gate_up, down = (m for m in linears if isinstance(m, Linear))
+    qkv, o, gate_up, down = (m for m in linears if isinstance(m, (Linear, ScaledLinear)))
     return _Layer(
         attention_norm=(layer.attention_norm.weight, layer.attention_norm.eps),
         qkv=qkv,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,12 +73,17 @@ class ScaledLinear(nn.Module):
         assert sum(self.parts) == self.out_features
         self.quantized, self.activations = weight, activations
         self.bias = bias
-        self._fast = _fast_product(weight)
+        self.row_scale: Tensor | None = None  # kept by quantization/device.py
+        self._on_gpu = _device(weight).type == "cuda"
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the type of x."""
         rows = x.reshape(-1, self.in_features)
-        out = self._fast(rows, self.quantized, self.activations) if self._fast else self._reference(rows)
+        if self._on_gpu:
+            from headrace.quantization.device import product
+
+            return product(self, rows).view(*x.shape[:-1], self.out_features)
+        out = self._reference(rows)
         if self.bias is not None:
             out = out + self.bias
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -103,9 +108,8 @@ class ScaledLinear(nn.Module):
         return self.quantized.nbytes
 
 
-def _fast_product(weight: QuantizedWeight) -> Callable[..., Tensor] | None:
-    """The device's own product; None: the reference."""
-    return None
+def _device(weight: QuantizedWeight) -> torch.device:
+    return weight.packed.device if isinstance(weight, Fp4Weight) else weight.codes.device
 
 
 def joined_linear(
