@@ -20,7 +20,14 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         import importlib
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        try:
+            module = importlib.import_module(_LAZY[name])
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("headrace"):
+                raise
+            missing = f'headrace.{name} needs the package {error.name!r}; pip install "headrace[serve]"'
+            raise ModuleNotFoundError(missing, name=error.name) from error
+        return getattr(module, name)
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")
 
 

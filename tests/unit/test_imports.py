@@ -47,3 +47,14 @@ def test_public_names_are_a_list_that_resolves() -> None:
     assert headrace.__all__ == ["LLM", "AsyncEngine", "SamplingParams", "__version__"]
     for name in headrace.__all__:
         assert getattr(headrace, name) is not None
+
+
+def test_the_python_api_without_its_extra_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['tokenizers'] = None\n"
+        "try:\n    from headrace import LLM\n"
+        "except ModuleNotFoundError as error:\n    print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 'pip install "headrace[serve]"' in result.stdout
+    assert "'tokenizers'" in result.stdout

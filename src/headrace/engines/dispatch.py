@@ -29,6 +29,7 @@ __all__ = ["DispatchClient", "error_of"]
 _STALL_SECONDS = 5.0  # a step of a GPU takes milliseconds
 _STALL_SECONDS_CPU = 20.0  # one of a CPU may take seconds
 _STALL_STEPS = 20
+_IDLE_SECONDS = 30.0  # with work and without a step: a grammar may be compiling for the only request
 
 
 def error_of(failed: Failed) -> errors.HeadraceError:
@@ -52,7 +53,7 @@ class DispatchClient:
         self.stats = CoreStats()
         self._generating: dict[str, asyncio.Queue[Output]] = {}
         self._encoding: dict[str, asyncio.Future[EncodeOutput]] = {}
-        self._last_heard = time.monotonic()
+        self._last_heard = self._last_step = time.monotonic()
         self._failure: str | None = None
         self._draining = False
 
@@ -119,6 +120,9 @@ class DispatchClient:
         silent = time.monotonic() - self._last_heard
         if silent > self._patience():
             return Health("stalled", f"the step loop has given no sign of life for {silent:.0f} s")
+        still = time.monotonic() - self._last_step
+        if still > max(_IDLE_SECONDS, self._patience()):
+            return Health("stalled", f"the step loop has requests and has made no step for {still:.0f} s")
         return Health("draining") if self._draining else Health("ok")
 
     def _patience(self) -> float:
@@ -137,23 +141,29 @@ class DispatchClient:
         self._last_heard = time.monotonic()
         match message:
             case Outputs(outputs, stats):
-                self.stats = stats
+                self._count(stats)
                 for output in outputs:
                     queue = self._generating.get(output.request_id)
                     if queue is not None:
                         queue.put_nowait(output)
             case EncodeOutputs(encoded, stats):
-                self.stats = stats
+                self._count(stats)
                 for result in encoded:
                     future = self._encoding.get(result.request_id)
                     if future is not None and not future.done():
                         future.set_result(result)
             case Heartbeat(stats):
-                self.stats = stats
+                self._count(stats)
             case Failed():
                 self._fail(message.message)
             case Ready() | Loading():
                 pass
+
+    def _count(self, stats: CoreStats) -> None:
+        """Take new counters. A loop may turn and beat without getting anywhere: steps are progress, beats are not."""
+        if stats.steps != self.stats.steps or not (stats.num_running or stats.num_waiting):
+            self._last_step = time.monotonic()
+        self.stats = stats
 
     def _fail(self, reason: str) -> None:
         """The core is gone: everybody who waits learns it now."""

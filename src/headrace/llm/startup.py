@@ -38,7 +38,13 @@ async def start(
         path = await asyncio.to_thread(resolve, spec.model, spec.revision)
         spec = msgspec.structs.replace(spec, path=path)
     reading = asyncio.create_task(asyncio.to_thread(load_text, spec))
-    client = await start_core(spec, on_loading)
+    try:
+        client = await start_core(spec, on_loading)
+    except BaseException:
+        await asyncio.gather(
+            reading, return_exceptions=True
+        )  # the core's error says why; nobody asks for this one
+        raise
     try:
         text = await reading
     except BaseException:

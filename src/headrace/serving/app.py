@@ -100,5 +100,8 @@ def make_app(state: State) -> web.Application:
     app[ROUTES] = frozenset(route.path for route in TABLE)
     app[openapi.DOCUMENT] = openapi.build(TABLE)
     for route in TABLE:
-        app.router.add_route(route.method, route.path, route.handler)
+        if route.method == "GET":
+            app.router.add_get(route.path, route.handler, allow_head=True)  # load balancers ask with HEAD
+        else:
+            app.router.add_route(route.method, route.path, route.handler)
     return app

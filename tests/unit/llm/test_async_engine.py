@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from headrace.config.spec import EngineSpec
 from headrace.engines.scripted import ScriptedEngine, Step
-from headrace.errors import ContextLengthExceeded, InvalidRequest, RequestTimeout, Unprocessable
+from headrace.errors import ContextLengthExceeded, InvalidRequest, MissingFile, RequestTimeout, Unprocessable
 from headrace.llm import AsyncEngine, Delta
 from headrace.llm.async_engine import choice_seed
 from headrace.llm.results import collect
@@ -199,6 +201,26 @@ def test_texts_far_too_long_are_refused_by_their_beginning(monkeypatch: pytest.M
         assert len(cut.token_ids) >= 5000
 
     asyncio.run(main())
+
+
+def test_a_model_that_cannot_start_gives_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Core and tokenizer load side by side; when both fail, the second failure is not left to asyncio's log."""
+    left: list[Any] = []
+
+    async def fails(*_: Any) -> Any:
+        await asyncio.sleep(0.05)
+        raise MissingFile("no weights")
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
+        with pytest.raises(MissingFile, match="no weights"):
+            await AsyncEngine.start(EngineSpec(model=str(tmp_path), path=tmp_path))
+        gc.collect()
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr("headrace.engines.process.start", fails)
+    asyncio.run(main())
+    assert left == []
 
 
 def test_best_of_picks_by_mean_logprob() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 from collections.abc import Iterator
@@ -214,6 +215,20 @@ def test_unknown_route_and_method(server: LiveServer) -> None:
     status, body, _ = server.request("GET", "/v1/models/none")
     assert status == 404
     assert check_shape(body)["code"] == "model_not_found"
+
+
+def test_head_is_get_without_a_body(server: LiveServer) -> None:
+    """HTTP asks it of servers (RFC 9110, 9.1), and load balancers probe with it."""
+    for path in ("/health", "/ready", "/metrics", "/v1/models", "/v1/models/m", "/openapi.json"):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request("HEAD", path)
+        reply = connection.getresponse()
+        assert (reply.status, reply.read()) == (200, b"")
+        assert int(reply.headers["Content-Length"]) > 0
+        connection.close()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.request("HEAD", "/v1/completions")
+    assert connection.getresponse().status == 405
 
 
 def test_unknown_field_names_the_nearest(server: LiveServer) -> None:
