@@ -15,14 +15,18 @@ from typing import Any
 import torch
 
 from benchmarks.common import Recorder, arguments, ceilings, model_config
+from headrace.config.quantization import quantization_type
 from headrace.engines.generate import GenerateCore
 from headrace.execution.graphs import GraphRunner
 from headrace.execution.runner import Runner
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
+from headrace.layers.linear import Linear
 from headrace.models.decoder import DecoderModel
 from headrace.models.loading import random_weights
 from headrace.models.registry import read_config
+from headrace.quantization.registry import load_time
+from headrace.quantization.scaled import ScaledLinear
 from headrace.scheduling.scheduler import Scheduler
 from headrace.types import Request, SamplingParams
 
@@ -31,7 +35,12 @@ BLOCK = 16
 
 
 def build_core(
-    model: DecoderModel, cases: list[tuple[int, int, int]], *, eager: bool, step_tokens: int
+    model: DecoderModel,
+    cases: list[tuple[int, int, int]],
+    *,
+    eager: bool,
+    step_tokens: int,
+    cache: torch.dtype | None = None,
 ) -> GenerateCore:
     """A core whose cache holds every case at once."""
     device = model.embed.weight.device
@@ -39,7 +48,7 @@ def build_core(
     blocks = 2 + max(count * (-(-(inputs + outputs) // BLOCK) + 1) for count, inputs, outputs in cases)
     blocks += blocks // 50
     layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
-    caches = allocate_caches(layout, blocks, BLOCK, dtype, device)
+    caches = allocate_caches(layout, blocks, BLOCK, cache or dtype, device)
     rows = max(count for count, _, _ in cases)
     length = max(8192, max(inputs + outputs for _, inputs, outputs in cases))
     sizes: dict[str, Any] = {
@@ -98,8 +107,10 @@ def floor_seconds(model: DecoderModel, case: tuple[int, int, int]) -> float | No
     count, inputs, outputs = case
     config = model.config
     head = config.vocab_size * config.hidden_size
-    body = sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
-    weights = 2 * (head + body)
+    packed = [module for module in model.modules() if isinstance(module, ScaledLinear)]
+    dense = sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
+    body = dense + sum(module.in_features * module.out_features for module in packed)
+    weights = 2 * (head + dense) + sum(module.nbytes for module in packed)
     key = 4 * config.num_kv_heads * config.head_dim * config.num_layers
     pairs = count * inputs * inputs / 2
     attention = 4 * pairs * config.num_heads * config.head_dim * config.num_layers
@@ -109,6 +120,14 @@ def floor_seconds(model: DecoderModel, case: tuple[int, int, int]) -> float | No
         read = weights + key * count * (inputs + step)
         total += max(read / bandwidth, 2 * (body + head) * count / flops)
     return total
+
+
+def quantize(model: DecoderModel, scheme: str) -> None:
+    """Swap the linears as loading does."""
+    transform = load_time(quantization_type(scheme), model.embed.weight.device)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Linear):
+            model.set_submodule(path, transform(path, module))
 
 
 def parse_case(text: str) -> tuple[int, int, int]:
@@ -123,6 +142,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for a quick look")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", help="a type of config/quantization.py")
+    parser.add_argument("--kv-cache-dtype", choices=["fp8"], help="instead of --dtype")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--step-tokens", type=int, default=8192)
@@ -134,8 +155,13 @@ def main() -> None:
     if args.layers:
         config["num_hidden_layers"] = args.layers
     model = random_weights(read_config(config), dtype=getattr(torch, args.dtype), device=args.device)
+    if args.quantization:
+        quantize(model, args.quantization)
+    cache = torch.float8_e4m3fn if args.kv_cache_dtype else None
+    precision = args.quantization or args.dtype
+    precision += "+fp8kv" if args.kv_cache_dtype else ""
     cases = [parse_case(text) for text in args.cases]
-    core = build_core(model, cases, eager=args.eager, step_tokens=args.step_tokens)
+    core = build_core(model, cases, eager=args.eager, step_tokens=args.step_tokens, cache=cache)
     for text, case in zip(args.cases, cases):
         if isinstance(core.runner, GraphRunner) and case[2] > 1:
             core.runner.warm_up(list(range(1, case[0] + 1)))
@@ -152,7 +178,7 @@ def main() -> None:
             tokens = case[0] * case[2]
             single = case[2] == 1
             recorder.row(
-                model=args.model, precision=args.dtype, case=text,
+                model=args.model, precision=precision, case=text,
                 metric="seconds" if single else "output_tok_s",
                 value=seconds["seconds"] if single else tokens / seconds["seconds"],
                 floor=None if least is None else least if single else tokens / least,
