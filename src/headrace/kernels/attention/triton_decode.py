@@ -52,7 +52,7 @@ class DecodeShape(NamedTuple):
 
 def padded_dim(head_dim: int) -> int:
     """Columns of a tile: a power of two, and no fewer than a product's inner dimension takes."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, int(triton.next_power_of_2(head_dim)))
 
 
 def decode_shape(num_heads: int, padded: int) -> DecodeShape:
