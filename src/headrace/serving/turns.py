@@ -11,7 +11,7 @@ from headrace.errors import InvalidRequest
 from headrace.llm import AsyncEngine
 from headrace.serving.constraints import Constrained
 from headrace.serving.parsers.grammar import Format
-from headrace.serving.parsers.lark import ToolGrammar, free_strings
+from headrace.serving.parsers.lark import ToolGrammar, free_strings, writable
 from headrace.serving.parsers.machine import Machine, Thinking
 from headrace.serving.parsers.turn import Turn
 from headrace.serving.tools import ToolWish
@@ -115,6 +115,13 @@ def _free_texts(format: Format, wish: ToolWish) -> list[str]:
     for number, one in enumerate(wish.all):
         found = free_strings(format, one.parameters) if one in wish.functions else []
         param = f"tools[{number}].function.parameters"
+        if one in wish.functions and not writable(format, one.parameters or {}):
+            raise InvalidRequest(
+                f"{param} cannot be written in this model's call format, which knows named properties only: "
+                "use type object with properties at the root",
+                param=param,
+                code="unenforced_keyword",
+            )
         if found and one.strict:
             raise InvalidRequest(
                 f"{param} cannot be enforced strictly in this model's call format: {', '.join(found)}",

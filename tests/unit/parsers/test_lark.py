@@ -13,7 +13,7 @@ from headrace.serving.grammar_child import ByteVocabulary
 from headrace.serving.parsers.formats import TOOLS as FORMATS
 from headrace.serving.parsers.formats import build
 from headrace.serving.parsers.grammar import Format
-from headrace.serving.parsers.lark import ToolGrammar
+from headrace.serving.parsers.lark import ToolGrammar, writable
 from headrace.serving.parsers.machine import Machine
 from headrace.serving.parsers.turn import Turn
 from support.turns import TURNS
@@ -137,6 +137,51 @@ def test_triggered_takes_samples_and_refuses_wrong_arguments(name: str, tokenize
     copy = fresh.deep_copy()
     assert copy.try_consume_tokens(plain) == len(plain)
     assert copy.is_accepting()
+
+
+def test_bare_texts_of_optional_and_referenced_schemas(tokenizer: Any) -> None:
+    schema = {
+        "$ref": "#/$defs/root",
+        "$defs": {
+            "root": {
+                "type": "object",
+                "properties": {
+                    "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                    "colour": {"$ref": "#/$defs/colour"},
+                },
+                "required": ["note"],
+            },
+            "colour": {"enum": ["red", "blue"], "type": "string"},
+        },
+    }
+    for name, text, expected in (
+        ("qwen3_coder", 'hi "you"', {"note": 'hi "you"'}),
+        ("qwen3_coder", "null", {"note": None}),
+        ("qwen3_coder", 'x\n</parameter>\n<parameter=colour>\n"red"', {"note": "x", "colour": "red"}),
+    ):
+        said = f"<tool_call>\n<function=f>\n<parameter=note>\n{text}\n</parameter>\n</function>\n</tool_call>"
+        matcher = matcher_of(
+            ToolGrammar(build(name, None), {"f": schema}, no_special).forced(parallel=True), tokenizer
+        )
+        assert matcher.try_consume_tokens(list(said.encode())) == len(said.encode()), said
+        assert matcher.is_accepting()
+        turn = Turn(Machine(build(name, None), {"f": schema}))
+        turn.feed(said, last=True)
+        assert json.loads(turn.calls[0].arguments) == expected
+
+
+def no_special(text: str) -> int | None:
+    return None
+
+
+def test_what_a_format_cannot_write_is_known() -> None:
+    union = {"anyOf": [{"type": "object"}, {"type": "object"}]}
+    named = {"type": "object", "properties": {"a": {}}, "required": ["a"]}
+    for name in FORMATS:
+        tagged = name in ("qwen3_coder", "glm4_moe", "pythonic", "gemma", "gemma4")
+        assert writable(build(name, None), union) is not tagged
+        assert writable(build(name, None), named)
+        assert writable(build(name, None), {**named, "required": ["b"]}) is not tagged
 
 
 def test_special_tokens_are_named_by_id() -> None:

@@ -20,11 +20,13 @@ from headrace.serving.parsers.grammar import (
     Section,
     Step,
 )
+from headrace.serving.parsers.values import kinds_of
 
-__all__ = ["ToolGrammar", "free_strings"]
+__all__ = ["ToolGrammar", "free_strings", "root_of", "writable"]
 
 SpecialId = Callable[[str], int | None]
 _UNCHECKED = ("pattern", "format", "minLength", "maxLength")
+_SHARED = ("$defs", "definitions", "x-guidance")
 _TEXT = "/(.|\\n)*/"
 
 
@@ -231,11 +233,25 @@ def _regex(text: str) -> str:
     return re.sub(r"([!-/:;=?@\[-`{-~])", r"\\\1", text).replace("\n", "\\n")
 
 
+def root_of(schema: Any) -> Any:
+    """The schema that a reference at the root of a document leads to, with its definitions."""
+    here, seen = schema, 0
+    while isinstance(here, Mapping) and isinstance(here.get("$ref"), str) and seen < 8:
+        place: Any = schema
+        for step in here["$ref"].removeprefix("#").split("/")[1:]:
+            place = place.get(step) if isinstance(place, Mapping) else None
+        here, seen = place, seen + 1
+    if here is schema or not isinstance(here, Mapping):
+        return here
+    return {**{key: schema[key] for key in _SHARED if key in schema}, **here}
+
+
 def _properties(schema: Any) -> Iterator[tuple[str, Any, bool]]:
     """(name, schema with the root's definitions, required) of each property."""
+    schema = root_of(schema)
     if not isinstance(schema, Mapping):
         return
-    shared = {key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema}
+    shared = {key: schema[key] for key in _SHARED if key in schema}
     required = schema.get("required") or ()
     properties = schema.get("properties")
     for key, kind in properties.items() if isinstance(properties, Mapping) else ():
@@ -254,7 +270,19 @@ def _texts(kind: Any) -> list[str] | None:
 
 
 def _is_text(kind: Any) -> bool:
-    return isinstance(kind, Mapping) and kind.get("type") == "string"
+    """Whether a bare text may stand here; what else the schema allows can be written as one too."""
+    return "string" in kinds_of(kind)
+
+
+def writable(format: Format, schema: Any) -> bool:
+    """Whether the format can write all that the schema asks for: some know nothing but named properties."""
+    steps = format.tools.section.call if format.tools is not None else ()
+    if not any(isinstance(step, (Params, GemmaArguments, PythonCall)) for step in steps):
+        return True
+    root = root_of(schema)
+    if not isinstance(root, Mapping) or {"anyOf", "allOf", "oneOf", "enum", "const"} & root.keys():
+        return False
+    return set(root.get("required") or ()) <= {key for key, _, _ in _properties(schema)}
 
 
 def free_strings(format: Format, schema: Any) -> list[str]:

@@ -22,6 +22,7 @@ from headrace.serving.parsers.grammar import (
     Section,
     Step,
 )
+from headrace.serving.parsers.lark import root_of
 from headrace.serving.parsers.reader import Reader, Reading, Unfit
 from headrace.serving.parsers.values import gemma_arguments, python_arguments, typed
 
@@ -315,7 +316,7 @@ class Machine:
 
     def _params(self, step: Params, name: str) -> Reading[None]:
         reader = self._reader
-        schema = (self._tools or {}).get(name)
+        schema = root_of((self._tools or {}).get(name))
         properties = schema.get("properties") if isinstance(schema, Mapping) else None
         lead = "{"
         while True:

@@ -10,7 +10,7 @@ from typing import Any
 
 from headrace.serving.parsers.reader import Unfit
 
-__all__ = ["gemma_arguments", "python_arguments", "typed"]
+__all__ = ["gemma_arguments", "kinds_of", "python_arguments", "typed"]
 
 _NAMES = {"true": True, "false": False, "null": None, "None": None, "True": True, "False": False}
 _MAX_DEPTH = 50
@@ -24,7 +24,7 @@ def dump(value: Any) -> str:
 
 def typed(text: str, schema: Any) -> str:
     """JSON of a value that stands as bare text, by the type its schema gives; a text unless it says otherwise."""
-    kinds = _kinds(schema)
+    kinds = kinds_of(schema)
     if kinds and "string" not in kinds:
         return dump(_loads(text))
     if kinds == {"string"}:
@@ -33,7 +33,7 @@ def typed(text: str, schema: Any) -> str:
     return dump(value)
 
 
-def _kinds(schema: Any) -> set[str]:
+def kinds_of(schema: Any) -> set[str]:
     """Types that a schema names; empty: it does not say."""
     if not isinstance(schema, Mapping):
         return set()
@@ -46,7 +46,7 @@ def _kinds(schema: Any) -> set[str]:
     if isinstance(values, list):
         return {"string"} if all(isinstance(one, str) for one in values) else {"number"}
     branches = [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]
-    return set().union(*map(_kinds, branches)) if branches else set()
+    return set().union(*map(kinds_of, branches)) if branches else set()
 
 
 def _loads(text: str) -> Any:
