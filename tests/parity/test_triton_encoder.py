@@ -33,7 +33,9 @@ def batch_of(lens: list[int], causal: bool = False) -> AttentionBatch:
     )
 
 
-def qkv_of(lens: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def qkv_of(
+    lens: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
     """Views of one fused projection."""
     fused = randn(sum(lens), heads + 2 * kv_heads, dim, dtype=dtype, seed=len(lens))
     return fused.split([heads, kv_heads, kv_heads], 1)

@@ -24,9 +24,10 @@ def pool(hidden: Tensor, batch: AttentionBatch, mode: str) -> Tensor:
     """
     starts = batch.query_starts
     if mode == "cls":
-        return hidden[starts[:-1].long()].float()
+        # Empty sequences (padding of a batch) begin behind the last row.
+        return hidden[starts[:-1].clamp(max=hidden.shape[0] - 1)].float()
     if mode == "last":
-        return hidden[starts[1:].long() - 1].float()
+        return hidden[starts[1:] - 1].float()
     if mode == "mean_sqrt_len":
         return segment_pool(hidden, starts, "sum") / starts.diff().float().sqrt()[:, None]
     assert mode in ("mean", "max", "weighted_mean"), mode

@@ -110,7 +110,8 @@ class EncodeModel(nn.Module):
         # Row numbers fit float32's integers (batches have far less than 2^24 tokens).
         starts = batch.attention.query_starts
         last = segment_pool(place.float()[:, None], starts, "max").squeeze(1).long()
-        return torch.maximum(last, starts[:-1].long())
+        # Empty sequences (padding of a batch) begin behind the last row.
+        return torch.maximum(last, starts[:-1].long()).clamp(max=batch.num_tokens - 1)
 
     @torch.inference_mode()
     def token_classify(self, hidden: Tensor) -> Tensor:
