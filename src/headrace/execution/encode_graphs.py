@@ -9,12 +9,14 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.execution.encode_batch import buffer_size, fill, view
 from headrace.layers.packed import PackedBatch
+from headrace.models.decoder import DecoderModel
 from headrace.models.encode_model import EncodeModel
 from headrace.models.encoder import EncoderModel
 from headrace.types import Request
@@ -53,10 +55,11 @@ class _Graph:
 
 def capturable(model: EncodeModel) -> bool:
     """Whether a pass never asks the device anything, nor depends on the lengths of its sequences."""
-    config = model.backbone.config
-    if isinstance(model.backbone, EncoderModel):
-        return not config.expert_layers
-    ropes = (config.rope, config.local_rope)
+    backbone = model.backbone
+    if isinstance(backbone, EncoderModel):
+        return not backbone.config.expert_layers
+    assert isinstance(backbone, DecoderModel)
+    ropes = (backbone.config.rope, backbone.config.local_rope)
     return not any(rope is not None and rope.length_dependent for rope in ropes)
 
 
@@ -82,7 +85,7 @@ class EncodeGraphs:
         self.model, self.pooled, self.device, self.types = model, pooled, device, types
         self.capture = capture and device.type == "cuda"
         self._graphs: dict[int, _Graph] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def covers(self, tokens: int, seqs: int) -> bool:
         """Whether a batch of this size has a graph."""

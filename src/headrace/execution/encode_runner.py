@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -196,7 +197,8 @@ class _Pooled:
 
     @staticmethod
     def of(values: Array) -> _Pooled:
-        return _Pooled(values, np.isfinite(values).all(-1).tolist())
+        finite = cast(list[bool], np.isfinite(values).all(-1).tolist())
+        return _Pooled(values, finite)
 
     def unit(self) -> Array:
         """Each row at length 1."""
