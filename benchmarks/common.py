@@ -25,6 +25,14 @@ _QWEN3 = {
     "rope_theta": 1000000.0,
     "hidden_act": "silu",
 }
+_BERT = {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+}
 # config.json of the models that are measured, as far as it matters.
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
@@ -42,6 +50,33 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 36,
         "num_attention_heads": 32,
         "tie_word_embeddings": False,
+    },
+    "qwen3-embedding-0.6b": {
+        **_QWEN3,
+        "architectures": ["Qwen3Model"],
+        "vocab_size": 151669,
+        "max_position_embeddings": 32768,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "bge-large": {
+        **_BERT,
+        "vocab_size": 30522,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "tiny-bert": {
+        **_BERT,
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
     },
     "tiny": {
         **_QWEN3,

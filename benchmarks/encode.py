@@ -5,6 +5,8 @@
 Both get the same texts and give unit vectors; runs alternate and the best of each counts, so that other load on
 the machine hurts both alike. `latency_ms` is one short text alone, the median. The floor is the time of the
 linear maps alone, at the rate of one large product in the same precision on this machine.
+
+With --shapes: the rate of the loop itself on a GPU, see encode_random.py.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import encode_random
 from benchmarks.common import Recorder, arguments
 from headrace.checkpoints.resolve import open_checkpoint, resolve
 from headrace.config.spec import EngineSpec
@@ -140,9 +143,18 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    shapes = parser.add_argument_group("random weights of real shapes, from token ids (encode_random.py)")
+    shapes.add_argument("--shapes", nargs="+", help="bge-large, qwen3-embedding-0.6b")
+    shapes.add_argument("--cases", nargs="+", help="texts x tokens: 2048x512, 2048x16..512, 1x16")
+    shapes.add_argument("--max-num-seqs", type=int, default=256)
+    shapes.add_argument("--batch-tokens", type=int)
+    shapes.add_argument("--latency-runs", type=int, default=100)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     record = Recorder("encode", args)
+    if args.shapes:
+        encode_random.measure(record, args)
+        return
     peer = None if args.no_peer else sentence_transformers(32)
     engines = {name: Ours(getattr(torch, name)) for name in args.dtypes}
     for case, shape in CASES.items():

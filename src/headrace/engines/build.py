@@ -31,6 +31,7 @@ from headrace.layers.linear import FixedLinear, Linear
 from headrace.layers.packed import LayerCache
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
+from headrace.models.encode_backbone import is_causal_family
 from headrace.models.loading import Progress
 from headrace.quantization.linear import PackedLinear
 from headrace.quantization.registry import keeps_packed
@@ -38,7 +39,7 @@ from headrace.quantization.scaled import ScaledLinear
 from headrace.scheduling.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["build", "choose_device", "choose_dtype", "eos_token_ids"]
+__all__ = ["build", "choose_device", "choose_dtype", "choose_encode_dtype", "eos_token_ids"]
 
 
 def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Ready]:
@@ -83,7 +84,7 @@ def _build_encode(
             f"quantization is {spec.quantization!r}; encoders are not quantized yet: leave it out",
             param="quantization",
         )
-    dtype = choose_dtype(spec, checkpoint, device)
+    dtype = choose_encode_dtype(spec, checkpoint, device)
     core, ready = build_encode(spec, checkpoint, device, dtype)
     ready.summary.update(_summary(checkpoint, core.runner.model, device, dtype))
     return core, ready
@@ -242,6 +243,18 @@ def choose_dtype(
         return torch.bfloat16 if packed else torch.float32
     stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     return torch.float16 if stored == "float16" else torch.bfloat16
+
+
+def choose_encode_dtype(spec: EngineSpec, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The same for one pass: on GPUs float16 for encoder families, whose sums stay small (three more bits of
+    every number than bfloat16, at the same speed), and for decoder families what they were trained in.
+
+    What overflows float16 all the same comes out as an error, never as a vector.
+    """
+    encoder = not is_causal_family(checkpoint.config)
+    if spec.dtype == "auto" and device.type == "cuda" and encoder:
+        return torch.float16
+    return choose_dtype(spec, checkpoint, device)
 
 
 def _max_model_len(spec: EngineSpec, model: DecoderModel) -> int:

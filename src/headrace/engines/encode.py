@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 
@@ -14,11 +15,16 @@ from headrace.messages import CoreStats
 from headrace.scheduling.token_budget import TokenBudgetQueue, Waiting
 from headrace.types import EncodeOutput, EncodeTask, Request
 
-__all__ = ["EncodeCore", "Pass"]
+__all__ = ["EncodeCore", "Launched", "OverlappingPass", "Pass"]
 
 logger = logging.getLogger("headrace.core")
 
 _SMOOTHING = 0.05  # weight of the newest step in the moving averages
+# How one step waits for the device: without sleeping while a single short text may be done any moment, then
+# in naps, and never so long that new messages wait.
+_SPIN_SECONDS = 2e-3
+_STEP_SECONDS = 2e-4
+_NAP_SECONDS = 5e-5
 
 
 class Pass(Protocol):
@@ -42,6 +48,33 @@ class Pass(Protocol):
         ...
 
 
+class Launched(Protocol):
+    """A pass under way."""
+
+    def done(self) -> bool:
+        """Whether `finish` would return at once."""
+        ...
+
+    def finish(self) -> list[EncodeOutput]:
+        """Wait for it; outputs in the order of its requests."""
+        ...
+
+
+class OverlappingPass(Pass, Protocol):
+    """A runner whose device works by itself."""
+
+    def launch(self, requests: Sequence[Request]) -> Launched:
+        """Begin a pass over these and return; passes run one after another."""
+        ...
+
+
+@dataclass(slots=True)
+class _Running:
+    batch: list[Request]
+    launched: Launched
+    began: float
+
+
 P = TypeVar("P", bound=Pass)
 
 
@@ -52,10 +85,14 @@ class EncodeCore(Generic[P]):
         runner: the device.
         max_tokens: tokens of one batch; a longer sequence goes alone.
         max_seqs: sequences of one batch.
+        overlap: the runner is an OverlappingPass: pack a batch and answer another while the device works.
     """
 
-    def __init__(self, runner: P, *, max_tokens: int, max_seqs: int) -> None:
+    def __init__(self, runner: P, *, max_tokens: int, max_seqs: int, overlap: bool = False) -> None:
         self.runner = runner
+        self._overlapping = cast(OverlappingPass, runner) if overlap else None
+        self._max_tokens = max_tokens
+        self._running: _Running | None = None
         self._queue = TokenBudgetQueue(max_tokens, max_seqs)
         self._requests: dict[str, Request] = {}
         self._refused: list[EncodeOutput] = []
@@ -77,42 +114,43 @@ class EncodeCore(Generic[P]):
             self._queue.add(Waiting(request.id, len(request.token_ids), request.priority, request.deadline))
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Drop these from the queue, at no cost; unknown ids are ignored."""
+        """Drop these from the queue, at no cost; unknown ids are ignored. What runs ends unheard."""
         for request_id in request_ids:
             request = self._requests.pop(request_id, None)
-            if request is not None:
-                self._queue.remove((request_id,))
+            if request is not None and self._queue.remove((request_id,)):
                 self._aborted += len(request.token_ids)
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._requests or self._refused)
+        return bool(self._requests or self._refused or self._running)
 
     def step(self) -> list[EncodeOutput]:
-        """Run one batch; its results, and the errors of requests that never ran."""
-        began = time.perf_counter()
+        """Run one batch; its results, and the errors of requests that never ran.
+
+        With overlap: launch the next batch as soon as the device is free (or two full ones in a row), and
+        return what is ready, which may be nothing.
+        """
         outputs, self._refused = self._refused, []
-        ids, expired = self._queue.next_batch(time.monotonic())
-        for id in expired:
-            del self._requests[id]
-            outputs.append(
-                EncodeOutput(id, error="the request's deadline passed", error_code=RequestTimeout.code)
-            )
-        if not ids:
+        running = self._running
+        if running is not None and self._queue.num_tokens < self._max_tokens and not _wait(running):
             return outputs
-        batch = [self._requests.pop(id) for id in ids]
-        ready = time.perf_counter()
-        outputs += self._run(batch)
-        self._steps += 1
-        self._tokens += sum(len(request.token_ids) for request in batch)
-        self._host_ms += ((ready - began) * 1e3 - self._host_ms) * _SMOOTHING
-        self._step_ms += ((time.perf_counter() - began) * 1e3 - self._step_ms) * _SMOOTHING
+        began = time.perf_counter()
+        batch = self._next_batch(outputs)
+        self._host_ms += ((time.perf_counter() - began) * 1e3 - self._host_ms) * _SMOOTHING
+        self._running = None
+        if batch and self._overlapping is not None:
+            self._running = self._launch(self._overlapping, batch, began, outputs)
+        elif batch:
+            self._settle(batch, self._run(batch), began, outputs)
+        if running is not None:
+            self._finish(running, outputs)
         return outputs
 
     def idle(self) -> None:
         """Called when there is no work: nothing may be left over."""
         assert len(self._queue) == 0
         assert self._queue.num_tokens == 0
+        assert self._running is None
 
     def stats(self) -> CoreStats:
         """Counters and gauges."""
@@ -128,6 +166,50 @@ class EncodeCore(Generic[P]):
     def close(self) -> None:
         """Nothing to free."""
 
+    def _next_batch(self, outputs: list[EncodeOutput]) -> list[Request]:
+        """Take a batch out of the queue; expired requests are answered."""
+        ids, expired = self._queue.next_batch(time.monotonic())
+        for id in expired:
+            del self._requests[id]
+            outputs.append(
+                EncodeOutput(id, error="the request's deadline passed", error_code=RequestTimeout.code)
+            )
+        return [self._requests[id] for id in ids]
+
+    def _launch(
+        self, runner: OverlappingPass, batch: list[Request], began: float, outputs: list[EncodeOutput]
+    ) -> _Running | None:
+        try:
+            return _Running(batch, runner.launch(batch), began)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("a pass over %d sequences failed", len(batch))
+            self._settle(batch, self._each(batch), began, outputs)
+            return None
+
+    def _finish(self, running: _Running, outputs: list[EncodeOutput]) -> None:
+        try:
+            results = running.launched.finish()
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("a pass over %d sequences failed", len(running.batch))
+            results = self._each(running.batch)
+        self._settle(running.batch, results, running.began, outputs)
+
+    def _settle(
+        self, batch: list[Request], results: list[EncodeOutput], began: float, outputs: list[EncodeOutput]
+    ) -> None:
+        """Count a batch, and hand over the results that somebody still waits for."""
+        self._steps += 1
+        self._tokens += sum(len(request.token_ids) for request in batch)
+        self._step_ms += ((time.perf_counter() - began) * 1e3 - self._step_ms) * _SMOOTHING
+        for request, result in zip(batch, results, strict=True):
+            if self._requests.get(request.id) is request:
+                del self._requests[request.id]
+                outputs.append(result)
+
     def _run(self, batch: list[Request]) -> list[EncodeOutput]:
         """A batch that breaks is run again one by one, so that only the request at fault fails."""
         try:
@@ -137,8 +219,11 @@ class EncodeCore(Generic[P]):
         except Exception as error:
             logger.exception("a pass over %d sequences failed", len(batch))
             if len(batch) > 1:
-                return [output for request in batch for output in self._run([request])]
+                return self._each(batch)
             return [EncodeOutput(batch[0].id, error=f"the pass failed: {type(error).__name__}: {error}")]
+
+    def _each(self, batch: list[Request]) -> list[EncodeOutput]:
+        return [output for request in batch for output in self._run([request])]
 
     def _check(self, request: Request) -> None:
         runner: Pass = self.runner
@@ -175,3 +260,15 @@ class EncodeCore(Generic[P]):
             raise InvalidRequest(
                 f"dimensions is {params.dimensions}; expected 1 to {runner.dimensions}", param="dimensions"
             )
+
+
+def _wait(running: _Running) -> bool:
+    """Wait a moment for the device; whether it is done."""
+    end = time.perf_counter() + _STEP_SECONDS
+    while not running.launched.done():
+        now = time.perf_counter()
+        if now >= end:
+            return False
+        if now - running.began > _SPIN_SECONDS:
+            time.sleep(_NAP_SECONDS)
+    return True

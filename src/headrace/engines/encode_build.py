@@ -19,6 +19,8 @@ from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["build_encode"]
 
+_WARM_TOKENS = 64  # one short question must not wait for a capture; larger graphs are made when first needed
+
 
 def build_encode(
     spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
@@ -48,7 +50,11 @@ def build_encode(
     batch_tokens = spec.max_num_batched_tokens or (
         CUDA_ENCODE_TOKENS if device.type == "cuda" else CPU_ENCODE_TOKENS
     )
-    core = EncodeCore(EncodeRunner(model, device), max_tokens=batch_tokens, max_seqs=spec.max_num_seqs)
+    runner = EncodeRunner(model, device, graphs=False if spec.eager else None)
+    overlap = device.type == "cuda" if spec.overlap is None else spec.overlap
+    core = EncodeCore(runner, max_tokens=batch_tokens, max_seqs=spec.max_num_seqs, overlap=overlap)
+    if runner.graphs is not None:
+        runner.graphs.warm_up(_WARM_TOKENS)
     summary: dict[str, Any] = {
         "tasks": [task.value for task in model.card.tasks],
         "dimensions": model.dimensions,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from headrace.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from headrace.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from headrace.layers.linear import parameter
 
 __all__ = ["LayerNorm", "NoNorm", "RMSNorm"]
@@ -21,6 +21,10 @@ class NoNorm(nn.Module):
         """See RMSNorm.add."""
         total = residual + x
         return total, total
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        """See RMSNorm.of_sum."""
+        return residual + x
 
 
 class RMSNorm(nn.Module):
@@ -52,6 +56,10 @@ class RMSNorm(nn.Module):
         """(norm(residual + x), residual + x); ``residual`` may be overwritten with the sum."""
         return add_rms_norm(x, residual, self.weight, self.eps)
 
+    def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        """norm(residual + x); both may be overwritten."""
+        return self.add(x, residual)[0]
+
 
 class LayerNorm(nn.Module):
     """Layer norm (Ba et al. 2016)."""
@@ -70,5 +78,8 @@ class LayerNorm(nn.Module):
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """See RMSNorm.add."""
-        total = residual.add_(x)
-        return self(total), total
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        """See RMSNorm.of_sum."""
+        return layer_norm(x, self.weight, self.bias, self.eps, residual)

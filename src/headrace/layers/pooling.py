@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from headrace.kernels.pooling import segment_pool
 from headrace.layers.packed import AttentionBatch
 
-__all__ = ["pool", "segment_max"]
+__all__ = ["pool"]
 
 
 def pool(hidden: Tensor, batch: AttentionBatch, mode: str) -> Tensor:
@@ -24,29 +24,11 @@ def pool(hidden: Tensor, batch: AttentionBatch, mode: str) -> Tensor:
     """
     starts = batch.query_starts
     if mode == "cls":
-        return hidden[starts[:-1].long()].float()
+        # Empty sequences (padding of a batch) begin behind the last row.
+        return hidden[starts[:-1].clamp(max=hidden.shape[0] - 1)].float()
     if mode == "last":
-        return hidden[starts[1:].long() - 1].float()
-    hidden = hidden.float()
-    lengths = starts.diff().long()
-    if mode == "max":
-        return segment_max(hidden, lengths)
-    if mode == "weighted_mean":
-        ends = lengths.cumsum(0) - lengths
-        place = torch.arange(1, hidden.shape[0] + 1, device=hidden.device)
-        place = place - ends.repeat_interleave(lengths, output_size=hidden.shape[0])
-        total = (lengths * (lengths + 1)).float()[:, None] / 2
-        return _segments(hidden * place.float()[:, None], lengths, "sum") / total
-    if mode == "mean":
-        return _segments(hidden, lengths, "mean")
-    assert mode == "mean_sqrt_len", mode
-    return _segments(hidden, lengths, "sum") / lengths.float().sqrt()[:, None]
-
-
-def segment_max(values: Tensor, lengths: Tensor) -> Tensor:
-    """Maximum over each run of rows: values [T, D], lengths int64 [S] -> [S, D]."""
-    return _segments(values, lengths, "max")
-
-
-def _segments(values: Tensor, lengths: Tensor, reduce: str) -> Tensor:
-    return torch.segment_reduce(values, reduce, lengths=lengths, axis=0, unsafe=True)
+        return hidden[starts[1:] - 1].float()
+    if mode == "mean_sqrt_len":
+        return segment_pool(hidden, starts, "sum") / starts.diff().float().sqrt()[:, None]
+    assert mode in ("mean", "max", "weighted_mean"), mode
+    return segment_pool(hidden, starts, mode)

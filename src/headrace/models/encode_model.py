@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.errors import UnsupportedCheckpoint
+from headrace.kernels.pooling import segment_pool
 from headrace.layers.dense import Dense
 from headrace.layers.heads import Chain, Projection, SequenceHead, SpladeHead, lexical_weights
 from headrace.layers.norm import LayerNorm
 from headrace.layers.packed import AttentionBatch, PackedBatch
-from headrace.layers.pooling import pool, segment_max
+from headrace.layers.pooling import pool
 from headrace.models.decoder import DecoderModel
 from headrace.models.encode_backbone import Backbone, load_backbone
 from headrace.models.encode_card import EncodeCard, read_encode_card
@@ -106,9 +107,11 @@ class EncodeModel(nn.Module):
         place = torch.arange(batch.num_tokens, device=batch.token_ids.device)
         if self.pad_id is not None:
             place = place.masked_fill(batch.token_ids == self.pad_id, 0)
-        starts = batch.attention.query_starts.long()
-        last = segment_max(place.double()[:, None], starts.diff()).squeeze(1).long()
-        return torch.maximum(last, starts[:-1])
+        # Row numbers fit float32's integers (batches have far less than 2^24 tokens).
+        starts = batch.attention.query_starts
+        last = segment_pool(place.float()[:, None], starts, "max").squeeze(1).long()
+        # Empty sequences (padding of a batch) begin behind the last row.
+        return torch.maximum(last, starts[:-1].long()).clamp(max=batch.num_tokens - 1)
 
     @torch.inference_mode()
     def token_classify(self, hidden: Tensor) -> Tensor:

@@ -162,14 +162,27 @@ class EncoderLayer(nn.Module):
         self.mlp = build.mlp(layer)
         self.mlp_norm = build.norm()
 
-    def forward(self, x: Tensor, position: CosSin | Tensor | None, batch: AttentionBatch) -> Tensor:
-        """x [T, D] -> [T, D], in place. ``position``: cos and sin, or a bias by distance."""
-        if self.pre_norm:
-            x += self.attention(self.attention_norm(x), position, batch)
-            x += self.mlp(self.mlp_norm(x))
-            return x
-        x = self.attention_norm(self.attention(x, position, batch).add_(x))
-        return self.mlp_norm(self.mlp(x).add_(x))  # type: ignore[no-any-return]
+    def forward(
+        self, x: Tensor, residual: Tensor | None, position: CosSin | Tensor | None, batch: AttentionBatch
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer, so that every addition meets the norm that follows it, and both are one kernel.
+
+        With norms before the blocks x is the output of the block before, not yet added to ``residual`` (None: x
+        is the residual itself), and so is what comes out; with norms after the sums there is no residual.
+
+        Args:
+            x, residual: [T, D]; may be overwritten.
+            position: cos and sin, or a bias by distance.
+        """
+        if not self.pre_norm:
+            x = self.attention_norm.of_sum(self.attention(x, position, batch), x)
+            return self.mlp_norm.of_sum(self.mlp(x), x), None
+        if residual is None:
+            x, residual = self.attention_norm(x), x
+        else:
+            x, residual = self.attention_norm.add(x, residual)
+        x, residual = self.mlp_norm.add(self.attention(x, position, batch), residual)
+        return self.mlp(x), residual
 
 
 class EncoderModel(nn.Module):
@@ -223,9 +236,11 @@ class EncoderModel(nn.Module):
             local = position if self.local_rope is self.rope else self.local_rope(batch)
         elif self.bias is not None:
             position = self.bias.table
+        residual: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            x = layer(x, position if self.config.window(i) is None else local, batch.attention)
-        return self.norm(x)  # type: ignore[no-any-return]
+            cos_sin = position if self.config.window(i) is None else local
+            x, residual = layer(x, residual, cos_sin, batch.attention)
+        return x if residual is None else self.norm.add(x, residual)[0]
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """Sum of the word, position and segment tables, normed: [T, D], a fresh tensor."""

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.errors import MissingFile, UnsupportedCheckpoint
-from headrace.models.encoder import EncoderModel
+from headrace.models.encoder import EncoderConfig, EncoderModel
 from headrace.models.encoder_family import EncoderFamily, Names
 
-__all__ = ["find_prefix", "load_encoder", "load_module"]
+__all__ = ["find_prefix", "load_encoder", "load_module", "random_encoder"]
 
 # LayerNorm parameters in the oldest BERT checkpoints.
 _OLD_LEAVES = {"weight": "gamma", "bias": "beta"}
@@ -94,3 +94,16 @@ def _fill(path: str, target: nn.Parameter, value: Tensor, source: str) -> None:
             f"{source} has shape {list(value.shape)}; config.json calls for {list(target.shape)} ({path})"
         )
     target.data.copy_(value)
+
+
+def random_encoder(
+    config: EncoderConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> EncoderModel:
+    """An encoder with random weights made on the device: right shapes and finite numbers, no sense."""
+    model = EncoderModel(config, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        gain = parameter.dim() == 1 and name.endswith("weight")
+        parameter.data.normal_(1.0 if gain else 0.0, 0.02, generator=generator)
+    model.finish()
+    return model.eval()

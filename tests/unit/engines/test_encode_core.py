@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -118,3 +118,64 @@ def test_an_id_that_waits_already_is_refused_and_the_first_one_lives() -> None:
     outputs = [output for _ in range(2) for output in engine.step()]
     assert [bool(output.error) for output in outputs] == [True, False]
     assert outputs[1].shape == (1,)
+
+
+class FakeLaunch:
+    """Done when asked the third time."""
+
+    def __init__(self, work: Callable[[], list[EncodeOutput]]) -> None:
+        self.work, self.asked = work, 0
+
+    def done(self) -> bool:
+        self.asked += 1
+        return self.asked > 2
+
+    def finish(self) -> list[EncodeOutput]:
+        return self.work()
+
+
+class FakeOverlap(FakePass):
+    """Breaks at launch on token 14, at the end on token 13; counts what is under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under_way = self.most = 0
+
+    def launch(self, requests: Sequence[Request]) -> FakeLaunch:
+        if any(14 in request.token_ids for request in requests):
+            raise RuntimeError("fourteen")
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+
+        def work() -> list[EncodeOutput]:
+            self.under_way -= 1
+            return self.run(requests)
+
+        return FakeLaunch(work)
+
+
+def test_overlap_answers_everybody_once() -> None:
+    engine = EncodeCore(FakeOverlap(), max_tokens=20, max_seqs=8, overlap=True)
+    engine.add([request(str(i), [1] * (i % 9 + 1)) for i in range(40)])
+    engine.add([request("bad", [1, 13]), request("worse", [14])])
+    found = run_all(engine)
+    assert len(found) == 42
+    assert "thirteen" in found["bad"].error
+    assert found["worse"].shape == (1,)  # alone it runs without being launched
+    assert all(found[str(i)].shape == (i % 9 + 1,) for i in range(40))
+    assert engine.runner.most == 2
+
+
+def test_overlap_forgets_what_was_cancelled_on_the_way() -> None:
+    engine = EncodeCore(FakeOverlap(), max_tokens=20, max_seqs=8, overlap=True)
+    engine.add([request("a"), request("b")])
+    assert engine.step() == []
+    engine.abort(["a"])
+    engine.add([request("a", [1, 2, 3])])
+    found = run_all(engine)
+    assert found["a"].shape == (3,)
+    assert found["b"].shape == (2,)
+    engine.add([request("c")])
+    engine.step()
+    engine.abort(["c"])
+    assert run_all(engine) == {}

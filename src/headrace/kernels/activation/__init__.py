@@ -6,7 +6,7 @@ from torch import Tensor
 
 from headrace.kernels.dispatch import kernel
 
-__all__ = ["ACTIVATIONS", "activate", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
+__all__ = ["ACTIVATIONS", "activate", "bias_activate", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -29,3 +29,8 @@ def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
 def activate(x: Tensor, name: str) -> Tensor:
     """One of ACTIVATIONS, elementwise; ``x`` may be overwritten."""
     return kernel("activation", "activate", x.device.type)(x, name)  # type: ignore[no-any-return]
+
+
+def bias_activate(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    """``name(x + bias)``, x [T, D] contiguous, bias [D]; one of ACTIVATIONS or ``tanh``. ``x`` may be overwritten."""
+    return kernel("activation", "bias_activate", x.device.type)(x, bias, name)  # type: ignore[no-any-return]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["activate", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
+__all__ = ["activate", "bias_activate", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
 
 
 def activate(x: Tensor, name: str) -> Tensor:
@@ -33,3 +33,8 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
 
 def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
     return _gate(gate_up, "gelu_tanh")
+
+
+def bias_activate(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    x32 = x.float() if bias is None else x.float() + bias.float()
+    return (torch.tanh(x32) if name == "tanh" else activate(x32, name)).to(x.dtype)

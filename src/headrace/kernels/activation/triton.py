@@ -1,4 +1,4 @@
-"""Gates on GPUs: one read of both halves, one write. Lone activations are torch's own."""
+"""Gates, and activations with their bias, on GPUs: one read, one write. Lone activations are torch's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,38 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from headrace.kernels.activation.cpu import activate
 from headrace.kernels.launch import launch_options
 
-__all__ = ["activate", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
+__all__ = ["activate", "bias_activate", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
+
+
+_NAMES = {"silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "tanh": 5}
+
+
+@triton.jit
+def _bias_activate(x_ptr, bias_ptr, D, NAME: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+                   PDL: tl.constexpr):  # fmt: skip
+    """x = act(x + bias), in place."""
+    if PDL:
+        gdc_launch_dependents()
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = d < D
+    bias = tl.zeros([BLOCK], tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    at = x_ptr + tl.program_id(0).to(tl.int64) * D + d
+    x = tl.load(at, mask=ok, other=0.0).to(tl.float32) + bias
+    if NAME == 1:
+        x = x * tl.sigmoid(x)
+    elif NAME == 2:
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif NAME == 3:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif NAME == 4:
+        x = tl.where(x > 0.0, x, x * 0.0)
+    else:
+        x = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    tl.store(at, x.to(x_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -54,3 +85,14 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
 
 def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
     return _launch(gate_up, 2)
+
+
+def bias_activate(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    assert x.is_contiguous()
+    width = x.shape[-1]
+    block = min(4096, triton.next_power_of_2(width))
+    _bias_activate[(x.numel() // width, triton.cdiv(width, block))](
+        x, x if bias is None else bias, width, NAME=_NAMES[name], BIAS=bias is not None, BLOCK=block,
+        **launch_options(x.device, max(1, min(8, block // 512)), 1),
+    )  # fmt: skip
+    return x

@@ -107,6 +107,8 @@ class _Planner:
         short: list[tuple[int, int, int, int]] = []  # sequence, its row of q, first key, keys
         row = 0
         for i, (query_len, key_len) in enumerate(zip(self.query_lens, self.seq_lens)):
+            if query_len == 0:  # padding of a batch
+                continue
             first, _ = self.seen(key_len - query_len, key_len, key_len)  # earlier keys are seen by none
             fresh = query_len == key_len
             start = row if fresh else self.consecutive(i, first)

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
+from headrace.kernels.attention.triton_packed import packed_attention
 from headrace.kernels.attention.triton_prefill import prefill_attention
 from headrace.kernels.launch import launch_options
 
@@ -65,12 +66,7 @@ def attention(
     soft_cap: float | None = None,
 ) -> Tensor:
     if not batch.caches:
-        if k.stride() != v.stride():
-            k, v = k.contiguous(), v.contiguous()
-        return prefill_attention(
-            q, k, v, batch.query_starts, batch.seq_lens,
-            scale=scale, causal=batch.causal, window=window, soft_cap=soft_cap,
-        )  # fmt: skip
+        return packed_attention(q, k, v, batch, scale=scale, window=window, soft_cap=soft_cap)
     cache = batch.caches[layer]
     assert batch.slots is not None and batch.block_tables is not None
     write_cache(k, v, cache.k, cache.v, batch.slots)

@@ -32,6 +32,8 @@ def biased_attention(
     row = 0
     for length, run in itertools.groupby(lens):
         count = len(list(run))
+        if length == 0:  # padding of a batch
+            continue
         rows = slice(row, row + count * length)
         shape = (count, length, *q.shape[1:])
         queries, keys, values = (x[rows].unflatten(0, shape[:2]).transpose(1, 2) for x in (q, k, v))

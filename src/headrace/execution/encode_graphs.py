@@ -1,0 +1,152 @@
+"""Small passes as CUDA graphs: padded to a ladder of sizes, captured when first needed.
+
+A pass over few tokens is a few hundred launches of kernels that take microseconds each, so that the host would be
+what it waits for. Larger batches keep the device busy by themselves and run as they are.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headrace.execution.encode_batch import buffer_size, fill, view
+from headrace.layers.packed import PackedBatch
+from headrace.models.decoder import DecoderModel
+from headrace.models.encode_model import EncodeModel
+from headrace.models.encoder import EncoderModel
+from headrace.types import Request
+
+__all__ = ["TOKENS", "EncodeGraphs", "GraphPass", "capturable"]
+
+TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+_SEQS = 64  # at most, beside the padding
+_STAGES = 4  # host buffers in turn; two passes at most are under way
+
+
+@dataclass(slots=True)
+class GraphPass:
+    """What a captured pass leaves on the device until the next one of its size.
+
+    Attributes:
+        batch: padded.
+        hidden: [T, D].
+        pooled: float32 [S, X], of models that give one vector or one set of logits a sequence; else None.
+    """
+
+    batch: PackedBatch
+    hidden: Tensor
+    pooled: Tensor | None
+
+
+@dataclass(slots=True)
+class _Graph:
+    given: Tensor
+    stages: list[Tensor]
+    seqs: int
+    replay: Callable[[], object]
+    output: list[GraphPass]
+    turn: int = 0
+
+
+def capturable(model: EncodeModel) -> bool:
+    """Whether a pass never asks the device anything, nor depends on the lengths of its sequences."""
+    backbone = model.backbone
+    if isinstance(backbone, EncoderModel):
+        return not backbone.config.expert_layers
+    assert isinstance(backbone, DecoderModel)
+    ropes = (backbone.config.rope, backbone.config.local_rope)
+    return not any(rope is not None and rope.length_dependent for rope in ropes)
+
+
+class EncodeGraphs:
+    """Graphs of one model.
+
+    Args:
+        model: capturable.
+        pooled: from hidden states and batch to ``GraphPass.pooled``, or None.
+        types: whether the model tells segments apart.
+        capture: False runs the captured functions directly (on CPUs, in tests).
+    """
+
+    def __init__(
+        self,
+        model: EncodeModel,
+        pooled: Callable[[Tensor, PackedBatch], Tensor] | None,
+        device: torch.device,
+        *,
+        types: bool,
+        capture: bool = True,
+    ) -> None:
+        self.model, self.pooled, self.device, self.types = model, pooled, device, types
+        self.capture = capture and device.type == "cuda"
+        self._graphs: dict[int, _Graph] = {}
+        self._pool: Any = None
+
+    def covers(self, tokens: int, seqs: int) -> bool:
+        """Whether a batch of this size has a graph."""
+        return tokens <= TOKENS[-1] and seqs <= _SEQS
+
+    def run(self, requests: list[Request], tokens: int) -> GraphPass:
+        """A pass over these; its tensors hold until the next one."""
+        size = TOKENS[bisect.bisect_left(TOKENS, tokens)]
+        graph = self._graphs.get(size)
+        if graph is None:
+            graph = self._graphs[size] = self._make(size)
+        graph.turn = (graph.turn + 1) % _STAGES
+        stage = graph.stages[graph.turn]
+        types = None
+        if self.types:
+            types = [request.token_types or bytes(len(request.token_ids)) for request in requests]
+        fill(stage.numpy(), size, graph.seqs, [request.token_ids for request in requests], types)
+        graph.given.copy_(stage, non_blocking=True)
+        graph.replay()
+        return graph.output[0]
+
+    def warm_up(self, tokens: int) -> None:
+        """Capture all graphs up to this many tokens now, the largest first, so that they share its memory."""
+        for size in sorted((size for size in TOKENS if size <= tokens), reverse=True):
+            if size not in self._graphs:
+                self._graphs[size] = self._make(size)
+
+    def _make(self, size: int) -> _Graph:
+        seqs = min(size, _SEQS) + 1
+        given = torch.zeros(buffer_size(size, seqs, types=self.types), dtype=torch.int32, device=self.device)
+        stages = [
+            torch.zeros(given.shape, dtype=torch.int32, pin_memory=self.capture) for _ in range(_STAGES)
+        ]
+        # One sequence, so that what runs before the first replay is a pass like any other.
+        fill(stages[0].numpy(), size, seqs, [[0]], [[0]] if self.types else None)
+        given.copy_(stages[0])
+        output: list[GraphPass] = []
+
+        def work() -> None:
+            batch = view(given, size, seqs, types=self.types, causal=self.model.causal, longest=size)
+            hidden = self.model.hidden(batch)
+            output[:] = [GraphPass(batch, hidden, self.pooled(hidden, batch) if self.pooled else None)]
+
+        replay = self._capture(work, output) if self.capture else work
+        return _Graph(given, stages, seqs, replay, output)
+
+    def _capture(self, work: Callable[[], None], output: list[GraphPass]) -> Callable[[], object]:
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.device)
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            work()  # compiles, and takes scratch that must outlive the capture
+            output.clear()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            side.synchronize()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        current.wait_stream(side)
+        return graph.replay

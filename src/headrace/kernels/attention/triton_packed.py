@@ -1,0 +1,218 @@
+"""Attention of one pass on GPUs: packed sequences without a cache, bidirectional or causal, with a bias or without.
+
+FlashAttention-2 (Dao 2023). A program takes a tile of query rows of one sequence and key head (the heads of a
+group are rows too). Which sequence a tile belongs to is worked out once a batch, for all layers: with hundreds of
+short texts that search would cost as much as the attention itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from headrace.kernels.launch import INTERPRETED, launch_options
+
+if TYPE_CHECKING:
+    from headrace.layers.packed import AttentionBatch
+
+__all__ = ["packed_attention"]
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tile_map(starts_ptr, map_ptr, num_seqs, num_tiles, G, ROWS: tl.constexpr, TILES: tl.constexpr,
+              SEQS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """map[tile] = (first row of its sequence, the sequence's length, the tile's number in it); length 0: no work."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    s = tl.arange(0, SEQS)
+    start = tl.load(starts_ptr + s, mask=s < num_seqs, other=0)
+    length = tl.load(starts_ptr + s + 1, mask=s < num_seqs, other=0) - start
+    tiles = (length * G + ROWS - 1) // ROWS
+    ends = tl.cumsum(tiles, 0)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    seq = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), 1)
+    real = seq < num_seqs
+    before = tl.sum(tl.where(s[None, :] < seq[:, None], tiles[None, :], 0), 1)
+    first = tl.load(starts_ptr + seq, mask=real, other=0)
+    size = tl.load(starts_ptr + seq + 1, mask=real, other=0) - first
+    ok = tile < num_tiles
+    tl.store(map_ptr + tile * 4, first, mask=ok)
+    tl.store(map_ptr + tile * 4 + 1, size, mask=ok)
+    tl.store(map_ptr + tile * 4 + 2, tile - before, mask=ok)
+
+
+@triton.jit
+def _keys(acc, peak, norm, q, k_ptr, v_ptr, key_row, bias_at, reach, lo, hi, length, position, scale, soft_cap,
+          D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+          CAUSAL: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Online softmax over the keys [lo, hi) of a sequence. ``position`` int32 [M]: of each query row."""
+    d = tl.arange(0, DP)
+    n = tl.arange(0, TILE)
+    for key in range(lo, hi, TILE):
+        at = key + n
+        rows = at.to(tl.int64)[:, None] * key_row + d[None, :]
+        if MASKED:
+            ok = (at < length)[:, None] & (d[None, :] < D)
+            k = tl.load(k_ptr + rows, mask=ok, other=0.0)
+            v = tl.load(v_ptr + rows, mask=ok, other=0.0)
+        elif D == DP:
+            k = tl.load(k_ptr + rows)
+            v = tl.load(v_ptr + rows)
+        else:
+            k = tl.load(k_ptr + rows, mask=d[None, :] < D, other=0.0)
+            v = tl.load(v_ptr + rows, mask=d[None, :] < D, other=0.0)
+        score = tl.dot(q, tl.trans(k), out_dtype=tl.float32, input_precision="ieee")
+        factor = scale * _LOG2E
+        if CAPPED:
+            score = soft_cap * (2.0 * tl.sigmoid(2.0 * score * scale / soft_cap) - 1.0)
+            factor = _LOG2E
+        if BIAS:
+            distance = tl.minimum(tl.maximum(at[None, :] - position[:, None], -reach), reach)
+            score = score * scale + tl.load(bias_at[:, None] + distance)
+            factor = _LOG2E
+        if MASKED:
+            seen = (at < length)[None, :]
+            if CAUSAL:
+                seen = seen & (at[None, :] <= position[:, None])
+            if WINDOW > 0:
+                seen = seen & (tl.abs(position[:, None] - at[None, :]) < WINDOW)
+            score = tl.where(seen, score, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
+        safe = new_peak
+        if MASKED:
+            safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(score * factor - safe[:, None])
+        alpha = tl.exp2(peak - safe)
+        norm = norm * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], out_dtype=tl.float32, input_precision="ieee")
+        peak = new_peak
+    return acc, peak, norm
+
+
+@triton.jit
+def _packed(q_ptr, q_row, q_head, k_ptr, v_ptr, key_row, kv_head, out_ptr, map_ptr, bias_ptr, reach, num_heads,
+            scale, soft_cap, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+            TILE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr,
+            BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile_at = map_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)) * 4
+    head = tl.program_id(1)
+    start = tl.load(tile_at).to(tl.int64)
+    length = tl.load(tile_at + 1)
+    tile = tl.load(tile_at + 2)
+    if length > 0:
+        row = tile * ROWS + tl.arange(0, ROWS)
+        position = row // G
+        heads = head * G + row % G
+        d = tl.arange(0, DP)
+        ok = (row < length * G)[:, None] & (d[None, :] < D)
+        at = (start + position)[:, None]
+        q = tl.load(q_ptr + at * q_row + heads[:, None] * q_head + d[None, :], mask=ok, other=0.0)
+        k_at = k_ptr + start * key_row + head * kv_head
+        v_at = v_ptr + start * key_row + head * kv_head
+        bias_at = bias_ptr + heads.to(tl.int64) * (2 * reach + 1) + reach
+        acc = tl.zeros([ROWS, DP], tl.float32)
+        peak = tl.full([ROWS], float("-inf"), tl.float32)
+        norm = tl.zeros([ROWS], tl.float32)
+        # [lo, full): every row sees every key; [full, hi): masks.
+        first = tile * ROWS // G
+        last = tl.minimum((tile * ROWS + ROWS - 1) // G, length - 1)
+        lo = 0
+        full = length // TILE * TILE
+        hi = length
+        if CAUSAL:
+            full = (first + 1) // TILE * TILE
+            hi = last + 1
+        if WINDOW > 0:
+            lo = tl.maximum(first - WINDOW + 1, 0) // TILE * TILE
+            full = lo
+            hi = tl.minimum(hi, last + WINDOW)
+        if WINDOW == 0:
+            acc, peak, norm = _keys(acc, peak, norm, q, k_at, v_at, key_row, bias_at, reach, lo, full, length, position,
+                                    scale, soft_cap, D, DP, TILE, 0, CAPPED, CAUSAL, BIAS, False)  # fmt: skip
+        acc, peak, norm = _keys(acc, peak, norm, q, k_at, v_at, key_row, bias_at, reach, full, hi, length, position,
+                                scale, soft_cap, D, DP, TILE, WINDOW, CAPPED, CAUSAL, BIAS, True)  # fmt: skip
+        acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
+        tl.store(out_ptr + (at * num_heads + heads[:, None]) * D + d[None, :], acc.to(q.dtype), mask=ok)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attend each query of a cache-less batch to its own sequence's keys.
+
+    Args:
+        q: [T, Hq, D]; k, v: [T, Hkv, D].
+        bias: float32 [Hq, 2 R + 1] added to scores by distance key - query, or None.
+        Others: see kernels.attention.
+
+    Returns:
+        [T, Hq, D], contiguous.
+    """
+    num_tokens, num_heads, dim = q.shape
+    group = num_heads // k.shape[1]
+    padded = max(16, triton.next_power_of_2(dim))
+    if k.stride() != v.stride():
+        k, v = k.contiguous(), v.contiguous()
+    assert q.stride(2) == 1 and k.stride(2) == 1
+    num_seqs = batch.seq_lens.shape[0]
+    rows, tile, warps, stages = _shape(padded, num_tokens * group // num_seqs, q.element_size())
+    tiles = _tiles(batch, num_tokens, group, rows)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _packed[(tiles.shape[0], k.shape[1])](
+        q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), out, tiles, tiles if bias is None else bias,
+        0 if bias is None else bias.shape[1] // 2, num_heads, scale, soft_cap or 0.0,
+        G=group, D=dim, DP=padded, ROWS=rows, TILE=tile, WINDOW=window or 0, CAPPED=soft_cap is not None,
+        CAUSAL=batch.causal, BIAS=bias is not None, **launch_options(q.device, warps, stages),
+    )  # fmt: skip
+    return out
+
+
+def _tiles(batch: AttentionBatch, num_tokens: int, group: int, rows: int) -> Tensor:
+    """The tile map, int32 [tiles, 4], of this batch: made in its first layer."""
+    if batch.plan is None:
+        batch.plan = {}
+    key = ("tiles", group, rows)
+    found = batch.plan.get(key)
+    if found is None:
+        num_seqs = batch.seq_lens.shape[0]
+        # The most there can be: whether sequences leave partial tiles is known on the device alone.
+        count = num_tokens * group // rows + num_seqs
+        found = torch.empty(count, 4, dtype=torch.int32, device=batch.seq_lens.device)
+        _tile_map[(triton.cdiv(count, 16),)](
+            batch.query_starts, found, num_seqs, count, group, ROWS=rows, TILES=16,
+            SEQS=max(16, triton.next_power_of_2(num_seqs)), **launch_options(found.device, 4, 1),
+        )  # fmt: skip
+        batch.plan[key] = found
+    return found  # type: ignore[no-any-return]
+
+
+def _shape(padded: int, rows_per_seq: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(query rows, keys, warps, stages) of a tile."""
+    if INTERPRETED:
+        return 16, 16, 4, 1
+    if itemsize == 4:
+        return 32, 32, 4, 2
+    if padded > 128:
+        return 64, 32, 4, 2
+    if rows_per_seq <= 64:
+        return 64, 64, 4, 2
+    return 128, 64, 8, 3
