@@ -11,9 +11,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
 
 
 class ServeProcess:
@@ -39,7 +36,7 @@ class ServeProcess:
 @contextmanager
 def serving(*arguments: str, timeout: float = 150.0) -> Iterator[ServeProcess]:
     """Start ``headrace serve --port 0 ...`` and wait until it is ready; killed at the end if still there."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}  # PYTHONPATH is conftest's
     process = subprocess.Popen(
         [sys.executable, "-m", "headrace.cli.main", "serve", "--port", "0", *arguments],
         stdout=subprocess.PIPE,
