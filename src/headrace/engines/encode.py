@@ -91,7 +91,7 @@ class EncodeCore(Generic[P]):
     def __init__(self, runner: P, *, max_tokens: int, max_seqs: int, overlap: bool = False) -> None:
         self.runner = runner
         self._overlapping = cast(OverlappingPass, runner) if overlap else None
-        self._max_tokens = max_tokens
+        self._max_tokens, self._max_seqs = max_tokens, max_seqs
         self._running: _Running | None = None
         self._queue = TokenBudgetQueue(max_tokens, max_seqs)
         self._requests: dict[str, Request] = {}
@@ -132,7 +132,7 @@ class EncodeCore(Generic[P]):
         """
         outputs, self._refused = self._refused, []
         running = self._running
-        if running is not None and self._queue.num_tokens < self._max_tokens and not _wait(running):
+        if running is not None and not self._full() and not _wait(running):
             return outputs
         began = time.perf_counter()
         batch = self._next_batch(outputs)
@@ -165,6 +165,10 @@ class EncodeCore(Generic[P]):
 
     def close(self) -> None:
         """Nothing to free."""
+
+    def _full(self) -> bool:
+        """Whether what waits fills a batch."""
+        return self._queue.num_tokens >= self._max_tokens or len(self._queue) >= self._max_seqs
 
     def _next_batch(self, outputs: list[EncodeOutput]) -> list[Request]:
         """Take a batch out of the queue; expired requests are answered."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headrace.execution.capture import capture
 from headrace.execution.encode_batch import buffer_size, fill, view
 from headrace.layers.packed import PackedBatch
 from headrace.models.decoder import DecoderModel
@@ -70,7 +71,7 @@ class EncodeGraphs:
         model: capturable.
         pooled: from hidden states and batch to ``GraphPass.pooled``, or None.
         types: whether the model tells segments apart.
-        capture: False runs the captured functions directly (on CPUs, in tests).
+        captures: False runs the captured functions directly (on CPUs, in tests).
     """
 
     def __init__(
@@ -80,10 +81,10 @@ class EncodeGraphs:
         device: torch.device,
         *,
         types: bool,
-        capture: bool = True,
+        captures: bool = True,
     ) -> None:
         self.model, self.pooled, self.device, self.types = model, pooled, device, types
-        self.capture = capture and device.type == "cuda"
+        self.captures = captures and device.type == "cuda"
         self._graphs: dict[int, _Graph] = {}
         self._pool: Any = None
 
@@ -107,6 +108,7 @@ class EncodeGraphs:
         graph.replay()
         return graph.output[0]
 
+    @torch.inference_mode()
     def warm_up(self, tokens: int) -> None:
         """Capture all graphs up to this many tokens now, the largest first, so that they share its memory."""
         for size in sorted((size for size in TOKENS if size <= tokens), reverse=True):
@@ -117,7 +119,7 @@ class EncodeGraphs:
         seqs = min(size, _SEQS) + 1
         given = torch.zeros(buffer_size(size, seqs, types=self.types), dtype=torch.int32, device=self.device)
         stages = [
-            torch.zeros(given.shape, dtype=torch.int32, pin_memory=self.capture) for _ in range(_STAGES)
+            torch.zeros(given.shape, dtype=torch.int32, pin_memory=self.captures) for _ in range(_STAGES)
         ]
         # One sequence, so that what runs before the first replay is a pass like any other.
         fill(stages[0].numpy(), size, seqs, [[0]], [[0]] if self.types else None)
@@ -129,24 +131,9 @@ class EncodeGraphs:
             hidden = self.model.hidden(batch)
             output[:] = [GraphPass(batch, hidden, self.pooled(hidden, batch) if self.pooled else None)]
 
-        replay = self._capture(work, output) if self.capture else work
-        return _Graph(given, stages, seqs, replay, output)
-
-    def _capture(self, work: Callable[[], None], output: list[GraphPass]) -> Callable[[], object]:
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self.device)
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            work()  # compiles, and takes scratch that must outlive the capture
-            output.clear()
+        replay: Callable[[], object] = work
+        if self.captures:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            side.synchronize()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-        current.wait_stream(side)
-        return graph.replay
+            replay = capture(work, self.device, self._pool)
+        return _Graph(given, stages, seqs, replay, output)

@@ -179,3 +179,22 @@ def test_overlap_forgets_what_was_cancelled_on_the_way() -> None:
     engine.step()
     engine.abort(["c"])
     assert run_all(engine) == {}
+
+
+@pytest.mark.parametrize(("count", "length"), [(8, 1), (3, 9)])
+def test_a_second_batch_follows_only_when_it_is_full(count: int, length: int) -> None:
+    """Full by sequences, or by tokens; a part-filled one grows until the device is free."""
+    runner = FakeOverlap()
+    engine = EncodeCore(runner, max_tokens=20, max_seqs=8, overlap=True)
+    engine.add([request("first")])
+    assert engine.step() == []
+    assert engine._running is not None
+    busy = engine._running.launched
+    busy.asked = -(10**9)  # type: ignore[attr-defined]
+    engine.add([request(str(i), [1] * length) for i in range(count - 1)])
+    assert engine.step() == []
+    assert engine._running.launched is busy
+    engine.add([request("last", [1] * length)])
+    assert [output.request_id for output in engine.step()] == ["first"]
+    assert engine._running.launched is not busy
+    assert len(run_all(engine)) == count

@@ -210,7 +210,7 @@ def _shape(padded: int, rows_per_seq: int, itemsize: int) -> tuple[int, int, int
     if INTERPRETED:
         return 16, 16, 4, 1
     if itemsize == 4:
-        return 32, 32, 4, 2
+        return (32, 32, 4, 2) if padded <= 64 else (16, 32, 4, 2)
     if padded > 128:
         return 64, 32, 4, 2
     if rows_per_seq <= 64:

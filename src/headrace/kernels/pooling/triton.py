@@ -43,7 +43,7 @@ def _segment_pool(x_ptr, x_row, starts_ptr, out_ptr, D, MODE: tl.constexpr, ROWS
         y = tl.where(nan, float("nan"), tl.max(acc, 0))
     else:
         y = tl.sum(acc, 0)
-    count = length.to(tl.float32)
+    count = tl.maximum(length, 1).to(tl.float32)
     if MODE == 1:
         y = y / count
     elif MODE == 3:
