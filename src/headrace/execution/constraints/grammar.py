@@ -48,6 +48,9 @@ def grammar_of(spec: ConstraintSpec) -> str:
             schema = _json(spec)
             if not isinstance(schema, (dict, bool)):
                 raise _invalid(f"a JSON schema is an object or a boolean, not {type(schema).__name__}")
+            if schema is False:
+                raise _invalid("the JSON schema cannot be enforced: false allows nothing")
+            schema = {} if schema is True else schema  # options need an object
             try:
                 return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON_DEFAULTS))
             except ValueError as error:
