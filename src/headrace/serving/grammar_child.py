@@ -53,8 +53,8 @@ class Compiler:
         return ""
 
     def match(self, spec: ConstraintSpec, text: str) -> str:
-        """Empty, or where the text leaves the grammar."""
-        matcher = self._matcher(spec).deep_copy()
+        """Empty, or where the text leaves the grammar. White space in JSON is free."""
+        matcher = self._matcher(_any_space(spec)).deep_copy()
         data = list(text.encode())
         read = matcher.try_consume_tokens(data)
         if read < len(data):
@@ -78,6 +78,16 @@ class Compiler:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return known
+
+
+def _any_space(spec: ConstraintSpec) -> ConstraintSpec:
+    if spec.kind not in ("json_object", "json_schema"):
+        return spec
+    schema = json.loads(spec.text or '{"type": "object"}')
+    if not isinstance(schema, dict):
+        return spec
+    schema["x-guidance"] = schema.get("x-guidance", {}) | {"whitespace_pattern": r"[ \n\r\t]*"}
+    return ConstraintSpec(spec.kind, json.dumps(schema))
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ class ToolWish(msgspec.Struct, frozen=True):
         mode: ``auto``: calls if the model likes; ``forced``: nothing but calls; ``none``.
         functions: those that may be called.
         all: those that the model is told of.
-        parallel: several calls in one turn.
+        parallel: several calls in one turn; a named function is called once.
     """
 
     mode: Literal["none", "auto", "forced"]
@@ -63,7 +63,8 @@ def tool_wish(body: ChatRequest) -> ToolWish:
             param=param,
         )
     functions = tuple(one for one in given if wanted is None or one.name in wanted)
-    return ToolWish(mode, functions, given, body.parallel_tool_calls is not False)
+    named = mode == "forced" and isinstance(choice, dict) and choice.get("type") != "allowed_tools"
+    return ToolWish(mode, functions, given, body.parallel_tool_calls is not False and not named)
 
 
 def _choice(given: Any, param: str) -> tuple[Literal["none", "auto", "forced"], Sequence[str] | None]:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from headrace.errors import InvalidRequest
+from headrace.execution.constraints.grammar import WHITESPACE
 from headrace.llm import AsyncEngine
 from headrace.serving.constraints import Constrained
 from headrace.serving.parsers.grammar import Format
@@ -157,7 +158,10 @@ def _embedded(spec: ConstraintSpec) -> str:
         return " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(spec.text))
     if spec.kind == "regex":
         return f"%regex {json.dumps(spec.text)}"
-    return f"%json {spec.text or json.dumps({'type': 'object'})}"
+    schema = json.loads(spec.text or '{"type": "object"}')
+    if isinstance(schema, dict):
+        schema["x-guidance"] = {"whitespace_pattern": WHITESPACE} | schema.get("x-guidance", {})
+    return f"%json {json.dumps(schema)}"
 
 
 def _head(

@@ -33,6 +33,7 @@ ACCEPTED: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": {"type": "json_object"}}, "json_object", '{"a": [1, null]}'),
     (schema_format(POINT, True), "json_schema", '{"x": 1, "y": -2}'),
     (schema_format(POINT), "json_schema", '{"x":1,"y":2}'),
+    (schema_format(True, True), "json_schema", "[1, null]"),
     ({"response_format": {"type": "regex", "regex": "[ab]+"}}, "regex", "abba"),
     ({"response_format": {"type": "choice", "choice": ["yes", "no"]}}, "choice", "no"),
     ({"response_format": {"type": "grammar", "grammar": 'start: "a"+'}}, "grammar", "aaa"),
@@ -129,6 +130,7 @@ def test_an_unenforced_keyword_is_refused_under_strict_and_told_otherwise() -> N
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (schema_format({"type": "strin"}), "response_format.json_schema.schema"),
+    (schema_format(False), "response_format.json_schema.schema"),
     (schema_format([1]), "response_format.json_schema.schema"),
     (schema_format({"$ref": "http://elsewhere/"}), "response_format.json_schema.schema"),
     (schema_format({"x-guidance": {"lenient": True}, "not": {}}), "response_format.json_schema.schema"),

@@ -8,10 +8,15 @@ from typing import Any
 from headrace.errors import InvalidRequest
 from headrace.types import ConstraintSpec
 
-__all__ = ["KINDS", "LIMITS", "check_grammar", "grammar_of"]
+__all__ = ["KINDS", "LIMITS", "WHITESPACE", "check_grammar", "grammar_of"]
 
 KINDS = ("json_object", "json_schema", "regex", "choice", "grammar", "lark", "structural_tag", "text")
 MAX_SOURCE_BYTES = 1 << 20
+
+# White space in JSON as models are seen to write it: one space, or a line break and an indent. Without a bound a weak
+# model may write nothing else until its tokens run out.
+WHITESPACE = r"( |\n[ \t]{0,32})?"
+_JSON_DEFAULTS: Any = {"whitespace_pattern": WHITESPACE}
 
 # Bounds on what one grammar may cost: a hostile one errs, it does not stall or swell the process.
 LIMITS: dict[str, Any] = {
@@ -36,13 +41,18 @@ def grammar_of(spec: ConstraintSpec) -> str:
         )
     match spec.kind:
         case "json_object":
-            return str(LLMatcher.grammar_from_json_schema({"type": "object"}))
+            return str(
+                LLMatcher.grammar_from_json_schema(spec.text or '{"type": "object"}', defaults=_JSON_DEFAULTS)
+            )
         case "json_schema":
             schema = _json(spec)
             if not isinstance(schema, (dict, bool)):
                 raise _invalid(f"a JSON schema is an object or a boolean, not {type(schema).__name__}")
+            if schema is False:
+                raise _invalid("the JSON schema cannot be enforced: false allows nothing")
+            schema = {} if schema is True else schema  # options need an object
             try:
-                return str(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+                return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON_DEFAULTS))
             except ValueError as error:
                 raise _invalid(f"the JSON schema cannot be enforced: {error}") from error
         case "regex":

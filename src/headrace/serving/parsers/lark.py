@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from headrace.execution.constraints.grammar import WHITESPACE
 from headrace.serving.parsers.grammar import (
     Arguments,
     CallObject,
@@ -151,6 +152,9 @@ class ToolGrammar:
     # --- values ----------------------------------------------------------------------------------
 
     def _json(self, schema: Any) -> str:
+        if isinstance(schema, dict):
+            options = {"whitespace_pattern": WHITESPACE, **schema.get("x-guidance", {})}
+            schema = {**schema, "x-guidance": options}
         return self._rule(f"%json {json.dumps(schema)}")
 
     def _param(self, step: Params, key: str, kind: Any) -> str:
