@@ -15,7 +15,7 @@ from headrace.models.decoder import DecoderModel
 from headrace.models.family import WeightNames
 from headrace.models.registry import family_of, read_config
 from headrace.quantization.containers import QuantizedCheckpoint
-from headrace.quantization.ggml import PackedEmbedding, packed_linear
+from headrace.quantization.ggml import PackedEmbedding, PackedHead, packed_linear
 from headrace.quantization.keep import quantized_linear
 from headrace.quantization.registry import PackedSource, can_keep
 
@@ -202,11 +202,15 @@ class _Loader:
                 )
             if isinstance(module, Linear):
                 biases = [self.weights.load(name) for name in self.sources.get(f"{path}.bias", ())]
-                kept: nn.Module = packed_linear(tensors, bias=torch.cat(biases) if biases else None)
+                kept: nn.Module
+                if path == "head":
+                    kept = PackedHead(tensors[0])
+                else:
+                    kept = packed_linear(tensors, bias=torch.cat(biases) if biases else None)
             else:
                 kept = PackedEmbedding(tensors[0], scale=module.scale, dtype=shell.dtype)
                 if self.model.config.tied and not self.model.config.headless:
-                    self.model.head = packed_linear(tensors)  # type: ignore[assignment]
+                    self.model.head = PackedHead(tensors[0])  # type: ignore[assignment]
             self.model.set_submodule(path, kept)
 
     def keep_quantized(self, weights: QuantizedCheckpoint) -> None:

@@ -19,8 +19,9 @@ from headrace.errors import UnsupportedCheckpoint
 from headrace.quantization.linear import JoinedLinear, PackedLinear
 from headrace.quantization.schemes.int4 import ROW_BLOCK, Int4Linear, Int4Weight
 
-__all__ = ["KEEPABLE", "PackedEmbedding", "packed_linear"]
+__all__ = ["KEEPABLE", "PackedEmbedding", "PackedHead", "packed_linear"]
 
+_EXACT = 64  # most likely tokens whose logits are computed again
 _CHUNK_ELEMENTS = 1 << 20  # of which the temporaries stay small
 
 _ONE_PLANE = {"Q4_0": -8, "Q4_1": 0, "Q4_K": 0}  # lowest value of 16
@@ -109,3 +110,28 @@ class PackedEmbedding(nn.Module):
         """int64 [T] -> [T, D], a fresh tensor."""
         rows = dequantize(self.tensor.raw.index_select(0, token_ids), self.tensor.ggml_type, self.dtype)
         return rows if self.scale == 1.0 else rows.mul_(self.scale)
+
+
+class PackedHead(nn.Module):
+    """A language-model head in blocks whose most likely tokens do not tie.
+
+    The packed product rounds its sums to bfloat16, steps of 1/8 at logits near 30: enough to make two candidates
+    equal and to answer with the wrong one. So the `_EXACT` best of each row are computed again in float32, from
+    the file's own blocks.
+
+    Args:
+        tensor: [V, D] in blocks, usually a view of the file's memory map.
+    """
+
+    def __init__(self, tensor: PackedTensor) -> None:
+        super().__init__()
+        self.linear = packed_linear([tensor])
+        self.tensor = tensor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[P, D] -> float32 [P, V]."""
+        logits: Tensor = self.linear(hidden).float()
+        best = logits.topk(min(_EXACT, logits.shape[1]), sorted=False).indices
+        raw = self.tensor.raw.index_select(0, best.flatten())
+        rows = dequantize(raw, self.tensor.ggml_type, torch.float32).view(*best.shape, -1)
+        return logits.scatter_(1, best, (rows @ hidden.float().unsqueeze(-1)).squeeze(-1))
