@@ -90,6 +90,9 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         memory_fraction: of the device's free memory that weights, activations and KV may take.
         num_threads: CPU threads of the core; None: all cores.
         overlap: prepare step n+1 while the device runs step n; None: on where there is a device.
+        quality: whether a measurement by ``headrace verify`` must exist for this quantization and cache: ``off``,
+            ``warn`` without one or beyond max_kl, or ``refuse`` to start.
+        max_kl: mean KL divergence from the 16-bit model, in nats, that ``quality`` allows.
         deterministic: shape-independent reductions.
         eager: no CUDA graphs.
         pooling: for embedders whose checkpoint does not say.
@@ -132,6 +135,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     num_threads: int | None = None
     overlap: bool | None = None
+    quality: Literal["off", "warn", "refuse"] = "off"
+    max_kl: float = 0.05
     deterministic: bool = False
     eager: bool = False
     seed: int = 0

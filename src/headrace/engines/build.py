@@ -18,6 +18,7 @@ from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
 from headrace.engines.memory import kv_block_bytes, num_kv_blocks
+from headrace.engines.quality import check_quality
 from headrace.engines.select import select
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
@@ -33,6 +34,7 @@ from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
 from headrace.models.encode_backbone import is_causal_family
 from headrace.models.loading import Progress
+from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.linear import PackedLinear
 from headrace.quantization.registry import keeps_packed
 from headrace.quantization.scaled import ScaledLinear
@@ -113,6 +115,8 @@ def _build_generate(
     dtype = choose_dtype(spec, checkpoint, device, packs=True)
     model = load_weights(spec, checkpoint, dtype, device, progress)
     cache_dtype = kv_dtype(spec, checkpoint, model.config, dtype)
+    fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
+    check_quality(spec, checkpoint, dtype, cache_dtype, changed=fewer)
     if model.config.headless:
         raise UnsupportedCheckpoint(
             f"{spec.model}: {checkpoint.config.get('architectures')} has no language-model head; "

@@ -8,6 +8,7 @@ import torch
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.plan.memory import CPU_ENCODE_TOKENS, CUDA_ENCODE_TOKENS
+from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.engines.encode import EncodeCore
 from headrace.errors import ConfigError, UnsupportedCheckpoint
@@ -15,6 +16,8 @@ from headrace.execution.encode_runner import EncodeRunner
 from headrace.messages import Ready
 from headrace.models.encode_card import read_encode_card
 from headrace.models.encode_model import EncodeModel, load_encode_model
+from headrace.models.loading import Transform
+from headrace.quantization.registry import load_time
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["build_encode"]
@@ -34,17 +37,13 @@ def build_encode(
         raise UnsupportedCheckpoint(
             f"{path}: embedders are read from folders with config.json and safetensors"
         )
-    if spec.quantization:
-        raise ConfigError(
-            f"quantization is {spec.quantization!r}; encoders run in float32, bfloat16 or float16 so far",
-            param="quantization",
-        )
+    transform = _transform(spec, device)
     yes_no = None
     card = read_encode_card(path, pooling=spec.pooling)
     if card.kind == "yes_no" and card.yes_no is None:
         yes_no = _answers(Tokenizer.from_path(path))
     model = load_encode_model(
-        path, checkpoint, dtype=dtype, device=device, pooling=spec.pooling, yes_no=yes_no
+        path, checkpoint, dtype=dtype, device=device, pooling=spec.pooling, yes_no=yes_no, transform=transform
     )
     model.max_tokens = _max_tokens(spec, model)
     batch_tokens = spec.max_num_batched_tokens or (
@@ -62,6 +61,21 @@ def build_encode(
     }
     engine = "embed" if model.decoder else "bert"
     return core, Ready(engine, model.max_tokens, spec.max_num_seqs, model.vocab_size, summary)
+
+
+def _transform(spec: EngineSpec, device: torch.device) -> Transform | None:
+    """Quantization of a causal embedder's decoder; its head, if it has one, stays as it is."""
+    if not spec.quantization:
+        return None
+    kind = quantization_type(spec.quantization)
+    if kind.kv_cache != "auto":
+        raise ConfigError(
+            f"quantization is {spec.quantization!r}, and an embedder keeps no KV cache; use "
+            f"{spec.quantization.removesuffix('_kv')!r}",
+            param="quantization",
+        )
+    swap = load_time(kind, device)
+    return lambda path, linear: linear if path == "head" else swap(path, linear)
 
 
 def _answers(tokenizer: Tokenizer) -> tuple[int, int]:

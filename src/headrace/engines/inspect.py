@@ -132,6 +132,8 @@ def _quantized(path: Path, config: dict[str, Any], files: frozenset[str]) -> Qua
         method = str(own.get("quant_method", "")).lower()
         kv = own.get("kv_cache_scheme")
         named = str(own.get("quant_algo", own.get("format", method))).lower()
+        if named == "pack-quantized" and _packed_bits(own) == 8:
+            named = "int8"
         return Quantized(
             _short(named if method in ("modelopt", "compressed-tensors") else method),
             "fp8" if kv else "",
@@ -145,10 +147,31 @@ def _quantized(path: Path, config: dict[str, Any], files: frozenset[str]) -> Qua
     return Quantized()
 
 
+def _packed_bits(settings: dict[str, Any]) -> object:
+    """``num_bits`` of the first group of a compressed-tensors block."""
+    groups = settings.get("config_groups")
+    first: Any = next(iter(groups.values()), {}) if isinstance(groups, dict) else {}
+    weights = first.get("weights") if isinstance(first, dict) else None
+    return weights.get("num_bits") if isinstance(weights, dict) else None
+
+
 def _short(name: str) -> str:
-    for word in ("nvfp4", "mxfp4", "fp8", "float-quantized", "awq", "gptq", "int8", "int4", "pack-quantized"):
+    for word in (
+        "nvfp4",
+        "mxfp4",
+        "fp8",
+        "float-quantized",
+        "awq",
+        "gptq",
+        "int8",
+        "int4",
+        "pack-quantized",
+        "int-quantized",
+    ):
         if word in name:
-            return {"float-quantized": "fp8", "pack-quantized": "int4"}.get(word, word)
+            return {"float-quantized": "fp8", "pack-quantized": "int4", "int-quantized": "int8"}.get(
+                word, word
+            )
     return name
 
 

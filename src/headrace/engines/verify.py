@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
 from headrace.engines.build import choose_device, choose_dtype
+from headrace.engines.quality import Measured, save_measured
 from headrace.engines.scoring import piecewise_logits
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError
@@ -88,7 +89,7 @@ def verify(
     reference: EngineSpec | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Report:
-    """Load a set-up and its reference, and compare them.
+    """Load a set-up and its reference, and compare them; what is found is kept for ``spec.quality``.
 
     Args:
         tokenize: the texts in the tokens of the checkpoint.
@@ -113,11 +114,15 @@ def verify(
             param="quantization",
         )
     report = compare(model, own, tokenize(checkpoint), cache, base_dtype, device, limits)
-    return msgspec.structs.replace(
+    report = msgspec.structs.replace(
         report,
         setup=_describe(spec, checkpoint, dtype, cache),
         reference=_describe(base, base_checkpoint, base_dtype, base_dtype),
     )
+    defects = tuple(problem for problem in report.problems if "pieces are not" in problem)
+    kept = Measured(setup=report.setup, mean_kl=report.mean_kl, top1=report.top1, defects=defects)
+    save_measured(spec, checkpoint, dtype, cache, kept)
+    return report
 
 
 def load_decoder_dense(

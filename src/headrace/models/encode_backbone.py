@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from headrace.checkpoints.base import Checkpoint
-from headrace.errors import UnknownArchitecture, nearest
+from headrace.errors import UnknownArchitecture, UnsupportedCheckpoint, nearest
 from headrace.models.encoder import EncoderModel
 from headrace.models.encoder_families import ENCODER_FAMILIES, encoder_family, read_encoder_config
 from headrace.models.encoder_weights import find_prefix, load_encoder
-from headrace.models.loading import load_decoder
+from headrace.models.loading import Transform, load_decoder
 from headrace.models.registry import FAMILIES
 
 __all__ = ["Backbone", "is_causal_family", "load_backbone"]
@@ -48,16 +48,28 @@ class Backbone:
 
 
 def load_backbone(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, head: bool
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    head: bool,
+    transform: Transform | None = None,
 ) -> Backbone:
     """Read a checkpoint's transformer.
 
     Args:
         head: keep a decoder's language-model head (for yes/no logits).
+        transform: replaces each linear of a decoder as it is loaded (quantization).
     Raises: UnknownArchitecture, UnsupportedCheckpoint.
     """
     if is_causal_family(checkpoint.config):
-        return _decoder(checkpoint, dtype, device, head)
+        return _decoder(checkpoint, dtype, device, head, transform)
+    if transform is not None:
+        raise UnsupportedCheckpoint(
+            f"{(checkpoint.config.get('architectures') or ['?'])[0]} stays in 16 or 32 bits: quantizing an encoder of "
+            "this kind is not built, and would save little; leave quantization out",
+            param="quantization",
+        )
     family = encoder_family(checkpoint.config)
     config = read_encoder_config(checkpoint.config, family)
     model = EncoderModel(config, dtype=dtype, device=device)
@@ -113,7 +125,13 @@ class _WithoutHeads:
         return self.checkpoint.load(name)
 
 
-def _decoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, head: bool) -> Backbone:
+def _decoder(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    head: bool,
+    transform: Transform | None,
+) -> Backbone:
     config = dict(checkpoint.config)
     architecture = _decoder_architecture(config, head=head)
     # How a checkpoint says that every token sees all others.
@@ -123,7 +141,7 @@ def _decoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | 
     for name in ("matryoshka_dimensions", "pooling", "score_bias", "sentence_transformers"):
         config.pop(name, None)
     source = _WithoutHeads(checkpoint, ("lm_head.",) if head else ())
-    model = load_decoder(config, source, dtype=dtype, device=device)
+    model = load_decoder(config, source, dtype=dtype, device=device, transform=transform)
     known = source.names()
     prefix = find_prefix("embed_tokens.weight", known, checkpoint)
     return Backbone(

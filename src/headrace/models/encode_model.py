@@ -22,6 +22,7 @@ from headrace.models.encode_backbone import Backbone, load_backbone
 from headrace.models.encode_card import EncodeCard, read_encode_card
 from headrace.models.encode_heads import HeadBuilder, classifier_steps, mlm_steps, token_classifier_steps
 from headrace.models.encoder import EncoderModel
+from headrace.models.loading import Transform
 
 __all__ = ["EncodeModel", "load_encode_model"]
 
@@ -163,18 +164,22 @@ def load_encode_model(
     device: torch.device | str,
     pooling: str | None = None,
     yes_no: tuple[int, int | None] | None = None,
+    transform: Transform | None = None,
 ) -> EncodeModel:
     """Read a checkpoint folder.
 
     Args:
         yes_no: token ids of a generative reranker's answers, where the checkpoint does not say.
+        transform: replaces each linear of a causal embedder's decoder as it is loaded (quantization).
 
     Raises MissingFile, UnsupportedCheckpoint or UnknownArchitecture, naming what is at fault.
     """
     card = read_encode_card(path, pooling=pooling)
     if card.yes_no is None and yes_no is not None:
         card = replace(card, yes_no=yes_no)
-    backbone = load_backbone(checkpoint, dtype=dtype, device=device, head=card.kind == "yes_no")
+    backbone = load_backbone(
+        checkpoint, dtype=dtype, device=device, head=card.kind == "yes_no", transform=transform
+    )
     model = EncodeModel(card, backbone)
     model.pad_id = checkpoint.config.get("pad_token_id")
     build = HeadBuilder(

@@ -166,3 +166,20 @@ def test_others_read_the_same_numbers(name: str, folder: Path, tmp_path: Path) -
         linear.quantization_status = parsed.quantization_status
         decompress_module(linear)
         torch.testing.assert_close(linear.weight.float(), checkpoint.load(tensor), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp4", "mxfp4", "int8", "int4"])
+def test_the_plan_counts_what_is_loaded(name: str, folder: Path, tmp_path: Path) -> None:
+    """On a CPU, where all but 4-bit integers is dequantized, and on a GPU, where the numbers stay."""
+    from headrace.config.spec import EngineSpec
+    from headrace.engines.plan import gpu_machine, plan_for
+
+    out = quantize_checkpoint(FolderCheckpoint(folder), name, tmp_path / "q")
+    plain = plan_for(EngineSpec(model=str(folder), path=folder, dtype="float32"), None)
+    spec = EngineSpec(model=str(out), path=out, dtype="float32")
+    cpu, gpu = plan_for(spec, None), plan_for(spec, gpu_machine("H100"))
+    assert cpu.weights.parameters == gpu.weights.parameters == plain.weights.parameters
+    assert cpu.weights.total == plain.weights.total
+    matrices = 2 * (2 * 64 * 64 + 2 * 64 * 16 + 3 * 64 * 128)
+    saved = {"fp8": 3.0, "int8": 3.0}.get(name, 3.5) - 0.4
+    assert plain.weights.total - gpu.weights.total > saved * matrices

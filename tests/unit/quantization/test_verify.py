@@ -14,6 +14,7 @@ from torch import Tensor
 from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
+from headrace.engines.quality import Measured, check_quality, save_measured
 from headrace.engines.texts import PACKAGED_TEXTS, read_rows
 from headrace.engines.verify import Limits, Report, compare, verify
 from headrace.errors import ConfigError, MissingFile
@@ -32,6 +33,12 @@ RNG = random.Random(0)
 TEXTS = [[RNG.randrange(300) for _ in range(n)] for n in (40, 33, 7)]
 # The tiny model is random, so its distributions are harsher on rounding than any trained one's.
 LOOSE = Limits(max_kl=0.5, min_top1=0.3, max_perplexity_ratio=2.0)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements are kept here and nowhere else."""
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +156,34 @@ def test_through_specs(folder: Path) -> None:
         verify(msgspec.structs.replace(spec, quantization=""), lambda _: TEXTS)
     with pytest.raises(ConfigError, match="at least 64"):
         verify(spec, lambda _: [[1, 2, 3]])
+
+
+def test_quality_gate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving asks for the measurement that verify kept."""
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path))
+    checkpoint = FolderCheckpoint(folder)
+    spec = EngineSpec(model=str(folder), path=folder, quantization="fp8", dtype="float32", device="cpu")
+
+    def gate(**changes: object) -> str | None:
+        asked = msgspec.structs.replace(spec, **changes)
+        changed = bool(asked.quantization)
+        return check_quality(asked, checkpoint, torch.float32, torch.float32, changed=changed)
+
+    assert gate() is None
+    assert "nobody has measured" in (gate(quality="warn") or "")
+    with pytest.raises(ConfigError, match="headrace verify"):
+        gate(quality="refuse")
+    report = verify(spec, lambda _: TEXTS, limits=LOOSE)
+    assert gate(quality="refuse", max_kl=report.mean_kl * 1.01) is None
+    with pytest.raises(ConfigError, match="max_kl"):
+        gate(quality="refuse", max_kl=report.mean_kl * 0.99)
+    with pytest.raises(ConfigError, match="nobody has measured"):  # another set-up
+        gate(quality="refuse", quantization="fp4")
+    assert gate(quality="refuse", quantization="") is None
+    spoilt = Measured(setup="", mean_kl=0.0, top1=1.0, defects=("w: a block is missing",))
+    save_measured(spec, checkpoint, torch.float32, torch.float32, spoilt)
+    with pytest.raises(ConfigError, match="block is missing"):
+        gate(quality="refuse")
 
 
 def test_an_fp8_cache_is_refused_where_it_is_known_to_harm(tmp_path: Path) -> None:

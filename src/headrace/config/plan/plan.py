@@ -171,7 +171,7 @@ class _Layout(msgspec.Struct, frozen=True, kw_only=True):
     """One way to place the model: what varies between a plan and its options.
 
     Attributes:
-        keep_blocks: see weigh.
+        keep_blocks, unpack: see weigh.
     """
 
     scheme: str
@@ -179,6 +179,7 @@ class _Layout(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int
     dtype: str
     keep_blocks: bool = False
+    unpack: bool = False
 
 
 def draw_plan(
@@ -197,7 +198,9 @@ def draw_plan(
     layout = _layout(spec, facts, shape, machine)
     dtype = layout.dtype
     _check_request(spec, facts, shape, machine, layout)
-    weights = weigh(facts, shape, int(_BYTES[dtype]), layout.scheme, keep_blocks=layout.keep_blocks)
+    weights = weigh(
+        facts, shape, int(_BYTES[dtype]), layout.scheme, keep_blocks=layout.keep_blocks, unpack=layout.unpack
+    )
     budget, kv_token = _budget(spec, facts, shape, machine, layout)
     pool_tokens = _pool_tokens(spec, budget, kv_token, shape)
     context, largest = _context(spec, shape, pool_tokens)
@@ -252,11 +255,13 @@ def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine)
     blocks = any(tensor.dtype in KEPT_BLOCKS and len(tensor.shape) == 2 for tensor in facts.tensors.values())
     packs = machine.packs and not shape.encoder
     keep = packs and blocks and not spec.quantization and spec.dtype in ("auto", "bfloat16")
+    quantized = facts.quantized.method not in ("", "gguf")
+    ints = quantized and packs and _cpu_keeps(facts) and spec.dtype in ("auto", "bfloat16")
     stored = facts.text_config.get("dtype") or facts.text_config.get("torch_dtype")
     if spec.dtype != "auto":
         dtype: str = spec.dtype
     elif not machine.cuda:
-        dtype = "bfloat16" if keep or (spec.quantization and not shape.encoder) else "float32"
+        dtype = "bfloat16" if keep or ints or (spec.quantization and not shape.encoder) else "float32"
     elif stored == "float16" or (machine.gpu is not None and machine.gpu.known and machine.gpu.compute < 80):
         dtype = "float16"
     else:
@@ -267,7 +272,13 @@ def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine)
         ranks=spec.tensor_parallel_size,
         dtype=dtype,
         keep_blocks=keep,
+        unpack=quantized and (shape.encoder or not machine.cuda) and not ints,
     )
+
+
+def _cpu_keeps(facts: Facts) -> bool:
+    """Whether a CPU multiplies with the checkpoint's own numbers: 4-bit integers (see quantization/keep.py)."""
+    return facts.quantized.method in ("awq", "gptq", "int4")
 
 
 def _kv_dtype(spec: EngineSpec, facts: Facts, dtype: str) -> str:
@@ -324,7 +335,7 @@ def _budget(
 ) -> tuple[Budget, int]:
     """The split of one rank, and bytes of KV a token."""
     size = int(_BYTES[layout.dtype])
-    weights = weigh(facts, shape, size, layout.scheme, keep_blocks=layout.keep_blocks)
+    weights = weigh(facts, shape, size, layout.scheme, keep_blocks=layout.keep_blocks, unpack=layout.unpack)
     activations = activation_bytes(
         shape, _step_tokens(spec, machine, shape), spec.max_num_seqs, size, layout.ranks
     )

@@ -40,7 +40,10 @@ KEPT_BLOCKS: dict[str, tuple[int, int]] = {
     "Q2_K": (2, 16), "Q3_K": (2, 16), "Q5_0": (2, 32), "Q5_1": (2, 32), "Q5_K": (2, 32), "Q6_K": (2, 16),
     "Q8_0": (2, 32), "IQ4_NL": (2, 32), "IQ4_XS": (2, 32), "MXFP4": (2, 32),
 }  # fmt: skip
-_PACKED_SCALE = re.compile(r"(scale|scales|zeros|qzeros|g_idx|absmax|_scale_inv|input_scale|weight_scale_2)$")
+_PACKED_SCALE = re.compile(
+    r"(scale|scales|zeros|qzeros|g_idx|absmax|_scale_inv|input_scale|weight_scale_2|weight_shape|zero_point)$"
+)
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,31 +82,42 @@ def classify(name: str) -> str:
 
 
 def weigh(
-    facts: Facts, shape: ModelShape, dtype_bytes: int, scheme: str, *, keep_blocks: bool = False
+    facts: Facts,
+    shape: ModelShape,
+    dtype_bytes: int,
+    scheme: str,
+    *,
+    keep_blocks: bool = False,
+    unpack: bool = False,
 ) -> Weights:
     """Add up a checkpoint.
 
     Args:
         dtype_bytes: of what is not quantized.
         scheme: that the linears are converted to at load; "" keeps the checkpoint's own format.
+        unpack: matrices of a quantized checkpoint are dequantized as they load.
         keep_blocks: matrices of a GGUF file stay in few bits; the table of embeddings stays in the file's map.
     """
     estimated = not facts.tensors
     tensors = expected_tensors(shape, dtype_bytes) if estimated else facts.tensors
     by_kind: dict[str, int] = dict.fromkeys(KINDS, 0)
     parameters, expert_parameters = 0, 0
+    per_word = 4 if facts.quantized.method == "int8" else 8
     for name, tensor in tensors.items():
         kind = classify(name)
         if shape.tied and kind == "head" and "lm_head" in name:
             continue  # stored, but the embedding table is used
-        count = _logical(name, tensor)
+        count = _logical(name, tensor, per_word)
         parameters += count
         expert_parameters += count if kind == "experts" and ".shared_expert" not in name else 0
         if keep_blocks and len(tensor.shape) == 2 and tensor.dtype in KEPT_BLOCKS:
             table = kind == "embedding"  # it stays in the file's map and takes no memory of its own
             by_kind["head" if table else kind] += 0 if table and not shape.tied else _kept_bytes(tensor)
         else:
-            by_kind[kind] += _in_memory(name, tensor, kind, dtype_bytes, scheme)
+            dense = unpack and (tensor.dtype not in _FLOATS or _PACKED_SCALE.search(name))
+            by_kind[kind] += (
+                count * dtype_bytes if dense else _in_memory(name, tensor, kind, dtype_bytes, scheme)
+            )
     share = shape.chosen / shape.experts if shape.experts and shape.chosen else 1.0
     active = round(parameters - expert_parameters * (1 - share))
     expert_bytes = by_kind["experts"] * (expert_parameters / max(_count(tensors, "experts"), 1))
@@ -124,19 +138,19 @@ def _count(tensors: Mapping[str, Tensor], kind: str) -> int:
     return sum(_logical(name, tensor) for name, tensor in tensors.items() if classify(name) == kind)
 
 
-def _logical(name: str, tensor: Tensor) -> int:
+def _logical(name: str, tensor: Tensor, per_word: int = 8) -> int:
     """Numbers that a tensor stands for: packed 4-bit values count two a byte, scales none."""
     if _PACKED_SCALE.search(name):
         return 0
-    if tensor.dtype in ("I32", "U32") and "qweight" in name:
-        return tensor.numel * 8
+    if tensor.dtype in ("I32", "U32") and ("qweight" in name or name.endswith("weight_packed")):
+        return tensor.numel * per_word
     if tensor.dtype == "U8" and (name.endswith("weight") or "blocks" in name or "packed" in name):
         return tensor.numel * 2
     return tensor.numel
 
 
 def _in_memory(name: str, tensor: Tensor, kind: str, dtype_bytes: int, scheme: str) -> int:
-    floats = tensor.dtype in ("F64", "F32", "F16", "BF16") or tensor.dtype not in DTYPE_BYTES  # ggml's blocks
+    floats = tensor.dtype in _FLOATS or tensor.dtype not in DTYPE_BYTES  # ggml's blocks
     if not floats or _PACKED_SCALE.search(name):
         return tensor.nbytes  # already quantized: kept as it is
     if scheme and len(tensor.shape) >= 2 and _converted(kind, scheme, name):

@@ -137,6 +137,18 @@ OWN = Section(
     F("prefix_caching", Bool(), True, "Share prefixes between requests."),
     F("num_threads", Int(1, 4096), None, "CPU threads; absent: all cores."),
     F("overlap", Bool(), None, "Prepare the next step while this one runs; absent: on with a device."),
+    F(
+        "quality",
+        Enum("off", "warn", "refuse"),
+        "off",
+        "Whether `headrace verify` must have measured this quantization and cache, within `max_kl`.",
+    ),
+    F(
+        "max_kl",
+        Float(0, above=True),
+        0.05,
+        "Mean KL divergence from the 16-bit model that `quality` allows.",
+    ),
     F("deterministic", Bool(), False, "Results do not depend on the batch."),
     F("eager", Bool(), False, "No CUDA graphs."),
     F("seed", Int(0, 2**63 - 1), 0, "Seed for requests without one."),
