@@ -11,7 +11,7 @@ from headrace.checkpoints.base import PackedTensor
 from headrace.checkpoints.gguf_blocks import dequantize
 from headrace.checkpoints.gguf_header import BLOCKS
 from headrace.errors import UnsupportedCheckpoint
-from headrace.quantization.ggml import KEEPABLE, PackedEmbedding, packed_linear
+from headrace.quantization.ggml import KEEPABLE, PackedEmbedding, PackedHead, packed_linear
 from headrace.quantization.linear import JoinedLinear
 from headrace.quantization.schemes.int4 import ROW_BLOCK, Int4Linear, Int4Weight, quantize_int4
 from headrace.quantization.schemes.int8 import Int8Linear, quantize_int8
@@ -226,3 +226,18 @@ def test_int8_rounds_to_nearest(rows: int, columns: int) -> None:
 def test_int8_refuses_columns_that_its_kernel_cannot_read() -> None:
     with pytest.raises(UnsupportedCheckpoint, match=r"multiple of 32 .* \[8, 40\]"):
         quantize_int8(torch.randn(8, 40))
+
+
+@pytest.mark.parametrize("rows", [40, 1000])
+def test_a_head_does_not_tie_its_best_tokens(rows: int) -> None:
+    tensor = blocks("Q8_0", rows, 64, seed=5)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(6)).to(torch.bfloat16)
+    exact = x.float() @ dense(tensor).T
+    logits = PackedHead(tensor)(x)
+    assert logits.dtype == torch.float32
+    best = exact.topk(20).indices
+    torch.testing.assert_close(logits.gather(1, best), exact.gather(1, best), atol=1e-4, rtol=1e-5)
+    assert torch.equal(logits.argmax(1), exact.argmax(1))
+    assert (packed_linear([tensor])(x).float() - exact).abs().max() > (logits - exact).gather(
+        1, best
+    ).abs().max()

@@ -202,7 +202,7 @@ def _tiles(batch: AttentionBatch, num_tokens: int, group: int, rows: int) -> Ten
             SEQS=max(16, triton.next_power_of_2(num_seqs)), **launch_options(found.device, 4, 1),
         )  # fmt: skip
         batch.plan[key] = found
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _shape(padded: int, rows_per_seq: int, itemsize: int) -> tuple[int, int, int, int]:
