@@ -1,1 +1,1 @@
-"""Measurements that print JSON; see docs/benchmarks.md."""
+"""Measurements that print JSON lines; `--record` appends them to results/."""
