@@ -31,7 +31,9 @@ class Exchange:
         headers = {"x-request-id": self.request_id}
         if self.warnings:
             text = " | ".join(self.warnings).encode("ascii", "backslashreplace").decode()
-            headers["x-headrace-warnings"] = " ".join(text.split())[:_HEADER]
+            # A header holds printable ASCII only, and the text may quote the client's own names.
+            printable = "".join(c if " " <= c <= "~" else "?" for c in " ".join(text.split()))
+            headers["x-headrace-warnings"] = printable[:_HEADER]
         return headers
 
 
