@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from headrace.layers.packed import LayerCache
@@ -20,6 +21,10 @@ def allocate_caches(
     """
 
     def make(heads: int, dim: int) -> torch.Tensor:
+        if device.type == "cpu":
+            # numpy asks the system for zeroed pages and touches none; torch.zeros writes every one (seconds a GiB).
+            raw = np.zeros(num_blocks * block_size * heads * dim * dtype.itemsize, np.uint8)
+            return torch.from_numpy(raw).view(dtype).view(num_blocks, block_size, heads, dim)
         return torch.zeros(num_blocks, block_size, heads, dim, dtype=dtype, device=device)
 
     return [LayerCache(make(heads, dim), make(heads, dim)) for heads, dim in layout]
