@@ -13,8 +13,8 @@ from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.layers.linear import Linear
 from headrace.layers.packed import PackedBatch
 from headrace.models.loading import load_decoder
-from headrace.quantization.ggml import PackedEmbedding
-from headrace.quantization.linear import JoinedLinear, PackedLinear
+from headrace.quantization.ggml import PackedEmbedding, PackedHead
+from headrace.quantization.linear import JoinedLinear
 from headrace.quantization.registry import can_keep, keeps_packed, load_time
 
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def test_logits_are_those_of_the_dense_weights(tied: bool, dtype: torch.dtype) -
     dense = load_decoder(blocks.config, blocks, dtype=torch.float32, device="cpu")
     packed = load_decoder(blocks.config, blocks, dtype=dtype, device="cpu", keep_packed=True)
     assert isinstance(packed.embed, PackedEmbedding)
-    assert isinstance(packed.head, PackedLinear)
+    assert isinstance(packed.head, PackedHead)
     assert isinstance(packed.layers[0].attention.qkv, JoinedLinear)
     assert not any(isinstance(module, Linear) for module in packed.modules())
     batch = PackedBatch.for_encoding([[5, 7, 11, 13, 150], [3, 2, 1]], causal=True)
