@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from headrace.serving.openai.fields import ApiModel, acts, harmless
+from headrace.serving.openai.fields import ApiModel, acts, harmless, needed
 
 __all__ = [
     "CohereRerankRequest",
@@ -30,11 +30,6 @@ _TRUNCATE = (
     "Cut inputs that are too long. Default: the server's --auto-truncate, which is on for BERT-like models."
 )
 TextOrIds = str | list[str] | list[int] | list[list[int]]
-
-
-def needed(text: str) -> Any:
-    """A field without a default."""
-    return Field(description=text, json_schema_extra={"effect": "acted on"})
 
 
 class OnePass(ApiModel):
