@@ -22,6 +22,7 @@ from headrace.serving.openai.responses_schema import ResponsesRequest
 from headrace.serving.openai.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from headrace.serving.state import STATE, State
 from headrace.serving.tei import embed, predict, rerank, text
+from headrace.serving.tei.decide import system_one
 from headrace.serving.tei.default import predict_any
 from headrace.serving.tei.schemas import (
     CohereRerankRequest,
@@ -34,6 +35,7 @@ from headrace.serving.tei.schemas import (
     RerankRequest,
     SimilarityRequest,
     SparseRequest,
+    SystemOneRequest,
     TokenizeRequest,
 )
 
@@ -67,6 +69,7 @@ TABLE = (
     Route("POST", "/rerank", rerank.rerank, "Texts by how well they answer a query.", RerankRequest),
     Route("POST", "/v1/rerank", rerank.rerank_jina, "The same in Jina's shape.", JinaRerankRequest),
     Route("POST", "/v2/rerank", rerank.rerank_cohere, "The same in Cohere's shape.", CohereRerankRequest),
+    Route("POST", "/v1/systemone", system_one, "Typed questions about a state.", SystemOneRequest),
     Route("POST", "/predict", predict_any, "Labels of texts.", PredictRequest),
     Route("POST", "/predict_tokens", predict.predict_tokens, "Entities in texts.", PredictTokensRequest),
     Route("POST", "/tokenize", text.tokenize, "Tokens of texts.", TokenizeRequest),
