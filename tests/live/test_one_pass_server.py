@@ -189,7 +189,8 @@ def test_similarity_and_embed_all(served: Served) -> None:
         },
     )
     assert [one["score"] for one in scored["data"]] == pytest.approx([same, other], abs=1e-6)
-    assert other < 0.9999 < same < 1.00001
+    # Random weights tell texts apart by little, and by how much depends on the trained vocabulary.
+    assert other < 0.999999 < same < 1.00001
     (rows,) = served.ok("/embed_all", {"model": "embedder", "inputs": "Tim Cook"})
     mean = np.mean(rows, axis=0)
     np.testing.assert_allclose(

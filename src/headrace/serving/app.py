@@ -23,6 +23,7 @@ from headrace.serving.openai.schemas import ChatRequest, CompletionRequest, Embe
 from headrace.serving.openai.tokens import DetokenizeRequest, detokenize
 from headrace.serving.state import STATE, State
 from headrace.serving.tei import embed, predict, rerank, text
+from headrace.serving.tei.decide import system_one
 from headrace.serving.tei.default import predict_any, rerank_any, tokenize_any
 from headrace.serving.tei.schemas import (
     CohereRerankRequest,
@@ -35,6 +36,7 @@ from headrace.serving.tei.schemas import (
     RerankRequest,
     SimilarityRequest,
     SparseRequest,
+    SystemOneRequest,
     TokenizeRequest,
 )
 from headrace.serving.tei.score import ScoreRequest, score
@@ -69,6 +71,7 @@ TABLE = (
     Route("POST", "/rerank", rerank_any, "Texts by how well they answer a query.", RerankRequest),
     Route("POST", "/v1/rerank", rerank.rerank_jina, "The same in Jina's shape.", JinaRerankRequest),
     Route("POST", "/v2/rerank", rerank.rerank_cohere, "The same in Cohere's shape.", CohereRerankRequest),
+    Route("POST", "/v1/systemone", system_one, "Typed questions about a state.", SystemOneRequest),
     Route("POST", "/predict", predict_any, "Labels of texts.", PredictRequest),
     Route("POST", "/predict_tokens", predict.predict_tokens, "Entities in texts.", PredictTokensRequest),
     Route("POST", "/score", score, "How well texts fit each other, in vLLM's shape.", ScoreRequest),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Awaitable, Callable
 
 import msgspec
 from aiohttp import web
@@ -10,6 +11,7 @@ from aiohttp import web
 from headrace.serving.openai.embeddings import embeddings
 from headrace.serving.openai.tokens import tokenize_chat, tokenize_prompt
 from headrace.serving.state import STATE
+from headrace.serving.tei.decide import system_one
 from headrace.serving.tei.predict import predict, predict_tokens
 from headrace.serving.tei.rerank import rerank, rerank_jina
 from headrace.serving.tei.text import tokenize
@@ -18,7 +20,20 @@ from headrace.types import EncodeTask
 __all__ = ["predict_any", "rerank_any", "tokenize_any"]
 
 
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+# Where the operator's default_route sends what arrives at /predict.
+_DEFAULTS: dict[str, _Handler] = {
+    "/v1/embeddings": embeddings,
+    "/v1/systemone": system_one,
+    "/rerank": rerank,
+    "/predict": predict,
+    "/predict_tokens": predict_tokens,
+}
+
+
 class _Shape(msgspec.Struct):
+    model: msgspec.Raw = msgspec.Raw()
+    questions: msgspec.Raw = msgspec.Raw()
     input: msgspec.Raw = msgspec.Raw()
     query: msgspec.Raw = msgspec.Raw()
     documents: msgspec.Raw = msgspec.Raw()
@@ -41,8 +56,16 @@ async def _shape(request: web.Request) -> _Shape:
 
 
 async def predict_any(request: web.Request) -> web.StreamResponse:
-    """Labels of texts; a body of /v1/embeddings, /rerank or /predict_tokens is answered as if sent there."""
+    """Labels of texts; a body of another route of this kind is answered as if sent there.
+
+    A model's ``default_route`` is where everything goes.
+    """
     shape = await _shape(request)
+    chosen = _default(request, bytes(shape.model))
+    if chosen is not None:
+        return await _DEFAULTS[chosen](request)
+    if shape.has("questions"):
+        return await system_one(request)
     if shape.has("input"):
         return await embeddings(request)
     if shape.has("query"):
@@ -53,6 +76,15 @@ async def predict_any(request: web.Request) -> web.StreamResponse:
     if tags or shape.has("aggregation_strategy"):
         return await predict_tokens(request)
     return await predict(request)
+
+
+def _default(request: web.Request, named: bytes) -> str | None:
+    """The default route of the model that the body names, or of the only one."""
+    models = request.app[STATE].models.all
+    if named:
+        name = msgspec.json.decode(named)
+        models = [model for model in models if name in model.names]
+    return models[0].spec.default_route if len(models) == 1 else None
 
 
 async def rerank_any(request: web.Request) -> web.StreamResponse:
