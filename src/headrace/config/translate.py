@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from headrace.config.command import read_command
 from headrace.config.foreign import ENGINE_OPTIONS
 from headrace.config.quantization import HOSTED
 from headrace.config.schema.own import OWN
 from headrace.config.schema.rules import ENCODERS, stack
+from headrace.config.schema.trt_llm import ROUTES
 from headrace.config.schema.view import View
 from headrace.config.schema.weights import MODEL_CACHE_ROOT
 from headrace.config.spec import lookahead_draft_length
@@ -39,7 +41,7 @@ _SCHEMES_OF_SOURCES = {
 def own_settings(view: View) -> dict[str, tuple[Any, str]]:
     """Our field -> (value, the key that set it). Later blocks win, ``model_metadata.headrace`` over all."""
     found: dict[str, tuple[Any, str]] = {}
-    for block in (_around, _build, _runtime_v1, _runtime_v2, _bis):
+    for block in (_around, _docker, _build, _runtime_v1, _runtime_v2, _bis):
         for name, value, path in block(view):
             found[name] = (value, path)
     path = "model_metadata.headrace"
@@ -65,6 +67,33 @@ def _around(view: View) -> Iterator[Setting]:
         yield "secrets", sorted(view.get("secrets")), "secrets"
     if view.get("environment_variables"):
         yield "environment", view.get("environment_variables"), "environment_variables"
+
+
+def _docker(view: View) -> Iterator[Setting]:
+    """What the command of a server of one's own says, where it is one whose flags we know."""
+    path = "docker_server.start_command"
+    text = view.get(path)
+    if text is None:
+        return
+    command = read_command(text)
+    if command is None:
+        view.notice("no_effect", path, "is not run, and starts no server whose flags are read here")
+        return
+    view.notice("differs", path, f"{command.program} is not run: its flags are read, the engine is ours")
+    if command.model:
+        yield from _mounted(view, path, command.model)
+    route = view.get("docker_server.predict_endpoint")
+    if route in ROUTES:
+        yield "default_route", route, "docker_server.predict_endpoint"
+    for name, option, value in command.flags:
+        if option is None or value is None:
+            view.notice("warning", path, f"{name} is not read here")
+        elif not option.to or option.to.startswith("--") or option.to == "secret_name":
+            said = f"{option.to} of headrace serve says that" if option.to else option.note
+            how = option.note if option.to == "secret_name" else said
+            view.notice("no_effect", path, f"{name}: {how}")
+        else:
+            yield from _option(option.to, name.removeprefix("--"), value, option.inverted, path)
 
 
 def _build(view: View) -> Iterator[Setting]:
@@ -251,9 +280,9 @@ def _drafter(view: View, path: str) -> Iterator[Setting]:
     yield "speculation", drafts, path
 
 
-def _mounted(view: View, path: str) -> Iterator[Setting]:
-    """A model path: the source of the mount it lies in, or the path itself."""
-    model = view.get(path)
+def _mounted(view: View, path: str, model: str | None = None) -> Iterator[Setting]:
+    """A model path (by default the value at ``path``): the source of the mount it lies in, or the path itself."""
+    model = view.get(path) if model is None else model
     if model is None:
         return
     for index, source in enumerate(view.get("weights", [])):
@@ -324,6 +353,7 @@ def _option(to: str, name: str, value: Any, inverted: bool, path: str) -> Iterat
     """One native option, its value in our terms."""
     if to.startswith("--") or to == "model":
         return
+    name = name.replace("-", "_")
     if name == "swap_space":
         value = int(value * 1024**3)
     elif name == "enable_expert_parallel":
@@ -334,6 +364,8 @@ def _option(to: str, name: str, value: Any, inverted: bool, path: str) -> Iterat
         value = {"half": "float16", "float": "float32"}.get(value, value)
     elif name == "kv_cache_dtype":
         value = _KV.get(value, value)
+    elif name == "pooling":
+        value = value.removesuffix("-token")
     elif name in ("runner", "task"):
         value = {"pooling": "encoder", "embed": "encoder", "generate": "decoder"}.get(value, "auto")
     elif inverted:

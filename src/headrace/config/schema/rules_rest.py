@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from headrace.config.command import read_command
 from headrace.config.foreign import ENGINE_OPTIONS, TRT_TO_VLLM
 from headrace.config.schema.view import Rule, View, rule
 from headrace.config.schema.weights import AUTH_METHODS, MODEL_CACHE_ROOT
@@ -64,6 +65,8 @@ def mounts_are_unique(view: View) -> None:
 def mounts_are_read(view: View) -> None:
     """Differs: files of `weights` and `model_cache` that no `model_path` lies under are not fetched."""
     paths = [view.get(f"{block}.model_path", "") for block in (_PATCH, "bis_llm.config", _BIS_OPTIONS)]
+    command = read_command(view.get("docker_server.start_command", ""))
+    paths += [command.model] if command is not None else []
     for where, entry in (*_entries(view, "weights"), *_entries(view, "model_cache")):
         mount = entry.get("mount_location") or f"{MODEL_CACHE_ROOT}/{entry.get('volume_folder') or ''}"
         if isinstance(mount, str) and not any(

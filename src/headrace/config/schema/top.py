@@ -386,7 +386,14 @@ BASE_IMAGE = Section(
 DOCKER_SERVER = Section(
     "docker_server",
     "A server of one's own in an image. Its command is not run here: the engine is ours.",
-    F("start_command", Str(), None, "Command; required unless `no_build`.", no_effect=_IMAGE),
+    F(
+        "start_command",
+        Str(),
+        None,
+        "Command; required unless `no_build`. Not run: the model and flags of `vllm serve` and "
+        "`text-embeddings-router` are read from it.",
+        to="model",
+    ),
     F(
         "server_port",
         Int(1, 65535, strict=False),
@@ -394,7 +401,13 @@ DOCKER_SERVER = Section(
         "Port; 8080 is reserved there.",
         no_effect=_IMAGE,
     ),
-    F("predict_endpoint", Str(), REQUIRED, "Where `/predict` goes.", no_effect=_IMAGE),
+    F(
+        "predict_endpoint",
+        Str(),
+        REQUIRED,
+        "Where `/predict` goes, if it is a route of an encoder.",
+        to="default_route",
+    ),
     F("readiness_endpoint", Str(), REQUIRED, "Readiness probe.", no_effect=_IMAGE),
     F("liveness_endpoint", Str(), REQUIRED, "Liveness probe.", no_effect=_IMAGE),
     F("run_as_user_id", Int(1, strict=False), None, "User; neither 0 nor 60000.", no_effect=_IMAGE),
