@@ -27,7 +27,7 @@ class ConstraintTable:
     """
 
     def __init__(self, compiler: ConstraintCompiler | None, device: torch.device) -> None:
-        self._compiler = compiler
+        self.compiler = compiler
         self._device = device
         self._compiling: dict[str, tuple[Sequence, Future[Constraint]]] = {}
         self._live: dict[str, Constraint] = {}
@@ -38,9 +38,9 @@ class ConstraintTable:
         spec = sequence.sampling.constraint
         if spec is None:
             return
-        if self._compiler is None:
+        if self.compiler is None:
             raise InvalidRequest("this engine was built without constraints", param="response_format")
-        self._compiling[sequence.id] = (sequence, self._compiler.submit(spec))
+        self._compiling[sequence.id] = (sequence, self.compiler.submit(spec))
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that ended."""
@@ -77,8 +77,8 @@ class ConstraintTable:
         ]
         if not found:
             return None, []
-        assert self._compiler is not None
-        rows, words = len(found), -(-self._compiler.vocab_size // 32)
+        assert self.compiler is not None
+        rows, words = len(found), -(-self.compiler.vocab_size // 32)
         pinned = self._device.type == "cuda"
         host = torch.zeros(
             rows * words + rows, dtype=torch.int32, pin_memory=pinned
@@ -135,5 +135,5 @@ class ConstraintTable:
 
     def close(self) -> None:
         """Stop the compiler."""
-        if self._compiler is not None:
-            self._compiler.close()
+        if self.compiler is not None:
+            self.compiler.close()
