@@ -43,7 +43,7 @@ class _Timed(ConstraintTable):
     def masks(self, plan: StepPlan) -> Any:
         began = time.perf_counter()
         found = super().masks(plan)
-        if found[0] is not None:
+        if found is not None:
             self.spent.append((time.perf_counter() - began) * 1e3)
         return found
 

@@ -151,7 +151,14 @@ class GenerateCore:
     def _step_overlapped(self, plan: StepPlan | None) -> list[Output]:
         later = plan is not None and plan.needs_history
         launched = None if plan is None else self._launch(plan, sample=not later)
-        outputs = self._finish(*self._previous) if self._previous is not None else []
+        outputs: list[Output] = []
+        if self._previous is not None:
+            before, running = self._previous
+            result = self._wait(before, running)
+            if plan is not None and launched is not None and later and not plan.needs_output:
+                # Only grammars wait for the tokens, and they have them: the device goes on while these are settled.
+                launched, later = self._sample_later(plan, launched), False
+            outputs = self._settle(before, result) if isinstance(result, StepResult) else result
         if plan is not None and launched is not None and later:
             launched = self._sample_later(plan, launched)
         self._previous = None if plan is None or launched is None else (plan, launched)
@@ -166,11 +173,7 @@ class GenerateCore:
 
     def _sample_later(self, plan: StepPlan, launched: Future[Step]) -> Future[Step]:
         """Sampling behind a forward pass; masks are made here, while the device is busy with it."""
-        masks, failed = self.constraints.masks(plan)
-        for sequence, message in failed:
-            self._refused.append(Output(sequence.id, finish_reason=FinishReason.ERROR, error=message))
-            self.scheduler.finish(sequence, FinishReason.ERROR)
-            self._forget(sequence)
+        masks = self.constraints.masks(plan)
         return self._device.submit(lambda: self.runner.sample(launched.result(), masks))
 
     def _refuse_constraints(self) -> list[Output]:
@@ -186,7 +189,12 @@ class GenerateCore:
         return outputs
 
     def _finish(self, plan: StepPlan, launched: Future[Step]) -> list[Output]:
-        """Wait for a step and settle it. One that broke costs its own sequences and no others."""
+        """Wait for a step and settle it."""
+        result = self._wait(plan, launched)
+        return self._settle(plan, result) if isinstance(result, StepResult) else result
+
+    def _wait(self, plan: StepPlan, launched: Future[Step]) -> StepResult | list[Output]:
+        """A step's tokens, known to its grammars too. One that broke costs its own sequences: their last outputs."""
         try:
             result = launched.result().result()
         except torch.AcceleratorError:
@@ -198,7 +206,8 @@ class GenerateCore:
                 Output(s.id, finish_reason=FinishReason.ERROR, error=message)
                 for s in self.scheduler.fail(plan)
             ]
-        return self._settle(plan, result)
+        self.constraints.advance(plan, result.tokens)
+        return result
 
     def _settle(self, plan: StepPlan, result: StepResult) -> list[Output]:
         for request_id, (start, entries) in result.prompt_logprobs.items():
@@ -206,19 +215,36 @@ class GenerateCore:
                 self._prompt_logprobs.setdefault(request_id, {}).update(enumerate(entries, start))
         index = {id(chunk.sequence): i for i, chunk in enumerate(plan.sampling)} if result.logprobs else {}
         outputs = []
-        for sequence in self.scheduler.settle(plan, result.tokens, self.constraints.advance):
+        for sequence in self.scheduler.settle(plan, result.tokens, self.constraints.judge):
+            failure = (
+                self.constraints.failure(sequence) if sequence.finish_reason is FinishReason.ERROR else None
+            )
             if sequence.finish_reason is not None:
                 self.constraints.remove(sequence)
-            if sequence.finish_reason is FinishReason.ERROR:
-                constrained = sequence.sampling.constraint is not None
-                message = "the model's logits were not finite" + (
-                    " or left the grammar" if constrained else ""
-                )
-                outputs.append(Output(sequence.id, finish_reason=FinishReason.ERROR, error=message))
+            if failure is not None:
+                outputs.append(self._failure(sequence, *failure))
                 continue
             logprobs = result.logprobs.get(index.get(id(sequence), -1))
             outputs.append(self._output(sequence, logprobs))
         return outputs
+
+    def _failure(self, sequence: Sequence, gave_up: str, too_complex: bool) -> Output:
+        code = param = ""
+        if too_complex:
+            message = f"the grammar needs more work at one token than allowed; make it simpler: {gave_up}"
+            code, param = InvalidRequest.code, "response_format"
+        elif gave_up:
+            message = f"the grammar gave up: {gave_up}"
+        else:
+            constrained = sequence.sampling.constraint is not None
+            message = "the model's logits were not finite" + (" or left the grammar" if constrained else "")
+        return Output(
+            sequence.id,
+            finish_reason=FinishReason.ERROR,
+            error=message,
+            error_code=code,
+            error_param=param,
+        )
 
     def _output(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> Output:
         token = sequence.token_ids[-1]

@@ -54,9 +54,9 @@ async def constrain(body: GenerateFields, checker: GrammarChecker) -> Constraine
     Raises InvalidRequest naming the field, with the compiler's reason.
     """
     wanted = read_constraint(body)
-    if wanted is not None:
-        await checker.check(wanted.spec, wanted.param)
-    return wanted
+    if wanted is None:
+        return None
+    return msgspec.structs.replace(wanted, spec=await checker.check(wanted.spec, wanted.param))
 
 
 def read_constraint(body: GenerateFields) -> Constrained | None:

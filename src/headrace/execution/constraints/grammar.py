@@ -25,6 +25,7 @@ LIMITS: dict[str, Any] = {
     "step_max_items": 50_000,
     "max_lexer_states": 50_000,
     "max_grammar_size": 200_000,
+    "verbose_errors": False,
 }
 
 

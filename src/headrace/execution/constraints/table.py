@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from typing import Any
-
-import numpy as np
 import torch
 
 from headrace.errors import HeadraceError, InvalidRequest
-from headrace.execution.constraints.compiler import Constraint, ConstraintCompiler
+from headrace.execution.constraints.compiler import Compilation, ConstraintCompiler
+from headrace.execution.constraints.constraint import Constraint
+from headrace.execution.constraints.fill import MaskFiller
 from headrace.execution.sampler import Masks
 from headrace.scheduling.plan import StepPlan
-from headrace.scheduling.sequence import Sequence
+from headrace.scheduling.sequence import Sequence, Status
 from headrace.types import FinishReason
 
 __all__ = ["ConstraintTable"]
@@ -29,9 +27,9 @@ class ConstraintTable:
     def __init__(self, compiler: ConstraintCompiler | None, device: torch.device) -> None:
         self.compiler = compiler
         self._device = device
-        self._compiling: dict[str, tuple[Sequence, Future[Constraint]]] = {}
+        self._filler = MaskFiller(compiler.vocab_size if compiler is not None else 0)
+        self._compiling: dict[str, tuple[Sequence, Compilation]] = {}
         self._live: dict[str, Constraint] = {}
-        self._pool: Any = None
 
     def add(self, sequence: Sequence) -> None:
         """Begin to compile the sequence's grammar, if it has one."""
@@ -47,17 +45,32 @@ class ConstraintTable:
         self._live.pop(sequence.id, None)
         compiling = self._compiling.pop(sequence.id, None)
         if compiling is not None:
-            compiling[1].cancel()
+            compiling[1].future.cancel()
 
     def is_ready(self, sequence: Sequence) -> bool:
-        """Whether the sequence may run."""
-        return sequence.id not in self._compiling
+        """Whether the sequence may run in the next step."""
+        if sequence.id in self._compiling:
+            return False
+        constraint = self._live.get(sequence.id)
+        if constraint is None or not constraint.slow or not constraint.needs_mask:
+            return True
+        if sequence.in_flight:
+            return False
+        if constraint.prefetch is None:
+            self._filler.prefetch(constraint)
+            return False
+        return constraint.prefetch.done()
 
     def refused(self) -> list[tuple[Sequence, str]]:
         """Take note of finished compilations; those that failed, with the reason."""
         failed = []
-        for request_id, (sequence, future) in list(self._compiling.items()):
+        for request_id, (sequence, compilation) in list(self._compiling.items()):
+            future = compilation.future
             if not future.done():
+                if compilation.late and self.compiler is not None:
+                    self.compiler.give_up(compilation)
+                    del self._compiling[request_id]
+                    failed.append((sequence, "the grammar took too long to compile; make it smaller"))
                 continue
             del self._compiling[request_id]
             error = future.exception()
@@ -67,73 +80,59 @@ class ConstraintTable:
                 failed.append((sequence, error.message if isinstance(error, HeadraceError) else repr(error)))
         return failed
 
-    def masks(self, plan: StepPlan) -> tuple[Masks | None, list[tuple[Sequence, str]]]:
-        """Allowed tokens of the plan's constrained rows, in one upload, and sequences whose grammar gave up."""
+    def masks(self, plan: StepPlan) -> Masks | None:
+        """Allowed tokens of the plan's constrained rows, in one upload."""
         live = self._live
         found = [
-            (row, chunk.sequence, constraint)
+            (row, constraint)
             for row, chunk in enumerate(plan.sampling if live else ())
             if (constraint := live.get(chunk.sequence.id)) is not None and constraint.active
         ]
         if not found:
-            return None, []
-        assert self.compiler is not None
-        rows, words = len(found), -(-self.compiler.vocab_size // 32)
+            return None
+        rows, words = len(found), self._filler.words
         pinned = self._device.type == "cuda"
-        host = torch.zeros(
-            rows * words + rows, dtype=torch.int32, pin_memory=pinned
-        )  # bits, then row numbers
+        # bits, then row numbers
+        host = torch.zeros(rows * words + rows, dtype=torch.int32, pin_memory=pinned)
         flat = host.numpy()
-        self._fill([constraint for _, _, constraint in found], flat[: rows * words].reshape(rows, words))
-        flat[rows * words :] = [row for row, _, _ in found]
-        failed = []
-        for _, sequence, constraint in found:
-            try:
-                constraint.check()
-            except HeadraceError as error:
-                failed.append((sequence, error.message))
+        self._filler.fill([constraint for _, constraint in found], flat[: rows * words].reshape(rows, words))
+        flat[rows * words :] = [row for row, _ in found]
         uploaded = host.to(self._device, non_blocking=True)
-        return Masks(uploaded[rows * words :].long(), uploaded[: rows * words].view(rows, words)), failed
+        return Masks(uploaded[rows * words :].long(), uploaded[: rows * words].view(rows, words))
 
-    def _fill(self, constraints: list[Constraint], bits: np.ndarray) -> None:
-        """Masks of many grammars in parallel, outside Python's lock, into rows of ``bits``."""
+    def advance(self, plan: StepPlan, tokens: list[int]) -> None:
+        """A step's tokens are known: all grammars move on, before anything else is settled."""
+        live = self._live
+        if not live:
+            return
         jobs = []
-        for i, constraint in enumerate(constraints):
-            if constraint.forced is None:
-                jobs.append((constraint.matcher, i))
-        row_bytes = bits.strides[0]
-        if len(jobs) == 1:
-            matcher, i = jobs[0]
-            matcher.unsafe_compute_mask_ptr(bits.ctypes.data + i * row_bytes, row_bytes)
-        elif jobs:
-            self._executor().unsafe_compute_mask_ptr(jobs, bits.ctypes.data, row_bytes, len(bits))
-        unsigned = bits.view(np.uint32)
-        for i, constraint in enumerate(constraints):
-            more = constraint.forced if constraint.forced is not None else constraint.head_begins
-            if more is not None:
-                unsigned[i, more // 32] |= np.uint32(1 << more % 32)
+        for chunk, token in zip(plan.sampling, tokens, strict=True):
+            constraint = live.get(chunk.sequence.id)
+            if constraint is None or token < 0 or chunk.sequence.status is Status.FINISHED:
+                continue
+            if constraint.read(token):
+                jobs.append((constraint.matcher, token))
+        self._filler.consume(jobs)
 
-    def _executor(self) -> Any:
-        if self._pool is None:
-            from llguidance import LLExecutor
-
-            self._pool = LLExecutor()
-        return self._pool
-
-    def advance(self, sequence: Sequence) -> None:
-        """The sequence got its newest token; a complete grammar ends it."""
+    def judge(self, sequence: Sequence) -> None:
+        """After a settled token: a complete grammar ends its sequence, and so does one that gave up."""
         constraint = self._live.get(sequence.id)
-        if constraint is None or sequence.finish_reason is not None:
+        if constraint is None:
             return
-        try:
-            constraint.advance(sequence.token_ids[-1])
-        except HeadraceError:
+        if constraint.error:
             sequence.finish_reason = FinishReason.ERROR
-            return
-        if constraint.complete:
+        elif sequence.finish_reason is None and constraint.complete:
             sequence.finish_reason = FinishReason.STOP
+
+    def failure(self, sequence: Sequence) -> tuple[str, bool]:
+        """Why a sequence's grammar gave up (empty: it did not), and whether at a limit of complexity."""
+        constraint = self._live.get(sequence.id)
+        if constraint is None or not (reason := constraint.error):
+            return "", False
+        return reason, constraint.too_complex
 
     def close(self) -> None:
         """Stop the compiler."""
+        self._filler.close()
         if self.compiler is not None:
             self.compiler.close()

@@ -13,6 +13,7 @@ from headrace.llm.protocols import Prompt
 from headrace.serving.body import read
 from headrace.serving.call import Call, open_call
 from headrace.serving.constraints import constrain
+from headrace.serving.grammars import GrammarChecker
 from headrace.serving.openai.chat_answer import ChatAnswer
 from headrace.serving.openai.generate import answer
 from headrace.serving.openai.sampling import check_stream, num_choices, sampling_params
@@ -21,7 +22,7 @@ from headrace.serving.parsers.choose import thinking_of
 from headrace.serving.tools import ToolWish, describe, schemas_of, tool_wish
 from headrace.serving.turns import TurnPlan, plan_turn
 from headrace.serving.verify import Verifier
-from headrace.types import SamplingParams
+from headrace.types import ConstraintSpec, SamplingParams
 
 __all__ = ["Prepared", "chat_completions", "message_text", "prepare", "render"]
 
@@ -67,8 +68,6 @@ async def prepare(body: ChatRequest, call: Call) -> Prepared:
     if wish.mode != "none" and format.tools is None and format.channels is None:
         raise Unprocessable("this server was started with tool_call_parser 'none'", param="tools")
     arguments = schemas_of(wish) if wish.mode != "none" else {}
-    for one in arguments.values():
-        await grammars.check(one.spec, one.param)
     wanted = await constrain(body, grammars)
     if wanted is not None and wish.mode == "forced":
         wanted = None  # a turn of calls has no content
@@ -77,6 +76,7 @@ async def prepare(body: ChatRequest, call: Call) -> Prepared:
     continued = message_text(body.messages[-1]) if body.continue_final_message else None
     thinking = thinking_of(format, prompt.text or "", continued)
     plan = plan_turn(format, thinking, wish, arguments, wanted, engine, budget=body.thinking_token_budget)
+    constraint = await _judged(plan, grammars)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     params = sampling_params(
         body,
@@ -84,9 +84,22 @@ async def prepare(body: ChatRequest, call: Call) -> Prepared:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         max_tokens=getattr(body, limit),
         limit=limit,
-        constraint=plan.spec,
+        constraint=constraint,
     )
     return Prepared(prompt, params, plan, Verifier(grammars, wanted, plan))
+
+
+async def _judged(plan: TurnPlan, grammars: GrammarChecker) -> ConstraintSpec | None:
+    """What the engine gets, found to compile; raises InvalidRequest naming the tool whose schema does not."""
+    spec = plan.spec
+    if spec is None or spec.judged is not None:
+        return spec
+    try:
+        return await grammars.check(spec, "tools")
+    except InvalidRequest:
+        for one in plan.arguments.values():
+            await grammars.check(one.spec, one.param)
+        raise
 
 
 async def render(body: ChatRequest, engine: AsyncEngine, wish: ToolWish, allow_template: bool) -> Prompt:

@@ -1,0 +1,103 @@
+"""Masks of many grammars at once, outside Python's lock, and those of slow grammars beside the loop."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from headrace.execution.constraints.compiler import SLOW_SECONDS
+from headrace.execution.constraints.constraint import Constraint
+
+__all__ = ["MaskFiller"]
+
+_FEW = 2  # so many are done at once without other threads
+_SUSPECT_SECONDS = 3 * SLOW_SECONDS
+_SEARCH_EVERY = 1.0  # seconds
+
+
+class MaskFiller:
+    """Moves matchers on and fills masks.
+
+    A step is as slow as its slowest mask. A grammar whose mask was seen to take long (llguidance bounds one to some
+    tens of milliseconds) is marked slow: from then on its masks are made by a thread of their own, and its sequence
+    sits out until the next one is there.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.words = -(-vocab_size // 32)
+        self._executor: Any = None
+        self._beside: ThreadPoolExecutor | None = None
+        self._search = False
+        self._searched = 0.0
+
+    def consume(self, jobs: list[tuple[Any, int]]) -> None:
+        """Each matcher takes its token; one that does not allow it is in error afterwards."""
+        if len(jobs) <= _FEW:
+            for matcher, token in jobs:
+                matcher.consume_token(token)
+        else:
+            self._parallel().consume_token_par(jobs)
+
+    def prefetch(self, constraint: Constraint) -> None:
+        """Begin the next mask of a slow grammar."""
+        if self._beside is None:
+            self._beside = ThreadPoolExecutor(1, "headrace-slow-mask")
+        constraint.prefetch = self._beside.submit(self._mask, constraint.matcher)
+
+    def _mask(self, matcher: Any) -> np.ndarray:
+        bits = np.zeros(self.words, np.int32)
+        matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        return bits
+
+    def fill(self, constraints: list[Constraint], bits: np.ndarray) -> None:
+        """Allowed tokens of each constraint into its row of ``bits`` (int32 [M, words], zeros); none after an error."""
+        jobs = []
+        for i, one in enumerate(constraints):
+            if not one.needs_mask:
+                continue
+            if one.prefetch is not None:
+                bits[i], one.prefetch = one.prefetch.result(), None
+            else:
+                jobs.append((one.matcher, i))
+        began = time.perf_counter()
+        if self._search:
+            self._one_by_one(constraints, bits)
+        elif len(jobs) == 1:
+            matcher, i = jobs[0]
+            matcher.unsafe_compute_mask_ptr(bits[i].ctypes.data, bits.strides[0])
+        elif jobs:
+            self._parallel().unsafe_compute_mask_ptr(jobs, bits.ctypes.data, bits.strides[0], len(bits))
+        now = time.perf_counter()
+        self._search = now - began > _SUSPECT_SECONDS and now - self._searched > _SEARCH_EVERY
+        unsigned = bits.view(np.uint32)
+        for i, one in enumerate(constraints):
+            if one.matcher.is_error():
+                bits[i] = 0
+            more = one.forced if one.forced is not None else one.head_begins
+            if more is not None:
+                unsigned[i, more // 32] |= np.uint32(1 << more % 32)
+
+    def _one_by_one(self, constraints: list[Constraint], bits: np.ndarray) -> None:
+        """Fill, and find out which are slow."""
+        for i, one in enumerate(constraints):
+            if one.slow or not one.needs_mask:
+                continue
+            began = time.perf_counter()
+            one.matcher.unsafe_compute_mask_ptr(bits[i].ctypes.data, bits.strides[0])
+            one.slow = time.perf_counter() - began > SLOW_SECONDS
+        self._searched = time.perf_counter()
+
+    def _parallel(self) -> Any:
+        if self._executor is None:
+            from llguidance import LLExecutor
+
+            self._executor = LLExecutor()
+        return self._executor
+
+    def close(self) -> None:
+        """Stop the thread."""
+        if self._beside is not None:
+            self._beside.shutdown(wait=False, cancel_futures=True)
