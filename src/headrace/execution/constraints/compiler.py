@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from headrace.errors import HeadraceError, InvalidRequest
-from headrace.execution.constraints.constraint import Constraint
+from headrace.execution.constraints.constraint import Constraint, reason
 from headrace.execution.constraints.grammar import LIMITS, grammar_of
 from headrace.execution.constraints.judge import Judge
 from headrace.types import ConstraintSpec
@@ -203,16 +203,16 @@ class ConstraintCompiler:
         matcher = LLMatcher(
             self._vocabulary(), grammar_of(spec), log_level=0, limits=LLParserLimits(**LIMITS)
         )
-        began = time.perf_counter()
+        began = time.thread_time()
         if not matcher.is_error():
             # Made here, not in a step; the copies share what the matcher learns of its first mask.
             first = np.zeros(-(-self.vocab_size // 32), np.int32)
             matcher.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
         if matcher.is_error():
             raise InvalidRequest(
-                f"the {spec.kind} cannot be enforced: {matcher.get_error().strip()}", param="response_format"
+                f"the {spec.kind} cannot be enforced: {reason(matcher)}", param="response_format"
             )
-        slow = time.perf_counter() - began > 4 * SLOW_SECONDS
+        slow = time.thread_time() - began > 4 * SLOW_SECONDS
         known = _Compiled(matcher, slow, spec.judged.bytes if spec.judged is not None else 0)
         with self._lock:
             self._cache[spec.kind, spec.text] = known

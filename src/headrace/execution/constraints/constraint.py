@@ -9,7 +9,14 @@ import numpy as np
 
 from headrace.types import ConstraintSpec
 
-__all__ = ["Constraint"]
+__all__ = ["Constraint", "reason"]
+
+_QUICK_AGAIN = 16  # masks in a row
+
+
+def reason(matcher: Any) -> str:
+    """What llguidance says of a matcher in error, in one line."""
+    return " ".join(str(matcher.get_error()).replace("<non-verbose/>", "").split()) or "no reason given"
 
 
 class Constraint:
@@ -28,6 +35,7 @@ class Constraint:
         self.matcher = matcher
         self.slow = slow
         self.prefetch: Future[np.ndarray] | None = None
+        self._num_quick = 0
         self._any = spec.kind == "text"
         self._close = list(spec.free_until)
         self._open = spec.free_from if self._close else None
@@ -75,12 +83,17 @@ class Constraint:
     @property
     def error(self) -> str:
         """Why the grammar gave up (a limit of its own, or a token that it does not allow); empty: it did not."""
-        return str(self.matcher.get_error()).strip() or "?" if self.matcher.is_error() else ""
+        return reason(self.matcher) if self.matcher.is_error() else ""
 
     @property
     def too_complex(self) -> bool:
-        """Whether it gave up at a limit, which is its author's affair."""
-        return self.matcher.stop_reason() in ("ParserTooComplex", "LexerTooComplex")
+        """Whether it gave up at a limit, which is its author's affair; else a token came that it does not allow."""
+        return bool(self.error) and "satisfy the grammar" not in self.error
+
+    def note(self, quick: bool) -> None:
+        """How long the latest mask of a slow grammar took."""
+        self._num_quick = self._num_quick + 1 if quick else 0
+        self.slow = self._num_quick < _QUICK_AGAIN
 
     def read(self, token: int) -> bool:
         """Take a sampled token; True when it is one that the matcher must consume."""

@@ -16,7 +16,7 @@ from headrace.types import ConstraintSpec, Judged
 __all__ = ["Judge"]
 
 _MEMORY_BYTES = 2 << 30
-_START_SECONDS = 30.0
+_START_SECONDS = 10.0
 _PATIENCE = 5.0
 _PIECE = 1 << 16
 
@@ -85,22 +85,25 @@ class Judge:
                 self._num_jobs = 0
 
     def _exchange(self, job: bytes) -> bytes:
-        process, extra = self._process, 0.0
-        if process is None or process.poll() is not None:
+        if self._process is None or self._process.poll() is not None:
             self._drop()
-            process = self._process = self._start()
+            self._process = self._start()
             self._num_jobs = 0
-            extra = _START_SECONDS
+            self._talk(self._process, b"", _START_SECONDS)  # it says when it is there
         self._num_jobs += 1
+        return self._talk(self._process, job, self.seconds)
+
+    def _talk(self, process: subprocess.Popen[bytes], job: bytes, seconds: float) -> bytes:
+        """Write a line, read a line."""
         assert process.stdin is not None and process.stdout is not None
-        clock = _Clock(process.pid, self.seconds, extra)
+        clock = _Clock(process.pid, seconds)
         answer, left = bytearray(), memoryview(job)
         with selectors.DefaultSelector() as selector:
-            selector.register(process.stdin, selectors.EVENT_WRITE)
             selector.register(process.stdout, selectors.EVENT_READ)
+            if left:
+                selector.register(process.stdin, selectors.EVENT_WRITE)
             while not answer.endswith(b"\n"):
-                ready = selector.select(clock.left())
-                for key, _ in ready:
+                for key, _ in selector.select(clock.left()):
                     if key.fileobj is process.stdin:
                         left = left[os.write(key.fd, left[:_PIECE]) :]
                         if not left:
@@ -134,11 +137,11 @@ def _too_costly(reason: str) -> InvalidRequest:
 class _Clock:
     """How long a job may still take: on the clock, and of its process's own time where the system tells."""
 
-    def __init__(self, pid: int, seconds: float, extra: float) -> None:
+    def __init__(self, pid: int, seconds: float) -> None:
         self._pid = pid
-        self._seconds = seconds + extra
+        self._seconds = seconds
         self._before = self._used()
-        self._deadline = time.monotonic() + seconds * _PATIENCE + extra
+        self._deadline = time.monotonic() + seconds * _PATIENCE
 
     def left(self) -> float:
         """Seconds until it is worth asking again. Raises TimeoutError when the time is up."""

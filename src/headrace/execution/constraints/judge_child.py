@@ -17,6 +17,7 @@ from collections import OrderedDict
 from typing import Any
 
 from headrace.errors import InvalidRequest
+from headrace.execution.constraints.constraint import reason
 from headrace.execution.constraints.grammar import LIMITS, grammar_of
 from headrace.types import ConstraintSpec, Judged
 
@@ -86,7 +87,7 @@ class Compiler:
         if not matcher.is_error():
             matcher.compute_bitmask()
         if matcher.is_error():
-            raise _refusal(f"the {spec.kind} cannot be enforced: {matcher.get_error().strip()}")
+            raise _refusal(f"the {spec.kind} cannot be enforced: {reason(matcher)}")
         cost = Judged((time.process_time() - began) * 1e3, max(0, _resident() - before))
         if cost.bytes > _MOST_BYTES:
             raise _refusal(
@@ -119,10 +120,9 @@ def _any_space(spec: ConstraintSpec) -> ConstraintSpec:
 
 
 def _stand_back() -> None:
-    """Run when the processors have nothing else to do."""
-    with contextlib.suppress(OSError, AttributeError):
+    """Run when the processors have little else to do."""
+    with contextlib.suppress(OSError):
         os.nice(19)
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def main() -> None:
@@ -132,6 +132,7 @@ def main() -> None:
         limit = int(sys.argv[1])
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     compiler = Compiler()
+    print("true", flush=True)  # ready
     for line in sys.stdin:
         job = json.loads(line)
         spec = ConstraintSpec(job["kind"], job["text"])
@@ -144,8 +145,7 @@ def main() -> None:
                 answer = compiler.match(spec, job["match"])
         except InvalidRequest as error:
             answer = error.message
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
