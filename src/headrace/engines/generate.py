@@ -16,7 +16,7 @@ import torch
 
 from headrace.errors import HeadraceError, InvalidRequest
 from headrace.execution.constraints.compiler import ConstraintCompiler
-from headrace.execution.constraints.table import ConstraintTable
+from headrace.execution.constraints.table import ConstraintTable, PendingMasks
 from headrace.execution.runner import Runner, Step, StepResult
 from headrace.kvcache.blocks import AccountError
 from headrace.messages import CoreStats
@@ -80,6 +80,7 @@ class GenerateCore:
         scheduler.is_ready = self.constraints.is_ready
         self._device = _Device(threaded=overlap and runner.device.type == "cpu")
         self._previous: tuple[StepPlan, Future[Step]] | None = None
+        self._pending: PendingMasks | None = None  # of the previous step, whose sampling waits for them
         self._refused: list[Output] = []
         self._prompt_logprobs: dict[str, dict[int, TokenLogprobs]] = {}
         self._counts = {"steps": 0, "prompt": 0, "output": 0, "aborted": 0}
@@ -146,17 +147,30 @@ class GenerateCore:
     def _step_plain(self, plan: StepPlan | None) -> list[Output]:
         if plan is None:
             return []
-        return self._finish(plan, self._launch(plan, sample=True))
+        launched = self._run(self._prepare(plan))
+        return self._finish(plan, self._sample(launched, self.constraints.begin(plan, ahead=False)))
 
     def _step_overlapped(self, plan: StepPlan | None) -> list[Output]:
+        """The same, with the device one step ahead.
+
+        Where a step's sampling needs the tokens of the step before, its forward pass is launched without it. Grammars
+        move on as soon as those tokens are there, and masks are made in another thread while the host settles, tells,
+        schedules and packs; sampling is launched before the next forward pass, when that has been packed.
+        """
+        step = None if plan is None else self._prepare(plan)
+        if self._previous is not None and self._pending is not None:
+            before, running = self._previous
+            self._previous = (before, self._sample(running, self._pending))
+        self._pending = None
+        launched = None if step is None else self._run(step)
         later = plan is not None and plan.needs_history
-        launched = None if plan is None else self._launch(plan, sample=not later)
+        if launched is not None and not later:
+            launched = self._sample(launched, None)
         outputs: list[Output] = []
         if self._previous is not None:
             before, running = self._previous
             result = self._wait(before, running)
             if plan is not None and launched is not None and later and not plan.needs_output:
-                # Only grammars wait for the tokens, and they have them: the device goes on while these are settled.
                 launched, later = self._sample_later(plan, launched), False
             outputs = self._settle(before, result) if isinstance(result, StepResult) else result
         if plan is not None and launched is not None and later:
@@ -164,17 +178,24 @@ class GenerateCore:
         self._previous = None if plan is None or launched is None else (plan, launched)
         return outputs
 
-    def _launch(self, plan: StepPlan, *, sample: bool) -> Future[Step]:
+    def _prepare(self, plan: StepPlan) -> Step:
         began = time.perf_counter()
         step = self.runner.prepare(plan)
         self._host_ms += ((time.perf_counter() - began) * 1e3 - self._host_ms) * _SMOOTHING
-        launched = self._device.submit(lambda: self.runner.run(step))
-        return self._sample_later(plan, launched) if sample else launched
+        return step
+
+    def _run(self, step: Step) -> Future[Step]:
+        return self._device.submit(lambda: self.runner.run(step))
+
+    def _sample(self, launched: Future[Step], masks: PendingMasks | None) -> Future[Step]:
+        """Sampling behind a forward pass; waits for the masks."""
+        taken = None if masks is None else masks.take()
+        return self._device.submit(lambda: self.runner.sample(launched.result(), taken))
 
     def _sample_later(self, plan: StepPlan, launched: Future[Step]) -> Future[Step]:
-        """Sampling behind a forward pass; masks are made here, while the device is busy with it."""
-        masks = self.constraints.masks(plan)
-        return self._device.submit(lambda: self.runner.sample(launched.result(), masks))
+        """Begin the masks that sampling needs; without any it is launched now."""
+        self._pending = self.constraints.begin(plan, ahead=True)
+        return self._sample(launched, None) if self._pending is None else launched
 
     def _refuse_constraints(self) -> list[Output]:
         """Grammars that could not be compiled end their own request."""

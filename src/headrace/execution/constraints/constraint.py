@@ -28,12 +28,16 @@ class Constraint:
         slow: its masks take long enough to hold up a step.
 
     Attributes:
+        error: why the grammar gave up (a limit of its own, or a token that it does not allow); empty: it did not.
+        stopped: its matcher takes nothing more.
         prefetch: the next mask (int32 words), made beside the loop because this grammar is slow.
     """
 
     def __init__(self, matcher: Any, spec: ConstraintSpec, slow: bool = False) -> None:
         self.matcher = matcher
         self.slow = slow
+        self.error = ""
+        self.stopped = False
         self.prefetch: Future[np.ndarray] | None = None
         self._num_quick = 0
         self._any = spec.kind == "text"
@@ -78,17 +82,18 @@ class Constraint:
     @property
     def complete(self) -> bool:
         """Nothing more may follow."""
-        return not self._close and not self._any and bool(self.matcher.is_stopped()) and not self.error
-
-    @property
-    def error(self) -> str:
-        """Why the grammar gave up (a limit of its own, or a token that it does not allow); empty: it did not."""
-        return reason(self.matcher) if self.matcher.is_error() else ""
+        return self.stopped and not self.error
 
     @property
     def too_complex(self) -> bool:
         """Whether it gave up at a limit, which is its author's affair; else a token came that it does not allow."""
         return bool(self.error) and "satisfy the grammar" not in self.error
+
+    def look(self) -> None:
+        """Take note of the matcher's state; not while another thread works with it."""
+        if self.matcher.is_error():
+            self.error = reason(self.matcher)
+        self.stopped = not self._close and not self._any and bool(self.matcher.is_stopped())
 
     def note(self, quick: bool) -> None:
         """How long the latest mask of a slow grammar took."""

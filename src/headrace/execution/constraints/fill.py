@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import numpy as np
 
 from headrace.execution.constraints.compiler import SLOW_SECONDS
-from headrace.execution.constraints.constraint import Constraint
+from headrace.execution.constraints.constraint import Constraint, reason
 
 __all__ = ["MaskFiller"]
 
@@ -28,8 +30,11 @@ class MaskFiller:
 
     def __init__(self, vocab_size: int) -> None:
         self.words = -(-vocab_size // 32)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.num_threads = max(1, min(cores * 3 // 4, 16))
         self._executor: Any = None
         self._beside: ThreadPoolExecutor | None = None
+        self._ahead: ThreadPoolExecutor | None = None
         self._search = False
         self._searched = 0.0
 
@@ -54,13 +59,27 @@ class MaskFiller:
         constraint.note(time.thread_time() - began < SLOW_SECONDS)
         return bits
 
+    def begin(self, constraints: list[Constraint], bits: np.ndarray) -> Future[None]:
+        """`fill` in a thread of its own; until it is done nobody else may touch these matchers."""
+        if self._ahead is None:
+            self._ahead = ThreadPoolExecutor(1, "headrace-masks")
+        running = Event()
+
+        def work() -> None:
+            running.set()
+            self.fill(constraints, bits)
+
+        future = self._ahead.submit(work)
+        running.wait()  # hands Python's lock over; it comes back as soon as the work is outside of Python
+        return future
+
     def fill(self, constraints: list[Constraint], bits: np.ndarray) -> None:
-        """Allowed tokens of each constraint into its row of ``bits`` (int32 [M, words], zeros); none after an error."""
+        """Allowed tokens of each constraint into its row of ``bits`` (int32 [M, words]); none after an error."""
         jobs = []
         for i, one in enumerate(constraints):
             if not one.needs_mask:
-                continue
-            if one.prefetch is not None:
+                bits[i] = 0
+            elif one.prefetch is not None:
                 bits[i], one.prefetch = one.prefetch.result(), None
             else:
                 jobs.append((one.matcher, i))
@@ -77,7 +96,7 @@ class MaskFiller:
         unsigned = bits.view(np.uint32)
         for i, one in enumerate(constraints):
             if one.matcher.is_error():
-                bits[i] = 0
+                one.error, bits[i] = reason(one.matcher), 0
             more = one.forced if one.forced is not None else one.head_begins
             if more is not None:
                 unsigned[i, more // 32] |= np.uint32(1 << more % 32)
@@ -96,10 +115,11 @@ class MaskFiller:
         if self._executor is None:
             from llguidance import LLExecutor
 
-            self._executor = LLExecutor()
+            self._executor = LLExecutor(self.num_threads)
         return self._executor
 
     def close(self) -> None:
-        """Stop the thread."""
-        if self._beside is not None:
-            self._beside.shutdown(wait=False, cancel_futures=True)
+        """Stop the threads."""
+        for pool in (self._beside, self._ahead):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from headrace.errors import HeadraceError, InvalidRequest
 from headrace.execution.constraints.compiler import Compilation, ConstraintCompiler
@@ -13,7 +17,7 @@ from headrace.scheduling.plan import StepPlan
 from headrace.scheduling.sequence import Sequence, Status
 from headrace.types import FinishReason
 
-__all__ = ["ConstraintTable"]
+__all__ = ["ConstraintTable", "PendingMasks"]
 
 
 class ConstraintTable:
@@ -28,6 +32,7 @@ class ConstraintTable:
         self.compiler = compiler
         self._device = device
         self._filler = MaskFiller(compiler.vocab_size if compiler is not None else 0)
+        self._buffers = _Buffers(pinned=device.type == "cuda")
         self._compiling: dict[str, tuple[Sequence, Compilation]] = {}
         self._live: dict[str, Constraint] = {}
 
@@ -80,8 +85,12 @@ class ConstraintTable:
                 failed.append((sequence, error.message if isinstance(error, HeadraceError) else repr(error)))
         return failed
 
-    def masks(self, plan: StepPlan) -> Masks | None:
-        """Allowed tokens of the plan's constrained rows, in one upload."""
+    def begin(self, plan: StepPlan, *, ahead: bool) -> PendingMasks | None:
+        """Start on the masks of the plan's constrained rows; None: it has none.
+
+        Args:
+            ahead: in another thread. Until they are taken, these grammars are not to be touched.
+        """
         live = self._live
         found = [
             (row, constraint)
@@ -91,28 +100,34 @@ class ConstraintTable:
         if not found:
             return None
         rows, words = len(found), self._filler.words
-        pinned = self._device.type == "cuda"
-        # bits, then row numbers
-        host = torch.zeros(rows * words + rows, dtype=torch.int32, pin_memory=pinned)
+        host = self._buffers.take(rows * words + rows)  # bits, then row numbers
         flat = host.numpy()
-        self._filler.fill([constraint for _, constraint in found], flat[: rows * words].reshape(rows, words))
         flat[rows * words :] = [row for row, _ in found]
-        uploaded = host.to(self._device, non_blocking=True)
-        return Masks(uploaded[rows * words :].long(), uploaded[: rows * words].view(rows, words))
+        constraints = [constraint for _, constraint in found]
+        bits = flat[: rows * words].reshape(rows, words)
+        filled = None
+        if ahead:
+            filled = self._filler.begin(constraints, bits)
+        else:
+            self._filler.fill(constraints, bits)
+        return PendingMasks(host, rows, words, self._device, filled)
 
     def advance(self, plan: StepPlan, tokens: list[int]) -> None:
         """A step's tokens are known: all grammars move on, before anything else is settled."""
         live = self._live
         if not live:
             return
-        jobs = []
+        jobs, moved = [], []
         for chunk, token in zip(plan.sampling, tokens, strict=True):
             constraint = live.get(chunk.sequence.id)
             if constraint is None or token < 0 or chunk.sequence.status is Status.FINISHED:
                 continue
             if constraint.read(token):
                 jobs.append((constraint.matcher, token))
+                moved.append(constraint)
         self._filler.consume(jobs)
+        for constraint in moved:
+            constraint.look()
 
     def judge(self, sequence: Sequence) -> None:
         """After a settled token: a complete grammar ends its sequence, and so does one that gave up."""
@@ -127,12 +142,50 @@ class ConstraintTable:
     def failure(self, sequence: Sequence) -> tuple[str, bool]:
         """Why a sequence's grammar gave up (empty: it did not), and whether at a limit of complexity."""
         constraint = self._live.get(sequence.id)
-        if constraint is None or not (reason := constraint.error):
-            return "", False
-        return reason, constraint.too_complex
+        return ("", False) if constraint is None else (constraint.error, constraint.too_complex)
 
     def close(self) -> None:
         """Stop the compiler."""
         self._filler.close()
         if self.compiler is not None:
             self.compiler.close()
+
+
+@dataclass(slots=True)
+class PendingMasks:
+    """Masks that are being made.
+
+    Attributes:
+        host: int32 [rows * words + rows]: bits, then row numbers.
+        filled: done when the bits are there; None: they are.
+    """
+
+    host: Tensor
+    rows: int
+    words: int
+    device: torch.device
+    filled: Future[None] | None
+
+    def take(self) -> Masks:
+        """Wait for them, and upload them in one copy."""
+        if self.filled is not None:
+            self.filled.result()
+        uploaded = self.host.to(self.device, non_blocking=True)
+        bits = self.rows * self.words
+        return Masks(uploaded[bits:].long(), uploaded[:bits].view(self.rows, self.words))
+
+
+class _Buffers:
+    """Memory of the host in turn, so that none is asked for within a step; at most two steps are in flight."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._ring = [torch.empty(0, dtype=torch.int32) for _ in range(4)]
+        self._turn = 0
+
+    def take(self, size: int) -> Tensor:
+        """int32 [size], with anything in it."""
+        self._turn = (self._turn + 1) % len(self._ring)
+        if len(self._ring[self._turn]) < size:
+            self._ring[self._turn] = torch.empty(2 * size, dtype=torch.int32, pin_memory=self._pinned)
+        return self._ring[self._turn][:size]
