@@ -7,18 +7,20 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from headrace.errors import EngineError, InvalidRequest
 from headrace.execution.constraints.judge import Judge
+from headrace.execution.constraints.schema_report import enforceable
 from headrace.types import ConstraintSpec, Judged
 
 __all__ = ["GrammarChecker"]
 
 T = TypeVar("T")
 _CACHED = 1024
+_READ_HERE = 8192  # bytes of schemas; a millisecond's work
 
 
 class GrammarChecker:
@@ -36,6 +38,7 @@ class GrammarChecker:
         for judge in self._judges:
             self._free.put(judge)
         self._threads = ThreadPoolExecutor(children, "headrace-judge")
+        self._read: OrderedDict[tuple[bytes, str, bool], tuple[str, tuple[str, ...]]] = OrderedDict()
         self._known: OrderedDict[tuple[str, str], Judged | str] = OrderedDict()
 
     async def check(self, spec: ConstraintSpec, param: str) -> ConstraintSpec:
@@ -58,6 +61,24 @@ class GrammarChecker:
         if isinstance(known, str):
             raise InvalidRequest(known, param=param, code="invalid_grammar")
         return msgspec.structs.replace(spec, judged=known)
+
+    async def enforceable(self, schemas: list[tuple[Any, str, bool]]) -> list[tuple[str, tuple[str, ...]]]:
+        """`schema_report.enforceable` of each (schema, param, strict); large ones are read in a child as well."""
+        if not schemas:
+            return []
+        texts = [msgspec.json.encode(schema) for schema, _, _ in schemas]
+        if sum(map(len, texts)) <= _READ_HERE:
+            return [enforceable(schema, param, strict=strict) for schema, param, strict in schemas]
+        keys = [(text, param, strict) for text, (_, param, strict) in zip(texts, schemas)]
+        missing = [i for i, key in enumerate(keys) if key not in self._read]
+        found = {key: self._read[key] for key in keys if key in self._read}
+        if missing:
+            asked = [(msgspec.Raw(texts[i]), *schemas[i][1:]) for i in missing]
+            for i, answer in zip(missing, await self._ask(lambda judge: judge.enforceable(asked))):
+                self._read[keys[i]] = found[keys[i]] = answer
+        while len(self._read) > _CACHED:
+            self._read.popitem(last=False)
+        return [found[key] for key in keys]
 
     async def match(self, spec: ConstraintSpec, text: str) -> str:
         """Empty when the text follows the grammar, else how it does not. Raises EngineError when that stays open."""

@@ -11,7 +11,7 @@ import pytest
 from headrace.errors import InvalidRequest
 from headrace.serving.constraints import json_schema
 from headrace.serving.grammars import GrammarChecker
-from headrace.serving.schema_report import read_schema
+from headrace.execution.constraints.schema_report import read_schema
 from headrace.types import ConstraintSpec
 from support.serving import events, live, says, scripted_model
 

@@ -10,6 +10,8 @@ import sys
 import time
 from typing import Any
 
+import msgspec
+
 from headrace.errors import InvalidRequest
 from headrace.types import ConstraintSpec, Judged
 
@@ -42,7 +44,7 @@ class Judge:
     def check(self, spec: ConstraintSpec) -> Judged:
         """What compiling costs. Raises InvalidRequest (``response_format``) when the grammar is not to be enforced."""
         try:
-            answer = self._ask(spec, None)
+            answer = self._ask({"check": [spec.kind, spec.text]})
         except TimeoutError:
             raise _too_costly(f"the {spec.kind} takes over {self.seconds:g} s to compile") from None
         except (EOFError, OSError):
@@ -53,7 +55,17 @@ class Judge:
 
     def match(self, spec: ConstraintSpec, text: str) -> str:
         """Empty when the text follows the grammar, else how it does not. Raises TimeoutError, EOFError or OSError."""
-        return str(self._ask(spec, text))
+        return str(self._ask({"match": [spec.kind, spec.text, text]}))
+
+    def enforceable(self, schemas: list[tuple[Any, str, bool]]) -> list[tuple[str, tuple[str, ...]]]:
+        """`schema_report.enforceable` of each (schema, param, strict)."""
+        try:
+            answer = self._ask({"enforceable": schemas})
+        except (TimeoutError, EOFError, OSError) as error:
+            raise _too_costly(f"the schema cannot be read in {self.seconds:g} s") from error
+        if isinstance(answer, dict):
+            raise InvalidRequest(answer["message"], param=answer["param"], code=answer["code"])
+        return [(text, tuple(warnings)) for text, warnings in answer]
 
     def close(self) -> None:
         """End the child for good, whatever it does; from any thread."""
@@ -70,8 +82,8 @@ class Judge:
             if pipe is not None:
                 pipe.close()
 
-    def _ask(self, spec: ConstraintSpec, text: str | None) -> Any:
-        job = json.dumps({"kind": spec.kind, "text": spec.text, "match": text}).encode() + b"\n"
+    def _ask(self, question: dict[str, Any]) -> Any:
+        job = msgspec.json.encode(question) + b"\n"
         while True:
             used = self._num_jobs > 0
             try:

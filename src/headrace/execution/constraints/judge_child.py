@@ -19,6 +19,7 @@ from typing import Any
 from headrace.errors import InvalidRequest
 from headrace.execution.constraints.constraint import reason
 from headrace.execution.constraints.grammar import LIMITS, grammar_of
+from headrace.execution.constraints.schema_report import enforceable
 from headrace.types import ConstraintSpec, Judged
 
 __all__ = ["ByteVocabulary", "Compiler", "main"]
@@ -125,6 +126,22 @@ def _stand_back() -> None:
         os.nice(19)
 
 
+def _answer(compiler: Compiler, question: dict[str, Any]) -> Any:
+    """``check``: what it costs, or why not; ``match``: how not; ``enforceable``: texts and warnings, or an error."""
+    ((what, given),) = question.items()
+    try:
+        if what == "check":
+            cost = compiler.check(ConstraintSpec(*given))
+            return (cost.cpu_ms, cost.bytes)
+        if what == "match":
+            return compiler.match(ConstraintSpec(*given[:2]), given[2])
+        return [enforceable(schema, param, strict=strict) for schema, param, strict in given]
+    except InvalidRequest as error:
+        if what == "enforceable":
+            return {"message": error.message, "param": error.param, "code": error.code}
+        return error.message
+
+
 def main() -> None:
     """Serve until the input ends."""
     _stand_back()
@@ -134,18 +151,7 @@ def main() -> None:
     compiler = Compiler()
     print("true", flush=True)  # ready
     for line in sys.stdin:
-        job = json.loads(line)
-        spec = ConstraintSpec(job["kind"], job["text"])
-        answer: Any
-        try:
-            if job["match"] is None:
-                cost = compiler.check(spec)
-                answer = (cost.cpu_ms, cost.bytes)
-            else:
-                answer = compiler.match(spec, job["match"])
-        except InvalidRequest as error:
-            answer = error.message
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(_answer(compiler, json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

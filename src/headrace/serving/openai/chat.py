@@ -67,7 +67,7 @@ async def prepare(body: ChatRequest, call: Call) -> Prepared:
     wish = tool_wish(body)
     if wish.mode != "none" and format.tools is None and format.channels is None:
         raise Unprocessable("this server was started with tool_call_parser 'none'", param="tools")
-    arguments = schemas_of(wish) if wish.mode != "none" else {}
+    arguments = await schemas_of(wish, grammars)
     wanted = await constrain(body, grammars)
     if wanted is not None and wish.mode == "forced":
         wanted = None  # a turn of calls has no content
