@@ -213,10 +213,10 @@ def test_a_compilation_that_does_not_come_back_is_given_up(monkeypatch: pytest.M
     compiler._seconds = 0.2
     compile_, hanging = compiler._compile, threading.Event()
 
-    def sometimes(spec: ConstraintSpec) -> Any:
+    def sometimes(spec: ConstraintSpec, grammar: str) -> Any:
         if spec.text == "hang":
             hanging.wait(20)
-        return compile_(spec)
+        return compile_(spec, grammar)
 
     monkeypatch.setattr(compiler, "_compile", sometimes)
     good = ConstraintSpec("regex", "[ab]{3}")
@@ -244,7 +244,9 @@ def test_what_no_front_end_judged_is_judged_here(monkeypatch: pytest.MonkeyPatch
     compiler._judge.seconds = 0.3
     compiled = []
     compile_ = compiler._compile
-    monkeypatch.setattr(compiler, "_compile", lambda spec: (compiled.append(spec), compile_(spec))[1])
+    monkeypatch.setattr(
+        compiler, "_compile", lambda spec, text: (compiled.append(spec), compile_(spec, text))[1]
+    )
     huge = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(9000)}}
     outputs = run(
         core,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from headrace.errors import InvalidRequest
+from headrace.execution.constraints.schema_report import read_schema
 from headrace.serving.constraints import json_schema
 from headrace.serving.grammars import GrammarChecker
-from headrace.execution.constraints.schema_report import read_schema
 from headrace.types import ConstraintSpec
 from support.serving import events, live, says, scripted_model
 

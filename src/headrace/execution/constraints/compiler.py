@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -22,6 +20,7 @@ from headrace.errors import HeadraceError, InvalidRequest
 from headrace.execution.constraints.constraint import Constraint, reason
 from headrace.execution.constraints.grammar import LIMITS, grammar_of
 from headrace.execution.constraints.judge import Judge
+from headrace.execution.constraints.priority import stand_back
 from headrace.types import ConstraintSpec
 
 __all__ = ["SLOW_SECONDS", "Compilation", "ConstraintCompiler"]
@@ -44,12 +43,14 @@ class Compilation:
         future: gives the Constraint; raises InvalidRequest when the grammar is refused.
         deadline: time.monotonic() after which nobody waits for it; None: it waits for its turn, or is done.
         lane: where it is compiled.
+        grammar: llguidance's form of it, once that is known.
     """
 
     spec: ConstraintSpec
     future: Future[Constraint] = field(default_factory=Future)
     deadline: float | None = None
     lane: _Lane | None = None
+    grammar: str = ""
 
     @property
     def late(self) -> bool:
@@ -134,7 +135,7 @@ class ConstraintCompiler:
         self._seconds = seconds
         self._judge = Judge()
         self._quick = _Lane(self._compile_one)
-        self._heavy = _Lane(self._compile_one, _stand_back)
+        self._heavy = _Lane(self._compile_one, stand_back)
         self._unjudged = _Lane(self._judge_one)
         self._tokenizer: Any = None
         self._cache: OrderedDict[tuple[str, str], _Compiled] = OrderedDict()
@@ -155,7 +156,7 @@ class ConstraintCompiler:
         elif spec.judged is None and spec.kind != "text":
             self._unjudged.put(one)
         else:
-            self._enter(one)
+            self._quick.put(one)
         return one
 
     def give_up(self, one: Compilation) -> None:
@@ -170,11 +171,6 @@ class ConstraintCompiler:
         for lane in (self._unjudged, self._quick, self._heavy):
             lane.close()
 
-    def _enter(self, one: Compilation) -> None:
-        judged = one.spec.judged
-        heavy = judged is not None and judged.cpu_ms > _HEAVY_MS and self._tokenizer is not None
-        (self._heavy if heavy else self._quick).put(one)
-
     def _judge_one(self, one: Compilation) -> None:
         if one.future.cancelled():
             return
@@ -184,29 +180,34 @@ class ConstraintCompiler:
             if one.future.set_running_or_notify_cancel():
                 one.future.set_exception(error)
             return
-        self._enter(one)
+        self._quick.put(one)
 
     def _compile_one(self, one: Compilation) -> None:
-        if not one.future.set_running_or_notify_cancel():
+        if not one.grammar and not one.future.set_running_or_notify_cancel():
             return
         one.deadline = time.monotonic() + self._seconds
         try:
-            one.future.set_result(self._compile(one.spec))
+            judged = one.spec.judged
+            if not one.grammar:
+                # Text work holds Python's lock, so it is not for a thread that stands back.
+                one.grammar = grammar_of(one.spec)
+                if judged is not None and judged.cpu_ms > _HEAVY_MS and self._tokenizer is not None:
+                    one.deadline = None
+                    self._heavy.put(one)
+                    return
+            one.future.set_result(self._compile(one.spec, one.grammar))
         except Exception as error:
             one.future.set_exception(error)
-        finally:
-            one.deadline = None
+        one.deadline = None
 
-    def _compile(self, spec: ConstraintSpec) -> Constraint:
+    def _compile(self, spec: ConstraintSpec, grammar: str) -> Constraint:
         from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(
-            self._vocabulary(), grammar_of(spec), log_level=0, limits=LLParserLimits(**LIMITS)
-        )
+        limits, first = LLParserLimits(**LIMITS), np.zeros(-(-self.vocab_size // 32), np.int32)
+        matcher = LLMatcher(self._vocabulary(), grammar, log_level=0, limits=limits)
         began = time.thread_time()
         if not matcher.is_error():
             # Made here, not in a step; the copies share what the matcher learns of its first mask.
-            first = np.zeros(-(-self.vocab_size // 32), np.int32)
             matcher.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
         if matcher.is_error():
             raise InvalidRequest(
@@ -231,9 +232,3 @@ class ConstraintCompiler:
                     self._tokenizer_json(), n_vocab=self.vocab_size, eos_token=list(self._eos_ids) or None
                 )
             return self._tokenizer
-
-
-def _stand_back() -> None:
-    """This thread runs when the processors have nothing else to do."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))

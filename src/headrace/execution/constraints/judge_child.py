@@ -6,9 +6,7 @@ nobody else wants the processor. Started as ``python -m headrace.execution.const
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import resource
 import sys
@@ -19,6 +17,7 @@ from typing import Any
 from headrace.errors import InvalidRequest
 from headrace.execution.constraints.constraint import reason
 from headrace.execution.constraints.grammar import LIMITS, grammar_of
+from headrace.execution.constraints.priority import stand_back
 from headrace.execution.constraints.schema_report import enforceable
 from headrace.types import ConstraintSpec, Judged
 
@@ -120,12 +119,6 @@ def _any_space(spec: ConstraintSpec) -> ConstraintSpec:
     return ConstraintSpec(spec.kind, json.dumps(schema))
 
 
-def _stand_back() -> None:
-    """Run when the processors have little else to do."""
-    with contextlib.suppress(OSError):
-        os.nice(19)
-
-
 def _answer(compiler: Compiler, question: dict[str, Any]) -> Any:
     """``check``: what it costs, or why not; ``match``: how not; ``enforceable``: texts and warnings, or an error."""
     ((what, given),) = question.items()
@@ -144,7 +137,7 @@ def _answer(compiler: Compiler, question: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Serve until the input ends."""
-    _stand_back()
+    stand_back()
     if len(sys.argv) > 1:
         limit = int(sys.argv[1])
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
