@@ -188,10 +188,9 @@ def main() -> None:
     if isinstance(core.runner, GraphRunner):
         core.runner.warm_up([args.requests])
     recorder = Recorder("constraints", args)
-    short = (case[0], case[1], 16)
     for temperature in args.temperatures:
         for turn, follow in enumerate((specs("warm"), [])):
-            run(core, short, follow, 1000 + turn, temperature)
+            run(core, case, follow, 1000 + turn, temperature)
         free, bound = [], []
         _Timed.advanced.clear()
         _Timed.filled.clear()

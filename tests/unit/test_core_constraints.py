@@ -206,6 +206,26 @@ def test_slow_grammars_sit_out_and_write_the_same(overlap: bool, monkeypatch: py
     assert len(prefetched) >= sum(len(ids(found[f"r{i}"])) - 1 for i in range(10) if i % 5 != 2)
 
 
+def test_many_sequences_of_one_grammar_share_several_bases() -> None:
+    requests = [request(i, CONSTRAINTS[1]) for i in range(16)]
+    alone = core_with()
+    expected = run(alone, requests[:1])
+    alone.close()
+    core = core_with()
+    compiler = core.constraints.compiler
+    assert compiler is not None
+    compiler._most_bases = 3
+    for _ in range(2):
+        found = run(core, requests)
+        for one in requests:
+            judge(CONSTRAINTS[1], found[one.id])
+        assert ids(found["r0"]) == ids(expected["r0"])
+        (known,) = compiler._cache.values()
+        assert len(known.bases) == 3
+        assert [base.num_users for base in known.bases] == [0, 0, 0]
+    core.close()
+
+
 def test_a_compilation_that_does_not_come_back_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     core = core_with()
     compiler = core.constraints.compiler

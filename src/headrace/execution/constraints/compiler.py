@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from queue import SimpleQueue
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -17,13 +15,14 @@ import msgspec
 import numpy as np
 
 from headrace.errors import HeadraceError, InvalidRequest
-from headrace.execution.constraints.constraint import Constraint, reason
+from headrace.execution.constraints.constraint import Base, Constraint, reason
 from headrace.execution.constraints.grammar import LIMITS, grammar_of
 from headrace.execution.constraints.judge import Judge
+from headrace.execution.constraints.lane import Compilation, Lane
 from headrace.execution.constraints.priority import stand_back
 from headrace.types import ConstraintSpec
 
-__all__ = ["SLOW_SECONDS", "Compilation", "ConstraintCompiler"]
+__all__ = ["SLOW_SECONDS", "ConstraintCompiler", "mask_threads"]
 
 logger = logging.getLogger("headrace.constraints")
 
@@ -31,80 +30,29 @@ _CACHED = 256
 _CACHED_BYTES = 1 << 30
 _HEAVY_MS = 25.0  # beyond it a grammar is compiled only while the processors have nothing else to do
 _MOST_STUCK = 4
+_USERS = 4  # of one base, before the grammar is compiled once more
+_REPEATED_BYTES = 16 << 20
 SLOW_SECONDS = 0.004  # a mask that takes longer is made beside the loop
 
 
-@dataclass(slots=True, eq=False)
-class Compilation:
-    """A grammar on its way.
+@dataclass(slots=True)
+class _Compiled:
+    """A grammar in the cache.
 
     Attributes:
-        spec: what is compiled.
-        future: gives the Constraint; raises InvalidRequest when the grammar is refused.
-        deadline: time.monotonic() after which nobody waits for it; None: it waits for its turn, or is done.
-        lane: where it is compiled.
-        grammar: llguidance's form of it, once that is known.
+        bases: compiled again and again, since the copies of one matcher lock each other out while masks are made.
+        slow: its first mask took long.
+        bytes: of one matcher.
     """
 
-    spec: ConstraintSpec
-    future: Future[Constraint] = field(default_factory=Future)
-    deadline: float | None = None
-    lane: _Lane | None = None
-    grammar: str = ""
-
-    @property
-    def late(self) -> bool:
-        """Whether it has taken too long."""
-        return self.deadline is not None and time.monotonic() > self.deadline
-
-
-class _Lane:
-    """A thread that works through a queue, and that can be replaced when it does not come back.
-
-    Args:
-        work: what to do with each compilation.
-        prepare: called first on every thread of the lane.
-    """
-
-    def __init__(
-        self, work: Callable[[Compilation], None], prepare: Callable[[], None] | None = None
-    ) -> None:
-        self._work = work
-        self._prepare = prepare
-        self._queue: SimpleQueue[Compilation | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self.num_stuck = 0
-
-    def put(self, one: Compilation) -> None:
-        one.lane = self
-        self._queue.put(one)
-        if self._thread is None:
-            self.replace()
-
-    def replace(self) -> None:
-        """Go on with a new thread; the old one ends when it comes back."""
-        self._thread = threading.Thread(target=self._run, name="headrace-grammar", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._queue.put(None)
-
-    def _run(self) -> None:
-        if self._prepare is not None:
-            self._prepare()
-        me = threading.current_thread()
-        while (one := self._queue.get()) is not None:
-            self._work(one)
-            if self._thread is not me:
-                self.num_stuck -= 1
-                return
-
-
-@dataclass(frozen=True, slots=True)
-class _Compiled:
-    matcher: Any
+    bases: list[Base]
     slow: bool
     bytes: int
+
+    def copy(self, spec: ConstraintSpec) -> Constraint:
+        """For one more sequence, of the base with the fewest users."""
+        base = min(self.bases, key=lambda one: one.num_users)
+        return Constraint(base.matcher.deep_copy(), spec, slow=self.slow, base=base)
 
 
 class ConstraintCompiler:
@@ -119,6 +67,7 @@ class ConstraintCompiler:
         vocab_size: columns of the logits.
         eos_ids: tokens that the grammar's end allows.
         seconds: that one compilation may take, on the clock.
+        most_bases: of one grammar: as many as threads that make masks.
     """
 
     def __init__(
@@ -128,15 +77,17 @@ class ConstraintCompiler:
         vocab_size: int,
         eos_ids: tuple[int, ...],
         seconds: float = 30.0,
+        most_bases: int | None = None,
     ) -> None:
         self._tokenizer_json = tokenizer_json
         self.vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._seconds = seconds
+        self._most_bases = mask_threads() if most_bases is None else most_bases
         self._judge = Judge()
-        self._quick = _Lane(self._compile_one)
-        self._heavy = _Lane(self._compile_one, stand_back)
-        self._unjudged = _Lane(self._judge_one)
+        self._quick = Lane(self._compile_one)
+        self._heavy = Lane(self._compile_one, stand_back)
+        self._unjudged = Lane(self._judge_one)
         self._tokenizer: Any = None
         self._cache: OrderedDict[tuple[str, str], _Compiled] = OrderedDict()
         self._lock = Lock()
@@ -146,11 +97,9 @@ class ConstraintCompiler:
         """Compile, or copy what is cached."""
         one = Compilation(spec)
         with self._lock:
-            known = self._cache.get((spec.kind, spec.text))
-            if known is not None:
-                self._cache.move_to_end((spec.kind, spec.text))
-        if known is not None:
-            one.future.set_result(Constraint(known.matcher.deep_copy(), spec, known.slow))
+            found = self._from_cache(one)
+        if found is not None:
+            one.future.set_result(found)
         elif self._quick.num_stuck + self._heavy.num_stuck > _MOST_STUCK:
             one.future.set_exception(HeadraceError("no grammar can be compiled: earlier ones hang"))
         elif spec.judged is None and spec.kind != "text":
@@ -158,6 +107,20 @@ class ConstraintCompiler:
         else:
             self._quick.put(one)
         return one
+
+    def _from_cache(self, one: Compilation) -> Constraint | None:
+        """A copy, unless the grammar is new, or all its bases have users enough. Under the lock."""
+        key = (one.spec.kind, one.spec.text)
+        known = self._cache.get(key)
+        if known is None:
+            return None
+        self._cache.move_to_end(key)
+        full = all(base.num_users >= _USERS for base in known.bases)
+        room = len(known.bases) < self._most_bases and known.bytes < _REPEATED_BYTES and not known.slow
+        return None if full and room and not self._is_heavy(one.spec) else known.copy(one.spec)
+
+    def _is_heavy(self, spec: ConstraintSpec) -> bool:
+        return spec.judged is not None and spec.judged.cpu_ms > _HEAVY_MS and self._tokenizer is not None
 
     def give_up(self, one: Compilation) -> None:
         """Leave a compilation that is late to itself: those that wait behind it get another thread."""
@@ -187,15 +150,16 @@ class ConstraintCompiler:
             return
         one.deadline = time.monotonic() + self._seconds
         try:
-            judged = one.spec.judged
-            if not one.grammar:
+            with self._lock:
+                found = self._from_cache(one)  # it may have come while this waited
+            if found is None and not one.grammar:
                 # Text work holds Python's lock, so it is not for a thread that stands back.
                 one.grammar = grammar_of(one.spec)
-                if judged is not None and judged.cpu_ms > _HEAVY_MS and self._tokenizer is not None:
+                if self._is_heavy(one.spec):
                     one.deadline = None
                     self._heavy.put(one)
                     return
-            one.future.set_result(self._compile(one.spec, one.grammar))
+            one.future.set_result(found or self._compile(one.spec, one.grammar))
         except Exception as error:
             one.future.set_exception(error)
         one.deadline = None
@@ -214,14 +178,17 @@ class ConstraintCompiler:
                 f"the {spec.kind} cannot be enforced: {reason(matcher)}", param="response_format"
             )
         slow = time.thread_time() - began > 4 * SLOW_SECONDS
-        known = _Compiled(matcher, slow, spec.judged.bytes if spec.judged is not None else 0)
+        bytes_ = spec.judged.bytes if spec.judged is not None else 0
+        base = Base(matcher)
         with self._lock:
-            self._cache[spec.kind, spec.text] = known
+            known = self._cache.setdefault((spec.kind, spec.text), _Compiled([], slow, bytes_))
+            known.bases.append(base)
             while len(self._cache) > _CACHED or (
-                len(self._cache) > 1 and sum(one.bytes for one in self._cache.values()) > _CACHED_BYTES
+                len(self._cache) > 1
+                and sum(one.bytes * len(one.bases) for one in self._cache.values()) > _CACHED_BYTES
             ):
                 self._cache.popitem(last=False)
-        return Constraint(matcher.deep_copy(), spec, slow)
+            return known.copy(spec)
 
     def _vocabulary(self) -> Any:
         with self._tokenizer_lock:
@@ -232,3 +199,9 @@ class ConstraintCompiler:
                     self._tokenizer_json(), n_vocab=self.vocab_size, eos_token=list(self._eos_ids) or None
                 )
             return self._tokenizer
+
+
+def mask_threads() -> int:
+    """Threads that make masks at the same time: most of the processors, as many as it takes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores * 3 // 4, 16))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from headrace.types import ConstraintSpec
 
-__all__ = ["Constraint", "reason"]
+__all__ = ["Base", "Constraint", "reason"]
 
 _QUICK_AGAIN = 16  # masks in a row
 
@@ -19,6 +20,24 @@ def reason(matcher: Any) -> str:
     return " ".join(str(matcher.get_error()).replace("<non-verbose/>", "").split()) or "no reason given"
 
 
+class Base:
+    """A compiled grammar that sequences hold copies of; the copies share what they learn, under one lock.
+
+    Attributes:
+        num_users: copies in use.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self.matcher = matcher
+        self.num_users = 0
+        self._lock = Lock()
+
+    def count(self, change: int) -> None:
+        """One user more, or less."""
+        with self._lock:
+            self.num_users += change
+
+
 class Constraint:
     """One sequence's place in its grammar.
 
@@ -26,6 +45,7 @@ class Constraint:
         matcher: llguidance's LLMatcher, this sequence's own.
         spec: what it follows, and the head that is free.
         slow: its masks take long enough to hold up a step.
+        base: what the matcher is a copy of.
 
     Attributes:
         error: why the grammar gave up (a limit of its own, or a token that it does not allow); empty: it did not.
@@ -33,8 +53,13 @@ class Constraint:
         prefetch: the next mask (int32 words), made beside the loop because this grammar is slow.
     """
 
-    def __init__(self, matcher: Any, spec: ConstraintSpec, slow: bool = False) -> None:
+    def __init__(
+        self, matcher: Any, spec: ConstraintSpec, *, slow: bool = False, base: Base | None = None
+    ) -> None:
         self.matcher = matcher
+        self._base = base
+        if base is not None:
+            base.count(1)
         self.slow = slow
         self.error = ""
         self.stopped = False
@@ -88,6 +113,12 @@ class Constraint:
     def too_complex(self) -> bool:
         """Whether it gave up at a limit, which is its author's affair; else a token came that it does not allow."""
         return bool(self.error) and "satisfy the grammar" not in self.error
+
+    def leave(self) -> None:
+        """Its sequence has ended."""
+        if self._base is not None:
+            self._base.count(-1)
+            self._base = None
 
     def look(self) -> None:
         """Take note of the matcher's state; not while another thread works with it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from headrace.execution.constraints.compiler import SLOW_SECONDS
+from headrace.execution.constraints.compiler import SLOW_SECONDS, mask_threads
 from headrace.execution.constraints.constraint import Constraint, reason
 
 __all__ = ["MaskFiller"]
@@ -30,8 +29,6 @@ class MaskFiller:
 
     def __init__(self, vocab_size: int) -> None:
         self.words = -(-vocab_size // 32)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.num_threads = max(1, min(cores * 3 // 4, 16))
         self._executor: Any = None
         self._beside: ThreadPoolExecutor | None = None
         self._ahead: ThreadPoolExecutor | None = None
@@ -115,7 +112,7 @@ class MaskFiller:
         if self._executor is None:
             from llguidance import LLExecutor
 
-            self._executor = LLExecutor(self.num_threads)
+            self._executor = LLExecutor(mask_threads())
         return self._executor
 
     def close(self) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from headrace.errors import HeadraceError, InvalidRequest
-from headrace.execution.constraints.compiler import Compilation, ConstraintCompiler
+from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.constraints.constraint import Constraint
 from headrace.execution.constraints.fill import MaskFiller
+from headrace.execution.constraints.lane import Compilation
 from headrace.execution.sampler import Masks
 from headrace.scheduling.plan import StepPlan
 from headrace.scheduling.sequence import Sequence, Status
@@ -47,10 +48,12 @@ class ConstraintTable:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that ended."""
-        self._live.pop(sequence.id, None)
+        ended = self._live.pop(sequence.id, None)
+        if ended is not None:
+            ended.leave()
         compiling = self._compiling.pop(sequence.id, None)
-        if compiling is not None:
-            compiling[1].future.cancel()
+        if compiling is not None and not compiling[1].future.cancel():
+            compiling[1].future.add_done_callback(_leave)
 
     def is_ready(self, sequence: Sequence) -> bool:
         """Whether the sequence may run in the next step."""
@@ -149,6 +152,12 @@ class ConstraintTable:
         self._filler.close()
         if self.compiler is not None:
             self.compiler.close()
+
+
+def _leave(future: Future[Constraint]) -> None:
+    """A grammar whose sequence went away while it was compiled."""
+    if not future.cancelled() and future.exception() is None:
+        future.result().leave()
 
 
 @dataclass(slots=True)
