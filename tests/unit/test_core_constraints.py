@@ -206,7 +206,8 @@ def test_slow_grammars_sit_out_and_write_the_same(overlap: bool, monkeypatch: py
     assert len(prefetched) >= sum(len(ids(found[f"r{i}"])) - 1 for i in range(10) if i % 5 != 2)
 
 
-def test_many_sequences_of_one_grammar_share_several_bases() -> None:
+def test_many_sequences_of_one_grammar_share_several_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler_module, "_USERS", 0)
     requests = [request(i, CONSTRAINTS[1]) for i in range(16)]
     alone = core_with()
     expected = run(alone, requests[:1])
