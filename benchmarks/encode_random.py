@@ -100,7 +100,11 @@ def floor_seconds(model: EncodeModel, lengths: list[int], batch_tokens: int) -> 
     bandwidth, flops = rates
     backbone = model.backbone
     config: Any = backbone.config
-    weights = sum(p.numel() for p in backbone.layers.parameters() if p.dim() > 1)  # type: ignore[union-attr]
+    weights = sum(
+        module.in_features * module.out_features
+        for module in backbone.layers.modules()  # type: ignore[union-attr]
+        if hasattr(module, "in_features")  # packed weights have other shapes, or none
+    )
     seen = 0.5 if isinstance(backbone, DecoderModel) and model.causal else 1.0
     pairs = seen * sum(length * length for length in lengths)
     work = 2 * weights * sum(lengths) + 4 * pairs * config.num_heads * config.head_dim * config.num_layers

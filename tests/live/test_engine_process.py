@@ -6,14 +6,17 @@ import asyncio
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from headrace.config.spec import EngineSpec
+from headrace.engines.core_process import ZmqTransport
 from headrace.engines.dispatch import DispatchClient
-from headrace.engines.process import ProcessClient, _ZmqTransport, start, start_in_process
+from headrace.engines.process import ProcessClient, start, start_in_process
 from headrace.errors import EngineDead, InvalidRequest, MissingFile, NotReady, UnknownArchitecture
 from headrace.messages import Shutdown
 from headrace.types import FinishReason, Output, Request, SamplingParams
@@ -151,7 +154,7 @@ def test_a_killed_core_is_noticed_by_everybody(tiny: EngineSpec) -> None:
 @pytest.mark.parametrize("timeout", [0.0, 0.01], ids=["busy", "idle"])
 def test_a_core_whose_server_is_gone_stops(timeout: float, tmp_path: Path) -> None:
     """Also in the middle of work: it would hold the device until its longest answer is complete."""
-    transport = _ZmqTransport(f"ipc://{tmp_path}/core", parent=os.getppid())
+    transport = ZmqTransport(f"ipc://{tmp_path}/core", parent=os.getppid())
     try:
         assert transport.receive(timeout) == []
         transport._parent += 1
@@ -166,3 +169,34 @@ def test_a_core_that_cannot_start_says_why(tiny: EngineSpec, tmp_path: Path) -> 
     folder = write_llama(tmp_path / "odd", architectures=["LlamoForCausalLM"])
     with pytest.raises(UnknownArchitecture, match="LlamaForCausalLM"):
         asyncio.run(start(EngineSpec(model=str(folder), path=folder)))
+
+
+UNGUARDED = """
+import asyncio
+from headrace.config.spec import EngineSpec
+from headrace.engines.process import start
+
+async def once(folder):
+    client = await start(EngineSpec(model=folder, num_threads=1, kv_cache_bytes=4 << 20, max_num_seqs=8))
+    print(client.ready.vocab_size)
+    await client.close()
+
+asyncio.run(once({folder!r}))
+"""
+
+
+@pytest.mark.parametrize("how", ["file", "stdin"])
+def test_a_script_needs_no_main_guard(how: str, tiny: EngineSpec, tmp_path: Path) -> None:
+    """The core's process does not run the caller's script again."""
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED.format(folder=str(tiny.path)))
+    with script.open() as text:
+        done = subprocess.run(
+            [sys.executable, str(script) if how == "file" else "-"],
+            stdin=text if how == "stdin" else None,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert (done.returncode, done.stdout) == (0, "300\n"), done.stderr

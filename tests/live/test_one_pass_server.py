@@ -180,7 +180,17 @@ def test_similarity_and_embed_all(served: Served) -> None:
         "model": "embedder",
     }
     same, other = served.ok("/similarity", body)
-    assert other < 0.9999 < same < 1.00001
+    scored = served.ok(
+        "/score",
+        {
+            "text_1": body["inputs"]["source_sentence"],
+            "text_2": body["inputs"]["sentences"],
+            "model": "embedder",
+        },
+    )
+    assert [one["score"] for one in scored["data"]] == pytest.approx([same, other], abs=1e-6)
+    # Random weights tell texts apart by little, and by how much depends on the trained vocabulary.
+    assert other < 0.999999 < same < 1.00001
     (rows,) = served.ok("/embed_all", {"model": "embedder", "inputs": "Tim Cook"})
     mean = np.mean(rows, axis=0)
     np.testing.assert_allclose(
@@ -243,8 +253,14 @@ def test_rerank_in_three_shapes(served: Served) -> None:
     assert [item["index"] for item in jina["results"]] == order[:2]
     assert jina["results"][0]["document"] == {"text": texts[order[0]]}
     assert jina["usage"]["total_tokens"] == int(pairs["attention_mask"].sum())
+    assert served.ok("/rerank", {"query": query, "documents": texts, "model": "reranker"})["results"]
     cohere = served.ok("/v2/rerank", {"model": "reranker", "query": query, "documents": texts})
     assert [item["index"] for item in cohere["results"]] == order
+    scored = served.ok("/v1/score", {"model": "reranker", "text_1": query, "text_2": texts})
+    by_index = {rank["index"]: rank["score"] for rank in ranks}
+    assert [item["score"] for item in scored["data"]] == [by_index[i] for i in range(len(texts))]
+    paired = served.ok("/score", {"model": "reranker", "text_1": [query] * len(texts), "text_2": texts})
+    assert paired["data"] == scored["data"] and paired["usage"] == scored["usage"]
     raw = served.ok("/rerank", {"query": query, "texts": texts, "raw_scores": True})
     assert {r["index"]: r["score"] for r in raw} == pytest.approx(dict(enumerate(logits.tolist())), abs=1e-4)
 

@@ -17,6 +17,7 @@ __all__ = ["SERVE_FLAGS", "add_model_arguments", "api_keys", "specs"]
 SERVE_FLAGS = (
     *PLAN_FLAGS,
     *("prefix_caching", "max_queue", "num_threads", "overlap", "deterministic"),
+    *("auto_truncate", "default_route"),
     *("tool_call_parser", "reasoning_parser"),
 )
 _ALIAS = re.compile(r"([A-Za-z0-9_.:-]+)=(.+)")

@@ -46,12 +46,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--api-key", action="append", default=[], metavar="KEY", help="may be given several times")
     add("--api-key-file", action="append", default=[], metavar="FILE", help="one key a line")
-    add("--max-body-bytes", type=int, default=8 * 2**20, metavar="N", help="larger bodies get 413 (8 MiB)")
+    add(
+        "--max-body-bytes",
+        type=_positive,
+        default=8 * 2**20,
+        metavar="N",
+        help="larger bodies get 413 (8 MiB)",
+    )
+    add(
+        "--max-inputs",
+        type=_positive,
+        default=2048,
+        metavar="N",
+        help="texts of one request; more get 413 (2048)",
+    )
     add("--data-dir", metavar="DIR", help="folder for /v1/files and /v1/batches; without it they are off")
     add("--drain-seconds", type=float, default=30.0, metavar="S", help="time to finish after SIGTERM (30)")
     add("--allow-chat-template", action="store_true", help="let requests bring templates (they are programs)")
     add("--log-prompts", action="store_true", help="write what clients send into the log")
     add_model_arguments(parser)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         port=args.port,
         api_keys=keys,
         max_body_bytes=args.max_body_bytes,
+        max_inputs=args.max_inputs,
         drain_seconds=args.drain_seconds,
         allow_chat_template=args.allow_chat_template,
         log_prompts=args.log_prompts,

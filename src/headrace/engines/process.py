@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
 import os
+import pickle
 import queue
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 from headrace.config.spec import EngineSpec
 from headrace.engines.dispatch import DispatchClient, error_of
 from headrace.engines.loop import Core, CoreLoop
-from headrace.errors import EngineDead, HeadraceError
+from headrace.errors import EngineDead
 from headrace.messages import (
     Failed,
     FromCore,
@@ -28,7 +29,6 @@ from headrace.messages import (
     Shutdown,
     ToCore,
     decode_from_core,
-    decode_to_core,
     encode,
 )
 
@@ -48,104 +48,43 @@ async def start(spec: EngineSpec, on_loading: OnLoading | None = None) -> Proces
     return await ProcessClient.start(spec, on_loading)
 
 
-# --- the core's side of a process border -----------------------------------------------------------
-
-
-class _ZmqTransport:
-    """ROUTER socket of a core; every serving process is a DEALER."""
-
-    def __init__(self, address: str, parent: int) -> None:
-        import zmq
-
-        self._zmq = zmq
-        self._socket: Any = zmq.Context.instance().socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 2000)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.bind(address)
-        self._clients: set[bytes] = set()
-        self._parent = parent
-
-    def receive(self, timeout: float) -> list[tuple[bytes, ToCore]]:
-        messages: list[tuple[bytes, ToCore]] = []
-        if timeout:
-            self._socket.poll(int(timeout * 1000))
-        if os.getppid() != self._parent:  # asked at every step: nobody is left to read what this core makes
-            return [(b"", Shutdown(drain=False))]
-        with contextlib.suppress(self._zmq.Again):
-            while True:
-                client, data = self._socket.recv_multipart(self._zmq.NOBLOCK)
-                if client not in self._clients:
-                    self._clients.add(client)
-                if data:
-                    messages.append((client, decode_to_core(data)))
-        return messages
-
-    def wait_for_client(self) -> None:
-        """Until somebody says hello (an empty message)."""
-        while not self._clients:
-            self.receive(1.0)
-            if os.getppid() != self._parent:
-                raise SystemExit(1)
-
-    def send(self, client: bytes, message: FromCore) -> None:
-        self._socket.send_multipart((client, encode(message)), self._zmq.NOBLOCK)
-
-    def broadcast(self, message: FromCore) -> None:
-        data = encode(message)
-        for client in self._clients:
-            self._socket.send_multipart((client, data), self._zmq.NOBLOCK)
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-class _Throttle:
-    """Tells how far loading is, ten times a second at most, and at its end."""
-
-    def __init__(self, transport: _ZmqTransport) -> None:
-        self._transport = transport
-        self._last = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now - self._last > 0.1:
-            self._last = now
-            self._transport.broadcast(Loading(done, total))
-
-
-def _run_core(spec: EngineSpec, address: str, parent: int) -> None:
-    """Entry point of a core process."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the serving process decides when a core ends
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Torch's threads are left to spin between two operations, which nearly halves a small model's step;
-    # execution/threads.py takes them away while other processes want the cores.
-    os.environ.update(spec.environment)
-    transport = _ZmqTransport(address, parent)
-    transport.wait_for_client()
-    try:
-        from headrace.engines.build import build
-
-        core, ready = build(spec, _Throttle(transport))
-        transport.broadcast(ready)
-        CoreLoop(core, transport).run()
-    except Exception as error:
-        code = error.code if isinstance(error, HeadraceError) else "engine_dead"
-        message = error.message if isinstance(error, HeadraceError) else f"{type(error).__name__}: {error}"
-        transport.broadcast(Failed(message, code, traceback.format_exc()))
-    finally:
-        transport.close()
-
-
 # --- the serving side --------------------------------------------------------------------------------
+
+
+Child = subprocess.Popen[bytes]
+
+
+def _launch(spec: EngineSpec, address: str) -> Child:
+    """Start ``headrace.engines.core_process``.
+
+    Not by multiprocessing: that would run the caller's script once more in the child.
+    """
+    path = os.pathsep.join(path for path in sys.path if path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "headrace.engines.core_process"],
+        stdin=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died already: the caller sees that
+        process.stdin.write(pickle.dumps((spec, address, os.getpid())))
+        process.stdin.close()
+    return process
+
+
+def _end(process: Child) -> None:
+    process.kill()
+    process.wait()
+
+
+def _alive(process: Child) -> bool:
+    return process.poll() is None
 
 
 class ProcessClient(DispatchClient):
     """A core in a process of its own."""
 
-    def __init__(self, spec: EngineSpec, ready: Ready, process: BaseProcess, socket: Any) -> None:
+    def __init__(self, spec: EngineSpec, ready: Ready, process: Child, socket: Any) -> None:
         super().__init__(spec, ready)
         self._process = process
         self._socket = socket
@@ -158,14 +97,7 @@ class ProcessClient(DispatchClient):
         import zmq.asyncio
 
         address = f"ipc://{tempfile.gettempdir()}/headrace-{uuid.uuid4().hex[:16]}"
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(
-            target=_run_core,
-            args=(spec, address, os.getpid()),
-            name=f"headrace-core-{spec.name}",
-            daemon=True,
-        )
-        process.start()
+        process = _launch(spec, address)
         socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)
@@ -175,7 +107,7 @@ class ProcessClient(DispatchClient):
         try:
             ready = await _until_ready(socket, process, on_loading)
         except BaseException:
-            process.kill()
+            _end(process)
             socket.close()
             raise
         return cls(spec, ready, process, socket)
@@ -183,12 +115,12 @@ class ProcessClient(DispatchClient):
     async def close(self, drain: bool = True) -> None:
         """See EngineClient."""
         self._draining = True
-        if self._process.is_alive() and self._failure is None:
+        if _alive(self._process) and self._failure is None:
             self._send(Shutdown(drain))
         deadline = None if drain else time.monotonic() + _CLOSE_SECONDS
-        while self._process.is_alive() and (deadline is None or time.monotonic() < deadline):
+        while _alive(self._process) and (deadline is None or time.monotonic() < deadline):
             await asyncio.sleep(0.02)
-        self._process.kill()
+        _end(self._process)
         self._reader.cancel()
         self._fail("the engine was closed")
         self._socket.close()
@@ -203,14 +135,14 @@ class ProcessClient(DispatchClient):
         while True:
             while await self._socket.poll(200):
                 self._receive(decode_from_core(await self._socket.recv()))
-            if not self._process.is_alive() and not self._draining:
+            if not _alive(self._process) and not self._draining:
                 self._fail(
-                    f"the engine process of {self.spec.name!r} died with exit code {self._process.exitcode}"
+                    f"the engine process of {self.spec.name!r} died with exit code {self._process.returncode}"
                 )
                 return
 
 
-async def _until_ready(socket: Any, process: BaseProcess, on_loading: OnLoading | None) -> Ready:
+async def _until_ready(socket: Any, process: Child, on_loading: OnLoading | None) -> Ready:
     while True:
         if await socket.poll(100):
             message = decode_from_core(await socket.recv())
@@ -220,9 +152,9 @@ async def _until_ready(socket: Any, process: BaseProcess, on_loading: OnLoading 
                 return message
             if isinstance(message, Failed):
                 raise error_of(message)
-        elif not process.is_alive():
+        elif not _alive(process):
             raise EngineDead(
-                f"the engine process died with exit code {process.exitcode} before it was ready; "
+                f"the engine process died with exit code {process.returncode} before it was ready; "
                 "its standard error says why (exit code -9 is usually the kernel's out-of-memory killer)"
             )
 

@@ -36,8 +36,9 @@ class Dense(Linear):
     def finish(self) -> None:
         """Called once, when the weights are there; drops the unpacked ones where the packed are a copy."""
         if self._packed is None:
-            self._packed = pack(self.weight.data)
-            if self._packed is not self.weight.data:
+            given = self.weight.data  # each access makes another tensor of the same memory
+            self._packed = pack(given)
+            if self._packed is not given:
                 self.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:

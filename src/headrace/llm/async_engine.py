@@ -192,6 +192,12 @@ class AsyncEngine:
         foreign = options.get("chat_template") is not None  # a program from outside: never on the event loop
         return await self._offload(INLINE_CHARS + 1 if foreign else _size(messages), work)
 
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included; raises InvalidRequest (param ``tokens``)."""
+        _check_ids(token_ids, self.client.ready.vocab_size, "tokens")
+        work = partial(self.kit.tokenizer.decode, token_ids, skip_special_tokens=False)
+        return await self._offload(len(token_ids), work)
+
     def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Token sequences that spell these words, at the start of a text and after a space."""
         sequences: dict[tuple[int, ...], None] = {}

@@ -20,9 +20,11 @@ from headrace.serving.openai.models import get_model, list_models
 from headrace.serving.openai.responses import create_response, delete_response, get_response
 from headrace.serving.openai.responses_schema import ResponsesRequest
 from headrace.serving.openai.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
+from headrace.serving.openai.tokens import DetokenizeRequest, detokenize
 from headrace.serving.state import STATE, State
 from headrace.serving.tei import embed, predict, rerank, text
-from headrace.serving.tei.default import predict_any
+from headrace.serving.tei.decide import system_one
+from headrace.serving.tei.default import predict_any, rerank_any, tokenize_any
 from headrace.serving.tei.schemas import (
     CohereRerankRequest,
     DecodeRequest,
@@ -34,8 +36,10 @@ from headrace.serving.tei.schemas import (
     RerankRequest,
     SimilarityRequest,
     SparseRequest,
+    SystemOneRequest,
     TokenizeRequest,
 )
+from headrace.serving.tei.score import ScoreRequest, score
 
 __all__ = ["TABLE", "Route", "make_app"]
 
@@ -64,12 +68,18 @@ TABLE = (
     Route("POST", "/embed_all", embed.embed_all, "One vector for each token.", EmbedAllRequest),
     Route("POST", "/embed_sparse", embed.embed_sparse, "Weights of vocabulary entries.", SparseRequest),
     Route("POST", "/similarity", embed.similarity, "How alike texts are.", SimilarityRequest),
-    Route("POST", "/rerank", rerank.rerank, "Texts by how well they answer a query.", RerankRequest),
+    Route("POST", "/rerank", rerank_any, "Texts by how well they answer a query.", RerankRequest),
     Route("POST", "/v1/rerank", rerank.rerank_jina, "The same in Jina's shape.", JinaRerankRequest),
     Route("POST", "/v2/rerank", rerank.rerank_cohere, "The same in Cohere's shape.", CohereRerankRequest),
+    Route("POST", "/v1/systemone", system_one, "Typed questions about a state.", SystemOneRequest),
     Route("POST", "/predict", predict_any, "Labels of texts.", PredictRequest),
     Route("POST", "/predict_tokens", predict.predict_tokens, "Entities in texts.", PredictTokensRequest),
-    Route("POST", "/tokenize", text.tokenize, "Tokens of texts.", TokenizeRequest),
+    Route("POST", "/score", score, "How well texts fit each other, in vLLM's shape.", ScoreRequest),
+    Route("POST", "/v1/score", score, "The same.", ScoreRequest),
+    Route(
+        "POST", "/tokenize", tokenize_any, "Tokens of texts (vLLM's prompt, messages too).", TokenizeRequest
+    ),
+    Route("POST", "/detokenize", detokenize, "The text of token ids, in vLLM's shape.", DetokenizeRequest),
     Route("POST", "/decode", text.decode, "Texts of token ids.", DecodeRequest),
     Route("GET", "/info", text.info, "The models behind these routes."),
     Route("POST", "/v1/files", batches.create_file, "Upload a batch file (multipart: purpose, file)."),
@@ -86,6 +96,9 @@ TABLE = (
     Route(
         "GET", "/health", probes.health, "200 while every engine makes progress, else 503 with the reason."
     ),
+    Route("GET", "/ping", probes.health, "The same, where platforms ask it."),
+    Route("POST", "/ping", probes.health, "The same."),
+    Route("GET", "/version", probes.version, "The version that runs."),
     Route("GET", "/ready", probes.ready, "200 when every model takes requests."),
     Route("GET", "/metrics", probes.metrics, "Prometheus metrics."),
     Route("GET", "/openapi.json", openapi.description, "This API, as OpenAPI 3.1."),

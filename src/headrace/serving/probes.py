@@ -1,4 +1,4 @@
-"""GET /health (alive and making progress), /ready (all models loaded), /metrics."""
+"""GET /health (alive and making progress), /ready (all models loaded), /version, /metrics."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 from aiohttp import web
 
+from headrace import __version__
 from headrace.serving.openai.replies import encode
 from headrace.serving.state import STATE, State
 
-__all__ = ["health", "metrics", "ready"]
+__all__ = ["health", "metrics", "ready", "version"]
 
 _RED = ("stalled", "dead")
 
@@ -41,6 +42,11 @@ async def health(request: web.Request) -> web.Response:
     if red:
         return _reply(503, "unhealthy", _reason(rows, red), rows)
     return _reply(200, "ok", "", rows)
+
+
+async def version(_: web.Request) -> web.Response:
+    """The version that runs."""
+    return web.Response(body=encode({"version": __version__}), content_type="application/json")
 
 
 async def ready(request: web.Request) -> web.Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from headrace.llm.protocols import Prompt
 from headrace.serving.body import read
 from headrace.serving.call import Call, open_call
 from headrace.serving.constraints import constrain
+from headrace.serving.exchange import current
 from headrace.serving.grammars import GrammarChecker
 from headrace.serving.openai.chat_answer import ChatAnswer
 from headrace.serving.openai.generate import answer
@@ -92,14 +94,20 @@ async def prepare(body: ChatRequest, call: Call) -> Prepared:
 async def _judged(plan: TurnPlan, grammars: GrammarChecker) -> ConstraintSpec | None:
     """What the engine gets, found to compile; raises InvalidRequest naming the tool whose schema does not."""
     spec = plan.spec
-    if spec is None or spec.judged is not None:
-        return spec
-    try:
-        return await grammars.check(spec, "tools")
-    except InvalidRequest:
-        for one in plan.arguments.values():
-            await grammars.check(one.spec, one.param)
-        raise
+    if spec is not None and spec.judged is None:
+        try:
+            return await grammars.check(spec, "tools")
+        except InvalidRequest:
+            await _check_each(plan, grammars)
+            raise
+    if not plan.enforced:
+        await _check_each(plan, grammars)
+    return spec
+
+
+async def _check_each(plan: TurnPlan, grammars: GrammarChecker) -> None:
+    for one in plan.arguments.values():
+        await grammars.check(one.spec, one.param)
 
 
 async def render(body: ChatRequest, engine: AsyncEngine, wish: ToolWish, allow_template: bool) -> Prompt:
@@ -113,8 +121,10 @@ async def render(body: ChatRequest, engine: AsyncEngine, wish: ToolWish, allow_t
             param="chat_template",
         )
     messages = [_plain(message) for message in body.messages]
+    template, variables = body.chat_template or engine.kit.template, _variables(body)
+    current().warnings += _unread(template, body, variables)
     tools = wish.for_template()
-    if "tools" not in (body.chat_template or engine.kit.template):
+    if "tools" not in template:
         called = any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
         messages = describe(messages, tools or []) if tools or called else messages
         tools = None
@@ -127,7 +137,23 @@ async def render(body: ChatRequest, engine: AsyncEngine, wish: ToolWish, allow_t
         documents=body.documents,
         continue_final_message=bool(body.continue_final_message),
         add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-        kwargs=_variables(body),
+        kwargs=variables,
+    )
+
+
+def _unread(template: str, body: ChatRequest, variables: dict[str, Any]) -> tuple[str, ...]:
+    """What was given for the template and has no effect, since the template never names it."""
+    given = {"documents": "documents"} if body.documents else {}
+    for name, value in variables.items():
+        if name == "enable_thinking" and value is False:
+            continue  # a template that knows no thinking does as asked
+        asked = name == "reasoning_effort" and body.reasoning_effort is not None
+        if not asked or body.reasoning_effort != "none":
+            given[name] = name if asked else f"chat_template_kwargs.{name}"
+    return tuple(
+        f"{field} has no effect: this model's chat template does not read {name!r}"
+        for name, field in given.items()
+        if re.search(rf"\b{name}\b", template) is None
     )
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from headrace.serving.body import FieldError
 
-__all__ = ["ApiModel", "Many", "Numbers", "acts", "harmless", "refused"]
+__all__ = ["ApiModel", "Many", "Numbers", "acts", "harmless", "needed", "refused"]
 
 # Bodies may be megabytes, and the check runs on the event loop: one finding is reported, so one is looked for.
 # A finding for each of a million wrong items would hold up every other request for half a minute.
@@ -31,6 +31,11 @@ Numbers = Annotated[dict[str, float], BeforeValidator(_first_wrong)]
 def acts(default: Any, text: str, **limits: Any) -> Any:
     """A field that is acted on."""
     return Field(default, description=text, json_schema_extra={"effect": "acted on"}, **limits)
+
+
+def needed(text: str) -> Any:
+    """A field without a default."""
+    return Field(description=text, json_schema_extra={"effect": "acted on"})
 
 
 def harmless(text: str) -> Any:

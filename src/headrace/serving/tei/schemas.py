@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from headrace.serving.openai.fields import ApiModel, acts, harmless
+from headrace.serving.openai.fields import ApiModel, acts, harmless, needed
 
 __all__ = [
     "CohereRerankRequest",
@@ -17,10 +17,12 @@ __all__ = [
     "OnePass",
     "PredictRequest",
     "PredictTokensRequest",
+    "Question",
     "RerankRequest",
     "SimilarityParameters",
     "SimilarityRequest",
     "SparseRequest",
+    "SystemOneRequest",
     "TokenizeRequest",
 ]
 
@@ -30,11 +32,6 @@ _TRUNCATE = (
     "Cut inputs that are too long. Default: the server's --auto-truncate, which is on for BERT-like models."
 )
 TextOrIds = str | list[str] | list[int] | list[list[int]]
-
-
-def needed(text: str) -> Any:
-    """A field without a default."""
-    return Field(description=text, json_schema_extra={"effect": "acted on"})
 
 
 class OnePass(ApiModel):
@@ -144,6 +141,27 @@ class CohereRerankRequest(OnePass):
     top_n: int | None = acts(None, "Return the best so many.", ge=1)
     max_tokens_per_doc: int | None = acts(None, "Cut a query with its document to so many tokens.", ge=8)
     priority: int | None = acts(None, "Lower runs first.", ge=0, le=999)
+
+
+class Question(ApiModel):
+    """One question of /v1/systemone."""
+
+    type: Literal["choice", "score", "noul"] = needed("Which option; which level; or whether it is so.")
+    instructions: str = needed("The question.")
+    criteria: dict[str, str | None] | list[str] | None = acts(
+        None,
+        "`choice`: an object of options, each described or null; `score`: a list of levels, from low to high; `noul`: "
+        'nothing, or `{"true": ..., "false": ...}`.',
+    )
+
+
+class SystemOneRequest(OnePass):
+    """POST /v1/systemone"""
+
+    state: str | dict[str, Any] | list[Any] = needed(
+        "What is judged: a text, or JSON, which is shown as it is."
+    )
+    questions: dict[str, Question] = needed("Questions by name.")
 
 
 class TokenizeRequest(ApiModel):
