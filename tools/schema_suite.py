@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from headrace.errors import InvalidRequest
+from headrace.execution.constraints.judge_child import Compiler
 from headrace.serving.constraints import json_schema
-from headrace.serving.grammar_child import Compiler
 
 DRAFTS = ("draft2020-12", "draft7")
 _MARKS = ("<!-- schema-suite -->\n", "<!-- end -->")
@@ -59,7 +59,9 @@ def _judge(compiler: Compiler, group: dict[str, Any], row: Row, wrong: list[str]
     except InvalidRequest:
         row.refused += 1
         return
-    if compiler.check(wanted.spec):
+    try:
+        compiler.check(wanted.spec)
+    except InvalidRequest:
         row.refused += 1
         return
     row.enforced += 1

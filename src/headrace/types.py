@@ -18,6 +18,7 @@ __all__ = [
     "EncodeParams",
     "EncodeTask",
     "FinishReason",
+    "Judged",
     "Output",
     "Request",
     "SamplingParams",
@@ -38,6 +39,18 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the engine failed this request; Output.error says how
 
 
+class Judged(msgspec.Struct, frozen=True, array_like=True):
+    """What it cost to compile a grammar in a process with limits.
+
+    Attributes:
+        cpu_ms: of compiling and the first mask.
+        bytes: by which the process grew.
+    """
+
+    cpu_ms: float
+    bytes: int
+
+
 class ConstraintSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """A grammar that the output must follow.
 
@@ -48,6 +61,7 @@ class ConstraintSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         free_until: token ids that end an unconstrained head (thinking); empty: constrained from the start.
         free_from: the head is there only if the output begins with this token; None: it is there.
         free_tokens: longest head in tokens; then ``free_until`` is forced. None: no limit.
+        judged: what compiling costs; None: nobody has tried, so the core does before it compiles for itself.
     """
 
     kind: str
@@ -55,6 +69,7 @@ class ConstraintSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     free_until: tuple[int, ...] = ()
     free_from: int | None = None
     free_tokens: int | None = None
+    judged: Judged | None = None
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
 import time
 from typing import Any
 
@@ -12,9 +13,10 @@ import jsonschema
 import pytest
 
 from headrace.engines.generate import GenerateCore
+from headrace.execution.constraints import compiler as compiler_module
 from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.constraints.table import ConstraintTable
-from headrace.types import ConstraintSpec, FinishReason, Output, Request, SamplingParams
+from headrace.types import ConstraintSpec, FinishReason, Judged, Output, Request, SamplingParams
 from support.byte_vocabulary import EOS, THINK, UNTHINK, VOCAB, tokenizer_json
 from support.prefix_model import make_core
 
@@ -180,3 +182,120 @@ def test_logprobs_min_tokens_and_stop_ids_beside_a_grammar() -> None:
     assert re.fullmatch("b*a", text(outputs["r1"]))
     assert all(len(output.logprobs) == len(output.token_ids) for output in outputs["r2"])
     judge(JSON, outputs["r2"])
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
+def test_slow_grammars_sit_out_and_write_the_same(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [request(i, CONSTRAINTS[i % len(CONSTRAINTS)]) for i in range(10)]
+    quick = core_with(overlap=overlap)
+    expected = run(quick, requests)
+    quick.close()
+    monkeypatch.setattr("headrace.execution.constraints.fill.SLOW_SECONDS", -1.0)
+    monkeypatch.setattr("headrace.execution.constraints.compiler.SLOW_SECONDS", -1.0)
+    slow = core_with(overlap=overlap, num_blocks=40, max_model_len=64)
+    prefetched = []
+    prefetch = slow.constraints._filler.prefetch
+    monkeypatch.setattr(
+        slow.constraints._filler, "prefetch", lambda one: (prefetched.append(one), prefetch(one))
+    )
+    found = run(slow, requests)
+    slow.close()
+    assert {name: ids(outputs) for name, outputs in found.items()} == {
+        name: ids(outputs) for name, outputs in expected.items()
+    }
+    assert len(prefetched) >= sum(len(ids(found[f"r{i}"])) - 1 for i in range(10) if i % 5 != 2)
+
+
+def test_many_sequences_of_one_grammar_share_several_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler_module, "_USERS", 0)
+    requests = [request(i, CONSTRAINTS[1]) for i in range(16)]
+    alone = core_with()
+    expected = run(alone, requests[:1])
+    alone.close()
+    core = core_with()
+    compiler = core.constraints.compiler
+    assert compiler is not None
+    compiler._most_bases = 3
+    for _ in range(2):
+        found = run(core, requests)
+        for one in requests:
+            judge(CONSTRAINTS[1], found[one.id])
+        assert ids(found["r0"]) == ids(expected["r0"])
+        (known,) = compiler._cache.values()
+        assert len(known.bases) == 3
+        assert [base.num_users for base in known.bases] == [0, 0, 0]
+    core.close()
+
+
+def test_a_compilation_that_does_not_come_back_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = core_with()
+    compiler = core.constraints.compiler
+    assert compiler is not None
+    compiler._seconds = 0.2
+    compile_, hanging = compiler._compile, threading.Event()
+
+    def sometimes(spec: ConstraintSpec, grammar: str) -> Any:
+        if spec.text == "hang":
+            hanging.wait(20)
+        return compile_(spec, grammar)
+
+    monkeypatch.setattr(compiler, "_compile", sometimes)
+    good = ConstraintSpec("regex", "[ab]{3}")
+    outputs = run(
+        core, [request(0, ConstraintSpec("regex", "hang")), request(1, good), request(2, None)], seconds=10
+    )
+    assert outputs["r0"][-1].finish_reason is FinishReason.ERROR
+    assert "too long" in outputs["r0"][-1].error
+    assert re.fullmatch("[ab]{3}", text(outputs["r1"]))
+    assert outputs["r2"][-1].finish_reason is not FinishReason.ERROR
+    assert compiler._quick.num_stuck == 1
+    hanging.set()
+    end = time.monotonic() + 5
+    while compiler._quick.num_stuck and time.monotonic() < end:
+        time.sleep(0.01)
+    assert compiler._quick.num_stuck == 0
+    assert re.fullmatch("[ab]{3}", text(run(core, [request(3, good)])["r3"]))
+    core.close()
+
+
+def test_what_no_front_end_judged_is_judged_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = core_with()
+    compiler = core.constraints.compiler
+    assert compiler is not None
+    compiler._judge.seconds = 0.3
+    compiled = []
+    compile_ = compiler._compile
+    monkeypatch.setattr(
+        compiler, "_compile", lambda spec, text: (compiled.append(spec), compile_(spec, text))[1]
+    )
+    huge = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(9000)}}
+    outputs = run(
+        core,
+        [
+            request(0, ConstraintSpec("json_schema", json.dumps(huge))),
+            request(1, ConstraintSpec("regex", "[ab]{3}")),
+            request(2, ConstraintSpec("regex", "[cd]{3}", judged=Judged(1.0, 0))),
+        ],
+    )
+    core.close()
+    assert outputs["r0"][-1].finish_reason is FinishReason.ERROR
+    assert "takes over 0.3 s" in outputs["r0"][-1].error
+    assert sorted(one.text for one in compiled) == ["[ab]{3}", "[cd]{3}"]
+    assert all(one.judged is not None for one in compiled)
+
+
+def test_a_grammar_too_complex_at_a_token_is_its_authors_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = compiler_module.LIMITS | {"step_max_items": 40}
+    monkeypatch.setattr(compiler_module, "LIMITS", limits)
+    core = core_with()
+    hard = ConstraintSpec("grammar", 'start: e\ne: e e | "x" | "y" e')
+    outputs = run(
+        core, [request(0, hard, logit_bias={EOS: -100.0}), request(1, ConstraintSpec("regex", "[ab]{9}"))]
+    )
+    core.close()
+    last = outputs["r0"][-1]
+    assert last.finish_reason is FinishReason.ERROR
+    assert last.error_param == "response_format"
+    assert "too many items" in last.error.lower()
+    assert len(ids(outputs["r0"])) > 3
+    assert re.fullmatch("[ab]{9}", text(outputs["r1"]))

@@ -16,7 +16,7 @@ import torch
 
 from headrace.errors import HeadraceError, InvalidRequest
 from headrace.execution.constraints.compiler import ConstraintCompiler
-from headrace.execution.constraints.table import ConstraintTable
+from headrace.execution.constraints.table import ConstraintTable, PendingMasks
 from headrace.execution.runner import Runner, Step, StepResult
 from headrace.kvcache.blocks import AccountError
 from headrace.messages import CoreStats
@@ -80,6 +80,7 @@ class GenerateCore:
         scheduler.is_ready = self.constraints.is_ready
         self._device = _Device(threaded=overlap and runner.device.type == "cpu")
         self._previous: tuple[StepPlan, Future[Step]] | None = None
+        self._pending: PendingMasks | None = None  # of the previous step, whose sampling waits for them
         self._refused: list[Output] = []
         self._prompt_logprobs: dict[str, dict[int, TokenLogprobs]] = {}
         self._counts = {"steps": 0, "prompt": 0, "output": 0, "aborted": 0}
@@ -146,32 +147,55 @@ class GenerateCore:
     def _step_plain(self, plan: StepPlan | None) -> list[Output]:
         if plan is None:
             return []
-        return self._finish(plan, self._launch(plan, sample=True))
+        launched = self._run(self._prepare(plan))
+        return self._finish(plan, self._sample(launched, self.constraints.begin(plan, ahead=False)))
 
     def _step_overlapped(self, plan: StepPlan | None) -> list[Output]:
+        """The same, with the device one step ahead.
+
+        Where a step's sampling needs the tokens of the step before, its forward pass is launched without it. Grammars
+        move on as soon as those tokens are there, and masks are made in another thread while the host settles, tells,
+        schedules and packs; sampling is launched before the next forward pass, when that has been packed.
+        """
+        step = None if plan is None else self._prepare(plan)
+        if self._previous is not None and self._pending is not None:
+            before, running = self._previous
+            self._previous = (before, self._sample(running, self._pending))
+        self._pending = None
+        launched = None if step is None else self._run(step)
         later = plan is not None and plan.needs_history
-        launched = None if plan is None else self._launch(plan, sample=not later)
-        outputs = self._finish(*self._previous) if self._previous is not None else []
+        if launched is not None and not later:
+            launched = self._sample(launched, None)
+        outputs: list[Output] = []
+        if self._previous is not None:
+            before, running = self._previous
+            result = self._wait(before, running)
+            if plan is not None and launched is not None and later and not plan.needs_output:
+                launched, later = self._sample_later(plan, launched), False
+            outputs = self._settle(before, result) if isinstance(result, StepResult) else result
         if plan is not None and launched is not None and later:
             launched = self._sample_later(plan, launched)
         self._previous = None if plan is None or launched is None else (plan, launched)
         return outputs
 
-    def _launch(self, plan: StepPlan, *, sample: bool) -> Future[Step]:
+    def _prepare(self, plan: StepPlan) -> Step:
         began = time.perf_counter()
         step = self.runner.prepare(plan)
         self._host_ms += ((time.perf_counter() - began) * 1e3 - self._host_ms) * _SMOOTHING
-        launched = self._device.submit(lambda: self.runner.run(step))
-        return self._sample_later(plan, launched) if sample else launched
+        return step
+
+    def _run(self, step: Step) -> Future[Step]:
+        return self._device.submit(lambda: self.runner.run(step))
+
+    def _sample(self, launched: Future[Step], masks: PendingMasks | None) -> Future[Step]:
+        """Sampling behind a forward pass; waits for the masks."""
+        taken = None if masks is None else masks.take()
+        return self._device.submit(lambda: self.runner.sample(launched.result(), taken))
 
     def _sample_later(self, plan: StepPlan, launched: Future[Step]) -> Future[Step]:
-        """Sampling behind a forward pass; masks are made here, while the device is busy with it."""
-        masks, failed = self.constraints.masks(plan)
-        for sequence, message in failed:
-            self._refused.append(Output(sequence.id, finish_reason=FinishReason.ERROR, error=message))
-            self.scheduler.finish(sequence, FinishReason.ERROR)
-            self._forget(sequence)
-        return self._device.submit(lambda: self.runner.sample(launched.result(), masks))
+        """Begin the masks that sampling needs; without any it is launched now."""
+        self._pending = self.constraints.begin(plan, ahead=True)
+        return self._sample(launched, None) if self._pending is None else launched
 
     def _refuse_constraints(self) -> list[Output]:
         """Grammars that could not be compiled end their own request."""
@@ -186,7 +210,12 @@ class GenerateCore:
         return outputs
 
     def _finish(self, plan: StepPlan, launched: Future[Step]) -> list[Output]:
-        """Wait for a step and settle it. One that broke costs its own sequences and no others."""
+        """Wait for a step and settle it."""
+        result = self._wait(plan, launched)
+        return self._settle(plan, result) if isinstance(result, StepResult) else result
+
+    def _wait(self, plan: StepPlan, launched: Future[Step]) -> StepResult | list[Output]:
+        """A step's tokens, known to its grammars too. One that broke costs its own sequences: their last outputs."""
         try:
             result = launched.result().result()
         except torch.AcceleratorError:
@@ -198,7 +227,8 @@ class GenerateCore:
                 Output(s.id, finish_reason=FinishReason.ERROR, error=message)
                 for s in self.scheduler.fail(plan)
             ]
-        return self._settle(plan, result)
+        self.constraints.advance(plan, result.tokens)
+        return result
 
     def _settle(self, plan: StepPlan, result: StepResult) -> list[Output]:
         for request_id, (start, entries) in result.prompt_logprobs.items():
@@ -206,19 +236,36 @@ class GenerateCore:
                 self._prompt_logprobs.setdefault(request_id, {}).update(enumerate(entries, start))
         index = {id(chunk.sequence): i for i, chunk in enumerate(plan.sampling)} if result.logprobs else {}
         outputs = []
-        for sequence in self.scheduler.settle(plan, result.tokens, self.constraints.advance):
+        for sequence in self.scheduler.settle(plan, result.tokens, self.constraints.judge):
+            failure = (
+                self.constraints.failure(sequence) if sequence.finish_reason is FinishReason.ERROR else None
+            )
             if sequence.finish_reason is not None:
                 self.constraints.remove(sequence)
-            if sequence.finish_reason is FinishReason.ERROR:
-                constrained = sequence.sampling.constraint is not None
-                message = "the model's logits were not finite" + (
-                    " or left the grammar" if constrained else ""
-                )
-                outputs.append(Output(sequence.id, finish_reason=FinishReason.ERROR, error=message))
+            if failure is not None:
+                outputs.append(self._failure(sequence, *failure))
                 continue
             logprobs = result.logprobs.get(index.get(id(sequence), -1))
             outputs.append(self._output(sequence, logprobs))
         return outputs
+
+    def _failure(self, sequence: Sequence, gave_up: str, too_complex: bool) -> Output:
+        code = param = ""
+        if too_complex:
+            message = f"the grammar needs more work at one token than allowed; make it simpler: {gave_up}"
+            code, param = InvalidRequest.code, "response_format"
+        elif gave_up:
+            message = f"the grammar gave up: {gave_up}"
+        else:
+            constrained = sequence.sampling.constraint is not None
+            message = "the model's logits were not finite" + (" or left the grammar" if constrained else "")
+        return Output(
+            sequence.id,
+            finish_reason=FinishReason.ERROR,
+            error=message,
+            error_code=code,
+            error_param=param,
+        )
 
     def _output(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> Output:
         token = sequence.token_ids[-1]

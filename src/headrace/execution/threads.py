@@ -23,13 +23,13 @@ Ticks = tuple[float, float]  # of all cores together: passed, idle
 
 
 def _read_ticks() -> Ticks | None:
-    """From /proc/stat; None where there is none."""
+    """From /proc/stat; None where there is none. Processes with a nice value stand back, so their time is idle."""
     try:
         with open("/proc/stat", "rb") as file:
             fields = [float(word) for word in file.readline().split()[1:9]]
     except (OSError, ValueError):
         return None
-    return (sum(fields), fields[3] + fields[4]) if len(fields) >= 5 else None
+    return (sum(fields), fields[1] + fields[3] + fields[4]) if len(fields) >= 5 else None
 
 
 class ThreadGovernor:

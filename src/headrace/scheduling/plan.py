@@ -51,3 +51,8 @@ class StepPlan:
     def needs_history(self) -> bool:
         """Sampling must wait until the host has seen the previous step's tokens."""
         return any(chunk.samples and chunk.sequence.needs_history for chunk in self.chunks)
+
+    @property
+    def needs_output(self) -> bool:
+        """Sampling itself looks at the previous step's tokens, not only the grammars do."""
+        return any(chunk.samples and chunk.sequence.looks_back for chunk in self.chunks)

@@ -38,7 +38,7 @@ class Scheduler:
         prefix_caching: look new prompts up in the prefix index.
         reserve: let a sequence in only when all running ones can reach their limits, so that none is preempted.
         prefix_regime: from a prompt's length to whatever else its keys depend on (length-dependent rope).
-        is_ready: asked before a sequence is first run (a grammar may still be compiling).
+        is_ready: asked before a sequence runs in a step (its grammar may still be compiling, or its mask be made).
     """
 
     def __init__(
@@ -147,6 +147,8 @@ class Scheduler:
         preempted = False
         for sequence in (*short, *long):
             if sequence.status is not Status.RUNNING or plan.num_tokens >= self.max_num_batched_tokens:
+                continue
+            if not self.is_ready(sequence):
                 continue
             preempted |= not self._make_room(sequence, plan)
             if sequence.status is Status.RUNNING:

@@ -96,16 +96,20 @@ class Sequence:
         return (self.request.priority, self.arrival)
 
     @property
-    def needs_history(self) -> bool:
-        """Sampling looks at earlier output tokens, so the host must know them first."""
+    def looks_back(self) -> bool:
+        """Sampling looks at earlier output tokens."""
         s = self.sampling
         return (
             s.repetition_penalty != 1.0
             or s.presence_penalty != 0.0
             or s.frequency_penalty != 0.0
             or bool(s.bad_words)
-            or s.constraint is not None
         )
+
+    @property
+    def needs_history(self) -> bool:
+        """What is sampled depends on earlier output tokens, so the host must know them first."""
+        return self.sampling.constraint is not None or self.looks_back
 
     def append(self, token: int) -> None:
         """Settle one sampled token and see whether it ends the sequence."""

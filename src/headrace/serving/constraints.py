@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from headrace.errors import InvalidRequest, nearest
+from headrace.execution.constraints.schema_report import enforceable
 from headrace.serving.grammars import GrammarChecker
-from headrace.serving.schema_report import read_schema
 from headrace.types import ConstraintSpec
 
 if TYPE_CHECKING:
     from headrace.serving.openai.common import GenerateFields
 
-__all__ = ["Constrained", "constrain", "json_schema", "read_constraint"]
+__all__ = ["Constrained", "constrain", "json_schema"]
 
 _FORMATS = ("text", "json_object", "json_schema", "regex", "choice", "grammar", "structural_tag")
 _GUIDED = {
@@ -53,13 +53,13 @@ async def constrain(body: GenerateFields, checker: GrammarChecker) -> Constraine
 
     Raises InvalidRequest naming the field, with the compiler's reason.
     """
-    wanted = read_constraint(body)
-    if wanted is not None:
-        await checker.check(wanted.spec, wanted.param)
-    return wanted
+    wanted = await _read(body, checker)
+    if wanted is None:
+        return None
+    return msgspec.structs.replace(wanted, spec=await checker.check(wanted.spec, wanted.param))
 
 
-def read_constraint(body: GenerateFields) -> Constrained | None:
+async def _read(body: GenerateFields, checker: GrammarChecker) -> Constrained | None:
     """The same without compiling."""
     found = [("response_format", body.response_format)] if body.response_format is not None else []
     found += [(name, value) for name in _GUIDED if (value := getattr(body, name)) is not None]
@@ -75,13 +75,13 @@ def read_constraint(body: GenerateFields) -> Constrained | None:
         return None
     name, value = (asking or found)[0]
     if name == "response_format":
-        return _response_format(value)
+        return await _response_format(value, checker)
     if name == "structured_outputs":
-        return _structured(value)
-    return _of_kind(_GUIDED[name], value, name)
+        return await _structured(value, checker)
+    return await _of_kind(_GUIDED[name], value, name, checker)
 
 
-def _response_format(given: dict[str, Any]) -> Constrained | None:
+async def _response_format(given: dict[str, Any], checker: GrammarChecker) -> Constrained | None:
     kind = given.get("type")
     if not isinstance(kind, str) or kind not in _FORMATS:
         raise InvalidRequest(
@@ -93,21 +93,23 @@ def _response_format(given: dict[str, Any]) -> Constrained | None:
         return None
     if kind == "json_object":
         if given.get("schema") is not None:
-            return json_schema(given["schema"], "response_format.schema", strict=False)
+            return await _schema(given["schema"], "response_format.schema", False, checker)
         return Constrained(ConstraintSpec("json_object", ""), "response_format")
     if kind == "json_schema":
-        return _json_schema(given.get("json_schema"))
+        return await _json_schema(given.get("json_schema"), checker)
     if kind == "structural_tag":
-        return _structural_tag({k: v for k, v in given.items() if k != "type"}, "response_format")
+        return await _structural_tag(
+            {k: v for k, v in given.items() if k != "type"}, "response_format", checker
+        )
     names = {"regex": ("regex", "pattern"), "choice": ("choice", "choices"), "grammar": ("grammar",)}[kind]
     value = next((given[name] for name in names if given.get(name) is not None), None)
     if value is None:
         field = f"response_format.{names[0]}"
         raise InvalidRequest(f"{field} is required with type {kind!r}", param=field, code="missing_field")
-    return _of_kind(kind, value, f"response_format.{names[0]}")
+    return await _of_kind(kind, value, f"response_format.{names[0]}", checker)
 
 
-def _json_schema(given: Any) -> Constrained:
+async def _json_schema(given: Any, checker: GrammarChecker) -> Constrained:
     if not isinstance(given, dict) or "schema" not in given:
         field = "response_format.json_schema"
         raise InvalidRequest(
@@ -118,23 +120,22 @@ def _json_schema(given: Any) -> Constrained:
         raise InvalidRequest(
             "response_format.json_schema.strict must be true or false", param="response_format"
         )
-    return json_schema(given["schema"], "response_format.json_schema.schema", strict=bool(strict))
+    return await _schema(given["schema"], "response_format.json_schema.schema", bool(strict), checker)
 
 
 def json_schema(schema: Any, param: str, *, strict: bool) -> Constrained:
     """A schema as a constraint. Under ``strict`` a keyword that is not enforced is refused, else warned of."""
-    report = read_schema(schema, param)
-    if report.unenforced and strict:
-        raise InvalidRequest(
-            f"{param} cannot be enforced strictly: {report.sentence}; leave it out or set strict to false",
-            param=param,
-            code="unenforced_keyword",
-        )
-    warnings = (f"{param}: not enforced: {report.sentence}",) if report.unenforced else ()
-    return Constrained(ConstraintSpec("json_schema", json.dumps(report.lenient())), param, warnings)
+    text, warnings = enforceable(schema, param, strict=strict)
+    return Constrained(ConstraintSpec("json_schema", text), param, warnings)
 
 
-def _structured(given: dict[str, Any]) -> Constrained:
+async def _schema(schema: Any, param: str, strict: bool, checker: GrammarChecker) -> Constrained:
+    """The same, off the event loop where the schema is large."""
+    ((text, warnings),) = await checker.enforceable([(schema, param, strict)])
+    return Constrained(ConstraintSpec("json_schema", text), param, warnings)
+
+
+async def _structured(given: dict[str, Any], checker: GrammarChecker) -> Constrained:
     param = "structured_outputs"
     switched = [name for name in _SWITCHES if given.get(name)]
     if switched:
@@ -149,17 +150,17 @@ def _structured(given: dict[str, Any]) -> Constrained:
         )
     if len(wanted) != 1:
         raise InvalidRequest(f"{param} must hold exactly one of {', '.join(_STRUCTURED)}", param=param)
-    return _of_kind(wanted[0], given[wanted[0]], f"{param}.{wanted[0]}")
+    return await _of_kind(wanted[0], given[wanted[0]], f"{param}.{wanted[0]}", checker)
 
 
-def _of_kind(kind: str, value: Any, param: str) -> Constrained:
+async def _of_kind(kind: str, value: Any, param: str, checker: GrammarChecker) -> Constrained:
     """One value of vLLM's fields."""
     if kind == "json_object":
         return Constrained(ConstraintSpec("json_object", ""), param)
     if kind == "json":
-        return json_schema(_maybe_json(value, param), param, strict=False)
+        return await _schema(_maybe_json(value, param), param, False, checker)
     if kind == "structural_tag":
-        return _structural_tag(_maybe_json(value, param), param)
+        return await _structural_tag(_maybe_json(value, param), param, checker)
     if kind == "choice":
         texts = isinstance(value, list) and value and all(isinstance(one, str) and one for one in value)
         if not texts:
@@ -179,7 +180,7 @@ def _maybe_json(value: Any, param: str) -> Any:
         raise InvalidRequest(f"{param} is no valid JSON: {error}", param=param) from error
 
 
-def _structural_tag(given: Any, param: str) -> Constrained:
+async def _structural_tag(given: Any, param: str, checker: GrammarChecker) -> Constrained:
     """``{"structures": [{"begin", "schema", "end"}], "triggers": [...]}``: text, and tags whose inside is enforced."""
     structures = given.get("structures") if isinstance(given, dict) else None
     if not isinstance(structures, list) or not structures or not all(isinstance(s, dict) for s in structures):
@@ -189,11 +190,12 @@ def _structural_tag(given: Any, param: str) -> Constrained:
         )
     warnings: list[str] = []
     tags = []
-    for i, one in enumerate(structures):
-        wanted = json_schema(one.get("schema", True), f"{param}.structures[{i}].schema", strict=False)
-        warnings += wanted.warnings
-        tags.append(
-            {"begin": one.get("begin"), "schema": json.loads(wanted.spec.text), "end": one.get("end")}
-        )
+    asked = [
+        (one.get("schema", True), f"{param}.structures[{i}].schema", False)
+        for i, one in enumerate(structures)
+    ]
+    for one, (schema, warned) in zip(structures, await checker.enforceable(asked)):
+        warnings += warned
+        tags.append({"begin": one.get("begin"), "schema": json.loads(schema), "end": one.get("end")})
     text = json.dumps({"structures": tags, "triggers": given.get("triggers")})
     return Constrained(ConstraintSpec("structural_tag", text), param, tuple(warnings))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from headrace.errors import InvalidRequest
-from headrace.serving.constraints import Constrained, json_schema
+from headrace.serving.constraints import Constrained
+from headrace.serving.grammars import GrammarChecker
+from headrace.types import ConstraintSpec
 
 if TYPE_CHECKING:
     from headrace.serving.openai.schemas import ChatRequest, FunctionTool
@@ -33,6 +35,11 @@ class ToolWish(msgspec.Struct, frozen=True):
     functions: tuple[FunctionTool, ...] = ()
     all: tuple[FunctionTool, ...] = ()
     parallel: bool = True
+
+    def numbered(self) -> Iterator[tuple[int, FunctionTool]]:
+        """Those that may be called, with their place among all."""
+        callable_ = {one.name for one in self.functions}
+        return ((number, one) for number, one in enumerate(self.all) if one.name in callable_)
 
     def for_template(self) -> list[dict[str, Any]] | None:
         """The tools as chat templates expect them."""
@@ -100,17 +107,19 @@ def _name(tool: Any, param: str) -> str:
     raise InvalidRequest(f"{param} holds a tool without a name", param=param)
 
 
-def schemas_of(wish: ToolWish) -> dict[str, Constrained]:
+async def schemas_of(wish: ToolWish, checker: GrammarChecker) -> dict[str, Constrained]:
     """What the arguments of each tool that may be called follow. ``strict`` refuses what is not enforced."""
-    found = {}
-    for number, one in enumerate(wish.all):
-        if one not in wish.functions:
-            continue
+    asked = []
+    for number, one in wish.numbered() if wish.mode != "none" else ():
         schema = one.parameters or _NOTHING
         if not {"type", "$ref", "anyOf", "allOf", "oneOf"} & schema.keys():
             schema = {"type": "object", **schema}
-        found[one.name] = json_schema(schema, f"tools[{number}].function.parameters", strict=bool(one.strict))
-    return found
+        asked.append((one.name, (schema, f"tools[{number}].function.parameters", bool(one.strict))))
+    answers = await checker.enforceable([question for _, question in asked])
+    return {
+        name: Constrained(ConstraintSpec("json_schema", text), param, warnings)
+        for (name, (_, param, _)), (text, warnings) in zip(asked, answers)
+    }
 
 
 # --- models whose template knows no tools ------------------------------------------------------------

@@ -113,10 +113,10 @@ def _schemas(arguments: dict[str, Constrained]) -> dict[str, Any]:
 def _free_texts(format: Format, wish: ToolWish) -> list[str]:
     """Limits on texts that a tagged format cannot be held to: refused under strict, else warned of."""
     warnings = []
-    for number, one in enumerate(wish.all):
-        found = free_strings(format, one.parameters) if one in wish.functions else []
+    for number, one in wish.numbered():
+        found = free_strings(format, one.parameters)
         param = f"tools[{number}].function.parameters"
-        if one in wish.functions and not writable(format, one.parameters or {}):
+        if not writable(format, one.parameters or {}):
             raise InvalidRequest(
                 f"{param} cannot be written in this model's call format, which knows named properties only: "
                 "use type object with properties at the root",

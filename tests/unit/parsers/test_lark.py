@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from headrace.serving.grammar_child import ByteVocabulary
+from headrace.execution.constraints.judge_child import ByteVocabulary
 from headrace.serving.parsers.formats import TOOLS as FORMATS
 from headrace.serving.parsers.formats import build
 from headrace.serving.parsers.grammar import Format

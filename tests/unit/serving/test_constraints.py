@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from headrace.errors import InvalidRequest
+from headrace.execution.constraints.schema_report import read_schema
 from headrace.serving.constraints import json_schema
 from headrace.serving.grammars import GrammarChecker
-from headrace.serving.schema_report import read_schema
 from headrace.types import ConstraintSpec
 from support.serving import events, live, says, scripted_model
 
@@ -239,7 +239,7 @@ def test_a_child_that_hangs_or_dies_costs_its_own_request(loop: Any) -> None:
         checker = GrammarChecker(seconds=0.3, children=1)
         good = ConstraintSpec("regex", "a+")
         await checker.check(good, "p")
-        child = checker._children[0]
+        child = checker._judges[0]
         assert child._process is not None
         import os
         import signal
@@ -248,7 +248,7 @@ def test_a_child_that_hangs_or_dies_costs_its_own_request(loop: Any) -> None:
         with pytest.raises(InvalidRequest, match=r"over 0\.3 s"):
             await checker.check(ConstraintSpec("regex", "b+"), "p")
         await checker.check(ConstraintSpec("regex", "b+"), "p")  # not held against it
-        os.kill(checker._children[0]._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        os.kill(checker._judges[0]._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
         await asyncio.sleep(0.1)
         assert "leaves" in await checker.match(good, "ab")
         assert not await checker.match(good, "aaa")

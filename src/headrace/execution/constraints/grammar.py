@@ -25,6 +25,7 @@ LIMITS: dict[str, Any] = {
     "step_max_items": 50_000,
     "max_lexer_states": 50_000,
     "max_grammar_size": 200_000,
+    "verbose_errors": False,
 }
 
 
@@ -45,14 +46,16 @@ def grammar_of(spec: ConstraintSpec) -> str:
                 LLMatcher.grammar_from_json_schema(spec.text or '{"type": "object"}', defaults=_JSON_DEFAULTS)
             )
         case "json_schema":
-            schema = _json(spec)
-            if not isinstance(schema, (dict, bool)):
-                raise _invalid(f"a JSON schema is an object or a boolean, not {type(schema).__name__}")
-            if schema is False:
-                raise _invalid("the JSON schema cannot be enforced: false allows nothing")
-            schema = {} if schema is True else schema  # options need an object
+            text = spec.text
+            if not text.startswith("{"):  # else the compiler reads it anyway
+                schema = _json(spec)
+                if not isinstance(schema, (dict, bool)):
+                    raise _invalid(f"a JSON schema is an object or a boolean, not {type(schema).__name__}")
+                if schema is False:
+                    raise _invalid("the JSON schema cannot be enforced: false allows nothing")
+                text = "{}" if schema is True else json.dumps(schema)  # options need an object
             try:
-                return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON_DEFAULTS))
+                return str(LLMatcher.grammar_from_json_schema(text, defaults=_JSON_DEFAULTS))
             except ValueError as error:
                 raise _invalid(f"the JSON schema cannot be enforced: {error}") from error
         case "regex":

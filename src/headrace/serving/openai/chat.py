@@ -15,6 +15,7 @@ from headrace.serving.body import read
 from headrace.serving.call import Call, open_call
 from headrace.serving.constraints import constrain
 from headrace.serving.exchange import current
+from headrace.serving.grammars import GrammarChecker
 from headrace.serving.openai.chat_answer import ChatAnswer
 from headrace.serving.openai.generate import answer
 from headrace.serving.openai.sampling import check_stream, num_choices, sampling_params
@@ -23,7 +24,7 @@ from headrace.serving.parsers.choose import thinking_of
 from headrace.serving.tools import ToolWish, describe, schemas_of, tool_wish
 from headrace.serving.turns import TurnPlan, plan_turn
 from headrace.serving.verify import Verifier
-from headrace.types import SamplingParams
+from headrace.types import ConstraintSpec, SamplingParams
 
 __all__ = ["Prepared", "chat_completions", "message_text", "prepare", "render"]
 
@@ -68,9 +69,7 @@ async def prepare(body: ChatRequest, call: Call) -> Prepared:
     wish = tool_wish(body)
     if wish.mode != "none" and format.tools is None and format.channels is None:
         raise Unprocessable("this server was started with tool_call_parser 'none'", param="tools")
-    arguments = schemas_of(wish) if wish.mode != "none" else {}
-    for one in arguments.values():
-        await grammars.check(one.spec, one.param)
+    arguments = await schemas_of(wish, grammars)
     wanted = await constrain(body, grammars)
     if wanted is not None and wish.mode == "forced":
         wanted = None  # a turn of calls has no content
@@ -79,6 +78,7 @@ async def prepare(body: ChatRequest, call: Call) -> Prepared:
     continued = message_text(body.messages[-1]) if body.continue_final_message else None
     thinking = thinking_of(format, prompt.text or "", continued)
     plan = plan_turn(format, thinking, wish, arguments, wanted, engine, budget=body.thinking_token_budget)
+    constraint = await _judged(plan, grammars)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     params = sampling_params(
         body,
@@ -86,9 +86,28 @@ async def prepare(body: ChatRequest, call: Call) -> Prepared:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         max_tokens=getattr(body, limit),
         limit=limit,
-        constraint=plan.spec,
+        constraint=constraint,
     )
     return Prepared(prompt, params, plan, Verifier(grammars, wanted, plan))
+
+
+async def _judged(plan: TurnPlan, grammars: GrammarChecker) -> ConstraintSpec | None:
+    """What the engine gets, found to compile; raises InvalidRequest naming the tool whose schema does not."""
+    spec = plan.spec
+    if spec is not None and spec.judged is None:
+        try:
+            return await grammars.check(spec, "tools")
+        except InvalidRequest:
+            await _check_each(plan, grammars)
+            raise
+    if not plan.enforced:
+        await _check_each(plan, grammars)
+    return spec
+
+
+async def _check_each(plan: TurnPlan, grammars: GrammarChecker) -> None:
+    for one in plan.arguments.values():
+        await grammars.check(one.spec, one.param)
 
 
 async def render(body: ChatRequest, engine: AsyncEngine, wish: ToolWish, allow_template: bool) -> Prompt:

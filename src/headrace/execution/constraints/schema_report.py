@@ -14,7 +14,7 @@ import msgspec
 
 from headrace.errors import InvalidRequest
 
-__all__ = ["ANNOTATIONS", "ENFORCED", "FORMATS", "UNENFORCED", "Report", "read_schema"]
+__all__ = ["ANNOTATIONS", "ENFORCED", "FORMATS", "UNENFORCED", "Report", "enforceable", "read_schema"]
 
 ENFORCED = frozenset(
     [
@@ -153,6 +153,22 @@ class Report(msgspec.Struct, frozen=True):
         if not self.unenforced or not isinstance(self.schema, dict):
             return self.schema
         return {**self.schema, "x-guidance": {"lenient": True, "coerce_one_of": True}}
+
+
+def enforceable(schema: Any, param: str, *, strict: bool) -> tuple[str, tuple[str, ...]]:
+    """What the compiler gets, as JSON, and warnings of what is not enforced.
+
+    Raises InvalidRequest (``param``) for what is no schema, and under ``strict`` for keywords that are not enforced.
+    """
+    report = read_schema(schema, param)
+    if report.unenforced and strict:
+        raise InvalidRequest(
+            f"{param} cannot be enforced strictly: {report.sentence}; leave it out or set strict to false",
+            param=param,
+            code="unenforced_keyword",
+        )
+    warnings = (f"{param}: not enforced: {report.sentence}",) if report.unenforced else ()
+    return json.dumps(report.lenient()), warnings
 
 
 def read_schema(schema: Any, param: str) -> Report:

@@ -1,0 +1,171 @@
+"""Grammars are first compiled in a child process that can be killed: bounds of time and memory that hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from typing import Any
+
+import msgspec
+
+from headrace.errors import InvalidRequest
+from headrace.types import ConstraintSpec, Judged
+
+__all__ = ["Judge"]
+
+_MEMORY_BYTES = 2 << 30
+_START_SECONDS = 10.0
+_PATIENCE = 5.0
+_PIECE = 1 << 16
+
+
+class Judge:
+    """One child process, one job at a time; started when first needed and after every death.
+
+    Not thread-safe: its owner asks from one thread at a time.
+
+    Args:
+        seconds: of processor time that one job may take; on the clock five times as long, since the child stands
+            back behind all other work.
+        memory_bytes: address space of the child.
+    """
+
+    def __init__(self, *, seconds: float = 2.0, memory_bytes: int = _MEMORY_BYTES) -> None:
+        self.seconds = seconds
+        self._memory = memory_bytes
+        self._process: subprocess.Popen[bytes] | None = None
+        self._num_jobs = 0
+        self._closed = False
+
+    def check(self, spec: ConstraintSpec) -> Judged:
+        """What compiling costs. Raises InvalidRequest (``response_format``) when the grammar is not to be enforced."""
+        try:
+            answer = self._ask({"check": [spec.kind, spec.text]})
+        except TimeoutError:
+            raise _too_costly(f"the {spec.kind} takes over {self.seconds:g} s to compile") from None
+        except (EOFError, OSError):
+            raise _too_costly(f"the {spec.kind} takes more memory to compile than allowed") from None
+        if isinstance(answer, str):
+            raise InvalidRequest(answer, param="response_format", code="invalid_grammar")
+        return Judged(*answer)
+
+    def match(self, spec: ConstraintSpec, text: str) -> str:
+        """Empty when the text follows the grammar, else how it does not. Raises TimeoutError, EOFError or OSError."""
+        return str(self._ask({"match": [spec.kind, spec.text, text]}))
+
+    def enforceable(self, schemas: list[tuple[Any, str, bool]]) -> list[tuple[str, tuple[str, ...]]]:
+        """`schema_report.enforceable` of each (schema, param, strict)."""
+        try:
+            answer = self._ask({"enforceable": schemas})
+        except (TimeoutError, EOFError, OSError) as error:
+            raise _too_costly(f"the schema cannot be read in {self.seconds:g} s") from error
+        if isinstance(answer, dict):
+            raise InvalidRequest(answer["message"], param=answer["param"], code=answer["code"])
+        return [(text, tuple(warnings)) for text, warnings in answer]
+
+    def close(self) -> None:
+        """End the child for good, whatever it does; from any thread."""
+        self._closed = True
+        self._drop()
+
+    def _drop(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _ask(self, question: dict[str, Any]) -> Any:
+        job = msgspec.json.encode(question) + b"\n"
+        while True:
+            used = self._num_jobs > 0
+            try:
+                return json.loads(self._exchange(job))
+            except BaseException as error:
+                self._drop()  # else its answer would be taken for the next job's
+                died = isinstance(error, (EOFError, OSError)) and not isinstance(error, TimeoutError)
+                if not died or not used or self._closed:
+                    raise
+                # It may have died of what it kept of earlier jobs: once more, in a fresh one.
+                self._num_jobs = 0
+
+    def _exchange(self, job: bytes) -> bytes:
+        if self._process is None or self._process.poll() is not None:
+            self._drop()
+            self._process = self._start()
+            self._num_jobs = 0
+            self._talk(self._process, b"", _START_SECONDS)  # it says when it is there
+        self._num_jobs += 1
+        return self._talk(self._process, job, self.seconds)
+
+    def _talk(self, process: subprocess.Popen[bytes], job: bytes, seconds: float) -> bytes:
+        """Write a line, read a line."""
+        assert process.stdin is not None and process.stdout is not None
+        clock = _Clock(process.pid, seconds)
+        answer, left = bytearray(), memoryview(job)
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            if left:
+                selector.register(process.stdin, selectors.EVENT_WRITE)
+            while not answer.endswith(b"\n"):
+                for key, _ in selector.select(clock.left()):
+                    if key.fileobj is process.stdin:
+                        left = left[os.write(key.fd, left[:_PIECE]) :]
+                        if not left:
+                            selector.unregister(process.stdin)
+                        continue
+                    piece = os.read(key.fd, _PIECE)
+                    if not piece:
+                        raise EOFError
+                    answer += piece
+        return bytes(answer)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._closed:
+            raise OSError("closed")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "headrace.execution.constraints.judge_child", str(self._memory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        assert process.stdin is not None and process.stdout is not None
+        os.set_blocking(process.stdin.fileno(), False)
+        return process
+
+
+def _too_costly(reason: str) -> InvalidRequest:
+    return InvalidRequest(f"{reason}; make it smaller", param="response_format", code="costly_grammar")
+
+
+class _Clock:
+    """How long a job may still take: on the clock, and of its process's own time where the system tells."""
+
+    def __init__(self, pid: int, seconds: float) -> None:
+        self._pid = pid
+        self._seconds = seconds
+        self._before = self._used()
+        self._deadline = time.monotonic() + seconds * _PATIENCE
+
+    def left(self) -> float:
+        """Seconds until it is worth asking again. Raises TimeoutError when the time is up."""
+        used, now = self._used() - self._before, time.monotonic()
+        if used >= self._seconds or now >= self._deadline:
+            raise TimeoutError
+        return min(self._seconds - used, self._deadline - now)
+
+    def _used(self) -> float:
+        try:
+            with open(f"/proc/{self._pid}/stat") as file:
+                user, system = file.read().rpartition(")")[2].split()[11:13]
+        except OSError:
+            return 0.0
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
