@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.execution.sampler import Masks, Sampler, race_keys, race_times
+from headrace.execution.sampler import Masks, Sampler, race_keys
+from headrace.kernels.sampling import forbid_rows
+from headrace.kernels.sampling.reference import race_times
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.table import BlockTable
 from headrace.scheduling.plan import Chunk
@@ -145,10 +147,14 @@ def test_penalties_equal_their_definitions() -> None:
     sampled = sampler.sample(adjusted, [c])
     assert torch.allclose(adjusted[0], expected, atol=1e-5)
     assert sampled.tokens.tolist() == [int(expected.argmax())]
-    own = sampled.logprobs[0][0]
-    assert float(own) == pytest.approx(
+    assert sampled.scored == [0]
+    assert sampled.scores is not None
+    (entry,) = sampled.scores.read(sampled.tokens.tolist())
+    assert entry.logprob == pytest.approx(
         float(torch.log_softmax(logits[0], -1)[int(expected.argmax())]), abs=1e-5
     )
+    assert entry.rank == int((logits[0] > logits[0, entry.token_id]).sum()) + 1
+    assert len(entry.top) == 1
 
 
 def test_masks_forbid() -> None:
@@ -165,7 +171,7 @@ def test_masks_forbid() -> None:
     assert tokens[1] in (5, 9, 63)
     assert tokens[0] in (5, 9)
     masked = logits.clone()
-    masks.forbid(masked)
+    forbid_rows(masked, masks.rows, masks.bits)
     assert torch.isfinite(masked[0]).nonzero()[:, 0].tolist() == [5, 9]
     assert torch.isfinite(masked[1]).nonzero()[:, 0].tolist() == [5, 9, 63]
     best = masked[1].argmax()

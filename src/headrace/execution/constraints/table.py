@@ -93,7 +93,7 @@ class ConstraintTable:
             except HeadraceError as error:
                 failed.append((sequence, error.message))
         uploaded = host.to(self._device, non_blocking=True)
-        return Masks(uploaded[rows * words :].long(), uploaded[: rows * words].view(rows, words)), failed
+        return Masks(uploaded[rows * words :], uploaded[: rows * words].view(rows, words)), failed
 
     def _fill(self, constraints: list[Constraint], bits: np.ndarray) -> None:
         """Masks of many grammars in parallel, outside Python's lock, into rows of ``bits``."""
