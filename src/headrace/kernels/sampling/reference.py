@@ -11,6 +11,7 @@ __all__ = ["draw_rows", "edit_rows", "forbid_rows", "race_times", "score_rows", 
 
 _GOLDEN = -1640531535  # 2^32 over the golden ratio, as int32
 _MAX_ID = (1 << 32) - 1
+_AT_ONCE = 1 << 23  # logits that are filtered and drawn from at once
 _CANDIDATES = 512  # most likely tokens looked at before a full sort is paid for
 
 
@@ -38,13 +39,12 @@ def draw_rows(
     logits: Tensor, draws: Draws, *, last_tokens: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
     tokens = _argmax(logits)
-    drawn = draws.temperature.nonzero()[:, 0]
-    if len(drawn):
-        scaled = logits[drawn] / draws.temperature[drawn].clamp(min=1e-5)[:, None]
+    for some in draws.temperature.nonzero()[:, 0].split(max(1, _AT_ONCE // logits.shape[1])):
+        scaled = logits[some] / draws.temperature[some].clamp(min=1e-5)[:, None]
         if draws.any_top_k or draws.any_top_p or draws.any_min_p:
-            floor = _floor(scaled, draws.top_k[drawn], draws.top_p[drawn], draws.min_p[drawn])
+            floor = _floor(scaled, draws.top_k[some], draws.top_p[some], draws.min_p[some])
             scaled.masked_fill_(scaled < floor[:, None], -torch.inf)
-        tokens[drawn] = _argmax(scaled.sub_(race_times(draws.keys[drawn], logits.shape[1]).log_()))
+        tokens[some] = _argmax(scaled.sub_(race_times(draws.keys[some], logits.shape[1]).log_()))
     if last_tokens is not None:
         assert rows is not None
         last_tokens[rows.long()] = tokens
