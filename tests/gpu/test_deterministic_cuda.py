@@ -28,7 +28,7 @@ VOCAB = 1003
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 256,
-    "intermediate_size": 448,
+    "intermediate_size": 1152,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
@@ -158,7 +158,7 @@ def test_families(family: str, sampled: bool) -> None:
             assert core.scheduler.prefix_hits > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_alone_or_among_256(dtype: torch.dtype) -> None:
     model = build_model("qwen3", dtype)
     requests = make_requests(256, 60, 16, dtype == torch.bfloat16)

@@ -73,7 +73,7 @@ def _fixed(x_ptr, x_row, w_ptr, out_ptr, bias_ptr, parts_ptr, arrivals_ptr, M, N
     x_at = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * x_row + cols[:, None]
     lo = split * span
     if PDL:
-        lines = tl.arange(0, BK // 64) * 64
+        lines = tl.arange(0, BK // 32) * 32
         ahead = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + lines[None, :]
         for k in range(lo, tl.minimum(tl.minimum(lo + span, K), lo + 4 * BK), BK):
             prefetch_l2(ahead + k)
@@ -114,7 +114,7 @@ def _num_spans(n: int, k: int) -> int:
 
 def _tile(num_rows: int, k: int, itemsize: int) -> _Tile:
     if INTERPRETED or itemsize == 4 or k < _GRAIN:
-        return _Tile(64 if num_rows > 16 else 16, 64, 64, 4, 3)
+        return _Tile(32 if num_rows > 16 else 16, 64, 64 if itemsize < 4 else 32, 4, 2)
     if num_rows > 256:
         return _Tile(128, 128, 64, 8, 3)
     bm = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
