@@ -134,12 +134,12 @@ def _limit(norms_ptr, share, row, NC, LANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["level"])
 def _descent(logits_ptr, logits_row, temperature_ptr, top_k_ptr, top_p_ptr, peaks_ptr, norms_ptr, kept_ptr,
-             prefixes_ptr, before_ptr, parts_ptr, V, NC, level, MASS: tl.constexpr, RESTRICTED: tl.constexpr,
-             CHUNK: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """parts[row, chunk, digit] = tokens (MASS: or their probabilities) nearer than each edge of this level.
+             prefixes_ptr, before_ptr, parts_ptr, V, NC, level, MASS: tl.constexpr, CHUNK: tl.constexpr,
+             LANES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """parts[row, chunk, digit] = tokens (MASS: the probabilities of those that top-k kept) nearer than each edge.
 
-    ``prefixes`` int32 [P, 8]: the distance that each level starts from. RESTRICTED: only tokens that top-k kept
-    count, ``kept`` int32 [P, 8] being the prefixes of its descent, complete in the last column.
+    ``prefixes`` int32 [P, 8]: the distance that each level starts from, and at last the largest one that is kept;
+    ``kept``: those of top-k.
     """
     if PDL:
         gdc_launch_dependents()
@@ -175,10 +175,9 @@ def _descent(logits_ptr, logits_row, temperature_ptr, top_k_ptr, top_p_ptr, peak
             peak = _peak(peaks_ptr, row, NC, LANES)
             far, distance = _distances(x, peak, temperature)
             counts = x > float("-inf")
-            if RESTRICTED:
-                counts = counts & (distance <= tl.load(kept_ptr + row * 8 + 7))
             weight = tl.where(counts, 1.0, 0.0)
             if MASS:
+                counts = counts & (distance <= tl.load(kept_ptr + row * 8 + 7))
                 weight = tl.where(counts, tl.exp(-far), 0.0)
                 if level == 0:
                     tl.store(norms_ptr + row * NC + chunk, tl.sum(weight, 0))
@@ -228,8 +227,8 @@ def _arrival(token, key, key2):
 
 @triton.jit
 def _race(logits_ptr, logits_row, temperature_ptr, min_p_ptr, keys_ptr, peaks_ptr, by_count_ptr, by_mass_ptr, tops_ptr,
-          best_ptr, V, NC, FILTERED: tl.constexpr, COUNT: tl.constexpr, MASS: tl.constexpr, CHUNK: tl.constexpr,
-          LANES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          best_ptr, V, NC, FILTERED: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
     """The winner of each chunk."""
     if PDL:
         gdc_launch_dependents()
@@ -244,11 +243,8 @@ def _race(logits_ptr, logits_row, temperature_ptr, min_p_ptr, keys_ptr, peaks_pt
         value -= _arrival(i, tl.load(keys_ptr + 2 * row), tl.load(keys_ptr + 2 * row + 1))
         if FILTERED:
             far, distance = _distances(x, _peak(peaks_ptr, row, NC, LANES), temperature)
-            keep = -far >= tl.log(tl.load(min_p_ptr + row))
-            if COUNT:
-                keep = keep & (distance <= tl.load(by_count_ptr + row * 8 + 7))
-            if MASS:
-                keep = keep & (distance <= tl.load(by_mass_ptr + row * 8 + 7))
+            farthest = tl.minimum(tl.load(by_count_ptr + row * 8 + 7), tl.load(by_mass_ptr + row * 8 + 7))
+            keep = (distance <= farthest) & (-far >= tl.log(tl.load(min_p_ptr + row)))
             value = tl.where(keep, value, float("-inf"))
         x = value
     x = tl.where(bad, float("inf"), x)
@@ -267,12 +263,15 @@ class _Search:
         self.shape = {"CHUNK": _CHUNK, "LANES": triton.next_power_of_2(self.chunks)}
         self.options = launch_options(logits.device, 4, 1)
 
-        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(num, *sizes, dtype=dtype, device=logits.device)
+        def empty(*sizes: int) -> Tensor:
+            return torch.empty(num, *sizes, dtype=torch.float32, device=logits.device)
 
         self.peaks, self.norms = empty(self.chunks), empty(self.chunks)
         self.parts = (empty(self.chunks, 16), empty(self.chunks, 16))
-        self.by_count, self.by_mass = empty(8, dtype=torch.int32), empty(8, dtype=torch.int32)
+        # The prefixes of both descents; without one, all tokens are kept.
+        self.by_count, self.by_mass = torch.full(
+            (2, num, 8), _FARTHEST.value, dtype=torch.int32, device=logits.device
+        )
         grid = (num, self.chunks)
         _peaks[grid](logits, logits.stride(0), self.peaks, vocab, CHUNK=_CHUNK, **self.options)
         if draws.any_top_k:
@@ -290,7 +289,7 @@ class _Search:
             _descent[(num, self.chunks)](
                 logits, logits.stride(0), draws.temperature, draws.top_k, draws.top_p, self.peaks, self.norms,
                 self.by_count, prefixes, before, parts, vocab, self.chunks, level, MASS=mass,
-                RESTRICTED=mass and draws.any_top_k, **self.shape, **self.options,
+                **self.shape, **self.options,
             )  # fmt: skip
         _conclude[(num,)](
             draws.top_k, draws.top_p, self.norms, prefixes, self.parts[_LEVELS % 2], self.chunks, MASS=mass,
@@ -312,7 +311,7 @@ def draw_rows(
     _race[(num, chunks)](
         logits, logits.stride(0), draws.temperature, draws.min_p, draws.keys, tops if search is None else search.peaks,
         best if search is None else search.by_count, best if search is None else search.by_mass, tops, best, vocab,
-        chunks, FILTERED=search is not None, COUNT=draws.any_top_k, MASS=draws.any_top_p, CHUNK=_CHUNK,
+        chunks, FILTERED=search is not None, CHUNK=_CHUNK,
         LANES=triton.next_power_of_2(chunks), **launch_options(logits.device, 4, 1),
     )  # fmt: skip
     return reduce_best(tops, best, last_tokens=last_tokens, rows=rows)
