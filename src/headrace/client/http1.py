@@ -24,7 +24,7 @@ Sink = Callable[[bytes], None]
 class Reply:
     """A whole reply. ``body`` is decoded from any content-encoding."""
 
-    __slots__ = ("body", "head", "seconds", "status", "stream")
+    __slots__ = ("body", "head", "seconds", "status", "stream", "value")
 
     def __init__(self, status: int, head: bytes, body: bytes) -> None:
         self.status = status
@@ -32,6 +32,7 @@ class Reply:
         self.body = body
         self.seconds = 0.0
         self.stream: Any = None  # what took a streamed body
+        self.value: Any = None  # what a whole 2xx reply was parsed to
 
     @property
     def ok(self) -> bool:
@@ -80,6 +81,7 @@ class Connection(asyncio.BufferedProtocol):
         "_lost",
         "_method",
         "_pending",
+        "_ready",
         "_sink",
         "_status",
         "closed",
@@ -100,17 +102,25 @@ class Connection(asyncio.BufferedProtocol):
     # -- the requester's side -------------------------------------------------------------------------
 
     def request(
-        self, data: bytes, *, method: str = "POST", sink: Sink | None = None
+        self,
+        data: bytes,
+        *,
+        method: str = "POST",
+        sink: Sink | None = None,
+        ready: Callable[[Reply], None] | None = None,
     ) -> asyncio.Future[Reply]:
         """Write a whole request.
 
         Args:
+            ready: called with a whole 2xx reply before anything else is read, so that its body is parsed while it
+                is in the cache and freed before the next one comes; what it raises fails the request.
             method: the reply to HEAD, and 2xx to CONNECT, have no body whatever their headers say.
             sink: receives the pieces of a 2xx body as they come; the Reply's body is then empty.
         """
         self._future = future = self._loop.create_future()
         self._method = method
         self._sink = sink
+        self._ready = ready
         self._head = b""
         self._pending = b""
         self._chunks: list[bytes] = []
@@ -257,10 +267,13 @@ class Connection(asyncio.BufferedProtocol):
             try:
                 if self._encoding not in (b"", b"identity"):
                     body = _decode(self._encoding, body)
+                reply = Reply(self._status, self._head, body)
+                if self._ready is not None and reply.ok:
+                    self._ready(reply)
             except Exception as error:
                 future.set_exception(error)
                 return
-            future.set_result(Reply(self._status, self._head, body))
+            future.set_result(reply)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True

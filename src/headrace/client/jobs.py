@@ -109,11 +109,7 @@ class BatchMethods(Core):
             headers = {"accept": "application/json", **(headers or {})}
             operation = Operation(self._target, preference, total - run.counts.resumed, headers, limit)
             jobs = run.jobs(input_path)
-            answers = operation.stream(
-                jobs, run.answer, width=width, ahead=64 * width, in_thread=True, on_error=run.failure
-            )
-            async for _ in answers:
-                pass
+            await operation.each(jobs, run.answer, width=width, in_thread=True, on_error=run.failure)
             return run.counts
 
     run_batch = sync_face(_run_batch)
