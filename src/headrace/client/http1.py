@@ -49,17 +49,21 @@ class Reply:
         return out
 
 
+_CONNECTION, _ENCODING = b"\r\nconnection:", b"\r\ncontent-encoding:"
+_TRANSFER, _LENGTH = b"\r\ntransfer-encoding:", b"\r\ncontent-length:"
+
+
 def _field(lower: bytes, name: bytes) -> bytes:
     """Value of a header in a lower-cased head; empty when absent. Repeats must agree."""
-    at = lower.find(b"\r\n" + name + b":")
+    at = lower.find(name)
     if at < 0:
         return b""
-    start = at + len(name) + 3
+    start = at + len(name)
     end = lower.find(b"\r\n", start)
     value = lower[start : end if end >= 0 else len(lower)].strip()
-    again = lower.find(b"\r\n" + name + b":", start)
+    again = lower.find(name, start)
     if again >= 0 and _field(lower[again:], name) != value:
-        raise ConnectionFailed(f"the reply holds two different {name.decode()} headers")
+        raise ConnectionFailed(f"the reply holds two different {name[2:-1].decode()} headers")
     return value
 
 
@@ -187,15 +191,15 @@ class Connection(asyncio.BufferedProtocol):
     def _frame(self, head: bytes, status: int) -> None:
         """Where does the body end (RFC 9112, 6.3), and does the connection stay?"""
         lower = head.lower()
-        persistent = b"close" not in _field(lower, b"connection")
-        if head[7:8] == b"0":
-            persistent = b"keep-alive" in _field(lower, b"connection")
-        self._encoding = _field(lower, b"content-encoding")
-        length = _field(lower, b"content-length")
+        persistent = b"close" not in _field(lower, _CONNECTION)
+        if head.startswith(b"HTTP/1.0"):
+            persistent = b"keep-alive" in _field(lower, _CONNECTION)
+        self._encoding = _field(lower, _ENCODING)
+        length = _field(lower, _LENGTH)
         bodiless = self._method == "HEAD" or (self._method == "CONNECT" and status < 300)
         if bodiless or status in (204, 304):
             self._left = 0
-        elif b"chunked" in _field(lower, b"transfer-encoding"):
+        elif b"chunked" in _field(lower, _TRANSFER):
             self._left = _CHUNKED
         elif length:
             if not length.isdigit():

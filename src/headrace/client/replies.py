@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import msgspec
@@ -41,7 +40,7 @@ def in_order(job: Job, rows: list[Any]) -> list[Any]:
     """Rows sorted by index. Raises BadReply unless the indices are exactly those of the inputs sent."""
     if len(rows) != job.items:
         raise BadReply(f"the server answered {len(rows)} inputs of {job.items}")
-    if all(row.index == i for i, row in zip(itertools.count(), rows)):
+    if [row.index for row in rows] == list(range(job.items)):
         return rows
     ordered = sorted(rows, key=lambda row: row.index)
     if any(row.index != i for i, row in enumerate(ordered)):
