@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from headrace.client.endpoints import EndpointPool
 from headrace.client.exceptions import InvalidArgument
 from headrace.client.http1 import Reply
+from headrace.client.logs import show_as_asked
 from headrace.client.operation import Job, Operation, Target
 from headrace.client.payloads import encode, split
 from headrace.client.preference import RequestProcessingPreference
@@ -44,6 +45,7 @@ class Core:
         *,
         processes: int = 1,
     ) -> None:
+        show_as_asked()
         api_key = api_key if api_key is not None else api_key_from_environment()
         if api_key is None:
             raise InvalidArgument(

@@ -80,6 +80,7 @@ class Connection(asyncio.BufferedProtocol):
         "_encoding",
         "_future",
         "_head",
+        "_late",
         "_left",
         "_loop",
         "_lost",
@@ -209,8 +210,11 @@ class Connection(asyncio.BufferedProtocol):
             self._left = _TO_THE_END
             persistent = False
         self._close_after = not persistent
+        self._late = None
         if self._sink is not None and not (200 <= status < 300):
             self._sink = None  # an error's body is kept whole
+        elif self._encoding not in (b"", b"identity"):
+            self._late, self._sink = self._sink, None  # it gets the body when it is whole and decoded
 
     def _take_body(self, data: bytes) -> None:
         left = self._left
@@ -271,6 +275,9 @@ class Connection(asyncio.BufferedProtocol):
             try:
                 if self._encoding not in (b"", b"identity"):
                     body = _decode(self._encoding, body)
+                    if self._late is not None:
+                        self._late(body)
+                        body = b""
                 reply = Reply(self._status, self._head, body)
                 if self._ready is not None and reply.ok:
                     self._ready(reply)
@@ -296,11 +303,28 @@ class Connection(asyncio.BufferedProtocol):
 
 
 def _decode(encoding: bytes, body: bytes) -> bytes:
-    if encoding in (b"gzip", b"x-gzip", b"deflate"):
-        try:
-            return zlib.decompress(body, wbits=47 if encoding != b"deflate" else 15)
-        except zlib.error as error:
-            raise BadReply(f"the reply's {encoding.decode()} body does not decompress: {error}") from None
+    """Undo a content-encoding. Raises BadReply."""
+    try:
+        if encoding in (b"gzip", b"x-gzip"):
+            return zlib.decompress(body, wbits=47)
+        if encoding == b"deflate":
+            return zlib.decompress(body)
+        if encoding == b"zstd":
+            return _unzstd(body)
+    except Exception as error:  # each library has an exception of its own
+        raise BadReply(f"the reply's {encoding.decode()} body does not decompress: {error}") from None
     raise BadReply(
-        f"the reply is encoded as {encoding.decode('latin-1')!r}; the client reads gzip and deflate"
+        f"the reply is encoded as {encoding.decode('latin-1')!r}; the client reads gzip, deflate and zstd"
     )
+
+
+def _unzstd(body: bytes) -> bytes:
+    try:
+        import zstandard
+    except ImportError:
+        raise BadReply("zstd needs a package: pip install 'headrace[zstd]'") from None
+    decompressor = zstandard.ZstdDecompressor().decompressobj()
+    data: bytes = decompressor.decompress(body)
+    if not decompressor.eof:
+        raise ValueError("it is cut short")
+    return data

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +22,9 @@ from headrace.client.expiry import Expiry, TimedOut
 from headrace.client.flow import Flow
 from headrace.client.http1 import Reply
 from headrace.client.limiter import AdaptiveLimit
+from headrace.client.logs import log
 from headrace.client.preference import RequestProcessingPreference
+from headrace.client.redirects import SECRETS, Hop, follow
 from headrace.client.transport import HttpClientWrapper, Origin, split_url
 
 __all__ = ["Job", "Operation", "StreamSink", "Target"]
@@ -257,6 +259,14 @@ class Operation:
                 again = self._retries.take(self._started)
             if not again or retries >= preference.max_retries:
                 raise self._verdict(job, reply, fault, retries)
+            log.debug(
+                "request %s-%d: retry %d of %d after %s",
+                self.request_id,
+                job.index,
+                retries + 1,
+                preference.max_retries,
+                repr(fault) if reply is None else f"status {reply.status}",
+            )
             await asyncio.sleep(_pause(backoff, reply))
             backoff = min(backoff * 4, _MAX_BACKOFF_S)
             retries += 1
@@ -292,6 +302,7 @@ class Operation:
         try:
             await asyncio.wait(racers, timeout=self.preference.hedge_delay)
             if not racers[0].done() and self._hedges.take(self._started):
+                log.info("request %s-%d: a second copy is sent", self.request_id, job.index)
                 other = self.target.pool.pick(avoid=first) if self.target.pool else None
                 racers.append(asyncio.ensure_future(self._attempt(job, other, retry)))
             pending = set(racers)
@@ -321,12 +332,14 @@ class Operation:
         endpoint: Endpoint | None,
         retry: int,
         ready: Callable[[Reply], None] | None = None,
+        hop: Hop | None = None,
     ) -> Reply:
         loop = asyncio.get_running_loop()
         timeout = self.preference.timeout_s
-        origin, head = self._lane(job, endpoint)
-        if self._deadline is not None:
-            timeout = max(0.001, min(timeout, self._deadline - loop.time()))
+        origin, head = self._lane(job, endpoint) if hop is None else self._detour(job, hop)
+        due = self._deadline if hop is None else hop.due
+        if due is not None:
+            timeout = max(0.001, min(timeout, due - loop.time()))
         milliseconds = int(timeout * 1000)
         data = b"%b%b-%d-%d\r\nrequest-timeout-ms: %d\r\nrequest-deadline-ms: %d\r\n%b" % (
             head,
@@ -361,6 +374,14 @@ class Operation:
         self.wrapper.give_back(origin, connection)
         if self._limit is not None:
             self._limit.saw(reply.status, loop.time() - began)
+        if 300 <= reply.status < 400:
+            base = self.target.base_url if endpoint is None else endpoint.base_url
+            url = base + job.path if hop is None else hop.url
+            onwards = follow(reply, url, hop, began + timeout)
+            if onwards is not None:
+                if not onwards.keeps:
+                    job = replace(job, method="HEAD" if job.method == "HEAD" else "GET", body=None)
+                return await self._attempt(job, endpoint, retry, ready, onwards)
         if sink is not None and reply.ok:
             if not sink.complete:
                 raise ConnectionFailed("the stream ended before its last event")
@@ -375,17 +396,26 @@ class Operation:
         key = (base, job.path, job.method)
         lane = self._lanes.get(key)
         if lane is None:
-            origin, path = split_url(base + job.path)
-            target, extra = self.wrapper.target(origin, path)
-            lines = "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
-            if job.body is None:
-                lines = lines.replace("content-type: application/json\r\n", "")
-            head = (
-                f"{job.method} {target} HTTP/1.1\r\nhost: {origin.netloc}\r\n{extra}{lines}"
-                "x-baseten-customer-request-id: "
-            )
-            lane = self._lanes[key] = origin, head.encode("latin-1")
+            lane = self._lanes[key] = self._head(job, base + job.path, self._headers)
         return lane
+
+    def _detour(self, job: Job, hop: Hop) -> tuple[Origin, bytes]:
+        headers = self._headers
+        if not hop.trusted:
+            headers = {name: value for name, value in headers.items() if name not in SECRETS}
+        return self._head(job, hop.url, headers)
+
+    def _head(self, job: Job, url: str, headers: dict[str, str]) -> tuple[Origin, bytes]:
+        origin, path = split_url(url)
+        target, extra = self.wrapper.target(origin, path)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        if job.body is None:
+            lines = lines.replace("content-type: application/json\r\n", "")
+        head = (
+            f"{job.method} {target} HTTP/1.1\r\nhost: {origin.netloc}\r\n{extra}{lines}"
+            "x-baseten-customer-request-id: "
+        )
+        return origin, head.encode("latin-1")
 
     def _common_headers(self, more: dict[str, str]) -> dict[str, str]:
         from headrace import __version__
