@@ -12,9 +12,10 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
+
+import msgspec
 
 from headrace.client.endpoints import Endpoint, EndpointPool
 from headrace.client.exceptions import Cancelled, ConnectionFailed, ErrorResponse, InvalidArgument
@@ -44,8 +45,7 @@ class StreamSink(Protocol):
     def feed(self, data: bytes) -> None: ...
 
 
-@dataclass(slots=True)
-class Job:
+class Job(msgspec.Struct):
     """One request. ``items`` of the caller's inputs from ``offset`` on travel in it."""
 
     index: int
@@ -57,8 +57,7 @@ class Job:
     sink: Callable[[], StreamSink] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """Where a client's requests go: one base URL or a pool."""
 
     base_url: str
@@ -380,7 +379,9 @@ class Operation:
             onwards = follow(reply, url, hop, began + timeout)
             if onwards is not None:
                 if not onwards.keeps:
-                    job = replace(job, method="HEAD" if job.method == "HEAD" else "GET", body=None)
+                    job = msgspec.structs.replace(
+                        job, method="HEAD" if job.method == "HEAD" else "GET", body=None
+                    )
                 return await self._attempt(job, endpoint, retry, ready, onwards)
         if sink is not None and reply.ok:
             if not sink.complete:
