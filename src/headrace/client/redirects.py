@@ -42,10 +42,13 @@ def follow(reply: Reply, url: str, before: Hop | None, due: float) -> Hop | None
     location = reply.headers.get("location") if reply.status in _STATUSES else None
     if location is None:
         return None
-    target = urlsplit(urljoin(url, location))._replace(fragment="").geturl()
     try:
+        named = urlsplit(location)
+        if named.scheme and not named.hostname:  # urljoin would take it for the same host
+            return None
+        target = urlsplit(urljoin(url, location))._replace(fragment="").geturl()
         origin, _ = split_url(target)
-    except InvalidArgument:
+    except (InvalidArgument, ValueError):
         return None
     number = 1 if before is None else before.number + 1
     if number > _MAX_HOPS:

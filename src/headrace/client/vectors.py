@@ -52,6 +52,20 @@ class _PackedEmbeddings(msgspec.Struct, gc=False):
     object: str = "list"
 
 
+class _Place(msgspec.Struct):
+    start: int
+    end: int
+    embed_dtype: str = "float32"
+    endianness: str = "little"
+
+
+class _Metadata(msgspec.Struct):
+    usage: OpenAIUsage
+    model: str = ""
+    data: list[_Place] = []
+
+
+_metadata = msgspec.json.Decoder(_Metadata)
 _embeddings = msgspec.json.Decoder(_Embeddings)
 _packed_embeddings = msgspec.msgpack.Decoder(_PackedEmbeddings)
 
@@ -254,19 +268,18 @@ def _raw_floats(job: Job, reply: Reply) -> Any:
     The header is ``metadata`` (the form of vLLM's ``encoding_format: bytes``); its ``data`` list may be left
     out when all rows have one length and stand in order.
     """
-    metadata = msgspec.json.decode(reply.headers.get("metadata", "{}"))
+    about = _metadata.decode(reply.headers.get("metadata", "{}").encode("latin-1"))
     width, over = divmod(len(reply.body), 4 * job.items)
     if over or not width:
         raise ValueError(f"{len(reply.body)} bytes are not {job.items} rows of float32")
     view = memoryview(reply.body)
     rows = [_PackedRow(i, view[i * width * 4 : (i + 1) * width * 4]) for i in range(job.items)]
-    for row, entry in zip(rows, metadata.get("data", ())):
-        if entry.get("embed_dtype", "float32") != "float32" or entry.get("endianness", "little") == "big":
+    for row, entry in zip(rows, about.data):
+        if entry.embed_dtype != "float32" or entry.endianness == "big":
             raise ValueError("raw embeddings must be little-endian float32")
-        if [entry["start"], entry["end"]] != [row.index * width * 4, (row.index + 1) * width * 4]:
+        if [entry.start, entry.end] != [row.index * width * 4, (row.index + 1) * width * 4]:
             raise ValueError("raw embeddings must stand in order, without gaps")
-    usage = msgspec.convert(metadata.get("usage"), OpenAIUsage)
-    return _PackedEmbeddings(rows, str(metadata.get("model", "")), usage)
+    return _PackedEmbeddings(rows, about.model, about.usage)
 
 
 def float32_bytes(raw: Any, index: int) -> Any:

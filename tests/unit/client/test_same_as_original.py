@@ -410,6 +410,65 @@ def test_ragged_vectors_have_no_array(lib: ModuleType) -> None:
             response.numpy()
 
 
+def found_elsewhere(request: Recorded) -> Reply:
+    """An answer whatever the method: what a GET would find."""
+    data = [{"object": "embedding", "index": 0, "embedding": [1.0]}]
+    usage = {"prompt_tokens": 1, "total_tokens": 1}
+    return Reply({"object": "list", "data": data, "model": request.method, "usage": usage})
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("where", ["/else/where?x=1", "where", "?x=1"])
+def test_redirects(lib: ModuleType, status: int, where: str) -> None:
+    """307 and 308 keep method and body; the others become a GET without one."""
+
+    def handler(request: Recorded) -> Reply:
+        return (
+            found_elsewhere(request) if request.number else Reply(status=status, headers={"location": where})
+        )
+
+    with ScriptedServer(handler) as server:
+        response = client(lib, server).embed(["a"], "m", preference=preference(lib))
+        first, second = server.requests
+    assert second.path == {"w": "/v1/where", "?": "/v1/embeddings?x=1", "/": where}[where[0]]
+    assert response.model == second.method == ("POST" if status > 303 else "GET")
+    assert second.body == (first.body if status > 303 else b"")
+    assert second.headers["authorization"] == "Bearer KEY"
+    assert ("content-type" in second.headers) == (status > 303)
+
+
+def test_redirects_to_another_host_lose_the_key(lib: ModuleType) -> None:
+    with ScriptedServer(found_elsewhere) as other:
+        back = Reply(status=307, headers={"location": other.url + "/v1/x"})
+        with ScriptedServer(lambda request: back) as server:
+            wanted = preference(lib, extra_headers={"cookie": "a=b", "x-other": "kept"})
+            client(lib, server).embed(["a"], "m", preference=wanted)
+            assert server.requests[0].headers["cookie"] == "a=b"
+        (request,) = other.requests
+    assert request.body
+    assert request.headers["host"] == other.url.removeprefix("http://")
+    assert "authorization" not in request.headers
+    assert "cookie" not in request.headers
+    assert request.headers["x-other"] == "kept"
+
+
+def test_redirects_that_end_nowhere(lib: ModuleType) -> None:
+    """Ten are followed; that is a network fault then, so its first retry is free."""
+    with ScriptedServer(lambda request: Reply(status=308, headers={"location": "/x"})) as server:
+        with pytest.raises(ValueError):
+            client(lib, server).embed(["a"], "m", preference=preference(lib, max_retries=1))
+        assert len(server.requests) == 22
+
+
+@pytest.mark.parametrize("headers", [{}, {"location": "http://"}, {"location": "http://[x/"}], ids=str)
+def test_redirects_without_an_address(lib: ModuleType, headers: dict[str, str]) -> None:
+    with ScriptedServer(lambda request: Reply(status=302, headers=headers)) as server:
+        with pytest.raises(requests.exceptions.HTTPError) as caught:
+            client(lib, server).embed(["a"], "m", preference=preference(lib))
+        assert caught.value.args[0] == 302
+        assert len(server.requests) == 1
+
+
 BAD_PREFERENCES: list[dict[str, Any]] = [
     {"max_concurrent_requests": 0},
     {"max_concurrent_requests": 1025},
