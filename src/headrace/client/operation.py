@@ -214,7 +214,7 @@ class Operation:
         begun = time.perf_counter()
         self._started += 1
         backoff = preference.initial_backoff_ms / 1000.0
-        retries = connect_retries = network_faults = 0
+        retries = connect_retries = 0
         stale = False
         endpoint: Endpoint | None = None
 
@@ -248,10 +248,9 @@ class Operation:
                     stale = True  # an idle connection died under us: not the server's answer to this request
                     continue
                 fault = error
-                network_faults += 1
                 connect_retries += error.connecting
                 again = connect_retries <= _CONNECT_RETRIES and (
-                    network_faults == 1 or self._retries.take(self._started)
+                    retries == 0 or self._retries.take(self._started)
                 )
             except TimedOut as error:
                 fault = error

@@ -469,6 +469,72 @@ def test_redirects_without_an_address(lib: ModuleType, headers: dict[str, str]) 
         assert len(server.requests) == 1
 
 
+def outcome(lib: ModuleType, script: list[Reply], wanted: dict[str, Any]) -> tuple[Any, int]:
+    """What a call of one request ends with, and how often it is sent, when the server answers as the script says
+    and well afterwards."""
+    replies = iter(script)
+    with ScriptedServer(lambda request: next(replies, None) or embeddings(request)) as server:
+        try:
+            found = client(lib, server).embed(["abc"], "m", preference=preference(lib, **wanted))
+            result: Any = found.numpy().tolist()
+        except requests.exceptions.RequestException as error:
+            result = type(error).__name__, error.args[0]
+        except ValueError:
+            result = "ValueError"
+        return result, len(server.requests)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_script_has_the_same_outcome(seed: int) -> None:
+    """Faults at random, in any order: both send the request as often and end alike.
+
+    (Each on a new connection: of a kept one that dies, ours sends the request again without counting that.)
+    """
+    original = pytest.importorskip("baseten_performance_client")
+    import headrace.client as ours
+
+    rng = random.Random(seed)
+    faults = [Reply(status=status, close=True) for status in (408, 409, 429, 500, 502, 503)]
+    faults += [Reply(fault="reset"), Reply(fault="close"), Reply(fault="silent")]
+    fatal = [Reply(status=400), Reply({"error": "no"}, status=401), Reply(b"{nope"), Reply(status=304)]
+    script = [rng.choice(faults) for _ in range(rng.choice((1, 2, 2, 3)))]
+    script += [rng.choice(fatal) for _ in range(rng.random() < 0.3)]
+    wanted = {
+        "timeout_s": 0.3,
+        "max_retries": rng.choice((1, 2, 5)),
+        "retry_budget_pct": rng.choice((0.0, 0.05, 3.0)),
+        "non_retryable_status_codes": rng.choice((set(), {502}, {409, 503})),
+    }
+    assert outcome(ours, script, wanted) == outcome(original, script, wanted)
+
+
+def test_slow_and_chunked_bodies(lib: ModuleType) -> None:
+    import json
+
+    def handler(request: Recorded) -> Reply:
+        body = json.dumps(embeddings(request).body).encode()
+        return Reply(chunks=[body[i : i + 9] for i in range(0, len(body), 9)], pause=0.005)
+
+    with ScriptedServer(handler) as server:
+        response = client(lib, server).embed(["x" * n for n in range(20)], "m", preference=preference(lib))
+        assert response.numpy()[:, 0].tolist() == list(range(20))
+
+
+def test_hedged_requests_are_counted_once(lib: ModuleType) -> None:
+    """Every request is hedged and both copies answer at nearly the same time: nothing is doubled in the result."""
+
+    def handler(request: Recorded) -> Reply:
+        first = sum(request.body == other.body for other in server.requests) == 1
+        return Reply(embeddings(request).body, delay=0.16 if first else 0.06)
+
+    with ScriptedServer(handler) as server:
+        wanted = preference(lib, batch_size=2, hedge_delay=0.1, hedge_budget_pct=3.0)
+        response = client(lib, server).embed(["x" * n for n in range(40)], "m", preference=wanted)
+        assert len(server.requests) == 40
+    assert response.numpy()[:, 0].tolist() == list(range(40))
+    assert response.usage.total_tokens == 40
+
+
 BAD_PREFERENCES: list[dict[str, Any]] = [
     {"max_concurrent_requests": 0},
     {"max_concurrent_requests": 1025},
