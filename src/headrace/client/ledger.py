@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from headrace.client.exceptions import InvalidArgument
+from headrace.client.lines import full_lines
 
 __all__ = ["BatchLine", "IdSet", "Ledger", "read_lines", "scan"]
 
@@ -71,26 +72,23 @@ def _hash(name: str) -> int:
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, BatchLine]]:
     """(line number from 1, line) of a batch input file; empty lines are skipped. Raises InvalidArgument."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                line = _line.decode(raw)
-            except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-                raise InvalidArgument(f"{path}, line {number}: {error}") from None
-            if not line.custom_id:
-                raise InvalidArgument(f"{path}, line {number}: custom_id is empty", param="custom_id")
-            if line.method != "POST":
-                raise InvalidArgument(
-                    f"{path}, line {number}: method is {line.method!r}; expected POST", param="method"
-                )
-            if not line.url.startswith("/") or line.url.startswith("//"):
-                raise InvalidArgument(
-                    f"{path}, line {number}: url is {line.url!r}; expected a path such as /v1/chat/completions",
-                    param="url",
-                )
-            yield number, line
+    for number, raw in full_lines(path):
+        try:
+            line = _line.decode(raw)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise InvalidArgument(f"{path}, line {number}: {error}") from None
+        if not line.custom_id:
+            raise InvalidArgument(f"{path}, line {number}: custom_id is empty", param="custom_id")
+        if line.method != "POST":
+            raise InvalidArgument(
+                f"{path}, line {number}: method is {line.method!r}; expected POST", param="method"
+            )
+        if not line.url.startswith("/") or line.url.startswith("//"):
+            raise InvalidArgument(
+                f"{path}, line {number}: url is {line.url!r}; expected a path such as /v1/chat/completions",
+                param="url",
+            )
+        yield number, line
 
 
 def scan(path: str | os.PathLike[str], urls: frozenset[str] | None = None) -> int:
