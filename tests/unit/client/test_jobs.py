@@ -151,7 +151,7 @@ def test_kill_9_and_resume(tmp_path: Path, seed: int) -> None:
         ('{"custom_id": "a", "url": "/x", "method": "GET", "body": {}}\n', "method"),
         (
             '\n{"custom_id": "a", "url": "/x", "body": {}}\n{"custom_id": "a", "url": "/x", "body": {}}\n',
-            "lines 2 and 3",
+            "line 3: custom_id is 'a', as in line 2",
         ),
         ('{"custom_id": "a", "url": "/y", "body": {}}\n', "/y"),
     ],
