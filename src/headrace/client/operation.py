@@ -236,6 +236,7 @@ class Operation:
                         ready(reply)
                 if reply.ok:
                     value: R = reply.value
+                    reply.value = None  # it may hold the reply: a cycle would live until the next collection
                     return value
                 again = self._retryable(reply.status)
                 patient = self._limit is not None and reply.status == 429 and again

@@ -7,16 +7,18 @@ import gc
 import json
 import random
 import struct
+import weakref
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
-from headrace.client import BadReply
+from headrace.client import BadReply, PerformanceClient, RequestProcessingPreference
 from headrace.client.http1 import Reply
 from headrace.client.operation import Job
 from headrace.client.vectors import Vectors
+from support.scripted_server import ScriptedServer, embeddings
 
 JSON = b"HTTP/1.1 200 OK\r\ncontent-type: application/json"
 PACKED = b"HTTP/1.1 200 OK\r\ncontent-type: application/msgpack"
@@ -136,3 +138,23 @@ def test_raw_floats_carry_model_and_usage_in_a_header() -> None:
     ):
         with pytest.raises(BadReply):
             Vectors(1).take(Job(0, "/", b"", 0, 1), Reply(200, head + broken, b"\0" * 8))
+
+
+def test_streamed_parts_are_freed_without_the_collector() -> None:
+    """No cycles: the memory of a long stream does not wait for the garbage collector."""
+    wanted = RequestProcessingPreference(batch_size=2, max_concurrent_requests=2)
+    parts = []
+    with ScriptedServer(embeddings) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            client = PerformanceClient(server.url, "k")
+            for part in client.embed_stream(["x"] * 400, "m", preference=wanted):
+                parts.append(weakref.ref(part))
+                part.numpy()
+            del part
+            alive = sum(ref() is not None for ref in parts)
+        finally:
+            gc.enable()
+    assert len(parts) == 200
+    assert alive < 10
