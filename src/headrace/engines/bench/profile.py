@@ -19,7 +19,7 @@ __all__ = ["KINDS", "Kernel", "Window", "WindowProfiler", "kind_of"]
 
 # Kernels by what they are for, first match wins.
 KINDS: dict[str, str] = {
-    "attention": r"^_(decode|prefill|packed)|flash|fmha|attention",
+    "attention": r"^_(decode|prefill|packed|fresh)|flash|fmha|attention",
     "linear": r"^_(gemv|skinny)|_linear|gemm|nvjet|cutlass|addmm|aten::mm|xmma|^_scaled|splitKreduce",
     "sampling": r"^_best|topk|sort|softmax|argmax|MaxOps|reduce_kernel",
     "norms, rotary, gates, cache write": r"^_(rms_norm|layer_norm|norm_rope|gate_mul|bias_activate|write_cache|begin)",
