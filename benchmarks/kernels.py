@@ -27,8 +27,9 @@ from benchmarks.common import Recorder, arguments, ceilings, device_name, model_
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
 from headrace.kernels.attention.triton_prefill import prefill_attention
 from headrace.kernels.linear import triton as linear
-from headrace.kernels.linear import tuning
-from headrace.kernels.linear.tuning import GemvShape, Shape, SkinnyShape
+from headrace.kernels.linear import triton_stream, tuning
+from headrace.kernels.linear.triton_stream import Stream
+from headrace.kernels.linear.tuning import GemvShape, StreamShape
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -75,6 +76,8 @@ class Case:
         copies = self.copies
         weights = torch.randn(copies, self.n, self.k, dtype=DTYPE, device=DEVICE) * 0.02
         x = torch.randn(rows, self.k, dtype=DTYPE, device=DEVICE)
+        if rows > 1:
+            return self.make_stream(rows, x, weights)
         options: dict[str, Any] = {}
         if self.norm:
             options["norm"] = (torch.ones(self.k, dtype=DTYPE, device=DEVICE), 1e-6)
@@ -86,6 +89,20 @@ class Case:
             options["residual"] = torch.randn(rows, self.n, dtype=DTYPE, device=DEVICE)
         self.torch_run = lambda i: F.linear(x, weights[i])
         return lambda i: linear.small_linear(x, weights[i], **options)
+
+    def make_stream(self, rows: int, x: Tensor, weights: Tensor) -> Callable[[int], object]:
+        """The same for more rows, where the map before the norm has taken it already."""
+        self.torch_run = lambda i: F.linear(x, weights[i])
+        sums = torch.ones(-(-self.k // 64), rows, dtype=torch.float32, device=DEVICE)
+        stream = Stream(x, x, sums)
+        if self.head:
+            return lambda i: triton_stream.stream_argmax(stream, weights[i], eps=1e-6)
+        if self.residual:
+            to = Stream(*(torch.randn(rows, self.n, dtype=DTYPE, device=DEVICE) for _ in range(2)), sums)
+            gain = torch.ones(self.n, dtype=DTYPE, device=DEVICE)
+            return lambda i: triton_stream.add_linear(x, weights[i], to, gain)
+        gate = "silu" if self.gate else None
+        return lambda i: triton_stream.stream_linear(stream, weights[i], eps=1e-6, gate=gate)
 
     @property
     def copies(self) -> int:
@@ -105,9 +122,9 @@ def cases_of(name: str) -> list[Case]:
     ]
 
 
-def candidates(rows: int, case: Case) -> list[Shape]:
+def candidates(rows: int, case: Case) -> list[GemvShape | StreamShape]:
     """Shapes worth trying."""
-    found: list[Shape] = []
+    found: list[GemvShape | StreamShape] = []
     if rows == 1:
         for bn, bk, warps in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048), (4, 8)):
             per_thread = bn * bk // (32 * warps) * (2 if case.gate else 1)
@@ -115,24 +132,35 @@ def candidates(rows: int, case: Case) -> list[Shape]:
                 found.append(GemvShape(bn, bk, warps, 1))
         return found
     double = 2 if case.gate else 1
-    for bn, bk, splits, stages in itertools.product((64, 128), (64, 128), (1, 2, 4, 8), (3, 4, 5)):
-        shared = stages * (bn * double + rows) * bk * 2
-        programs = -(-case.n // (bn * double)) * splits
+    tall = (64,) if rows == 64 and case.gate else (64, 128)
+    for bm, bn, bk, splits, stages in itertools.product(
+        {min(rows, 128), rows}, tall, (64, 128), (1, 2, 4, 8), (3, 4, 6)
+    ):
+        shared = stages * (bn * double + bm) * bk * 2
+        programs = -(-case.n // (bn * double)) * splits * (rows // bm)
+        warps = 4 if bn * bm * double <= 64 * 128 else 8
+        fits = shared <= (113_000 if bm * bn * double <= 64 * 128 else 225_000) and shared > 30_000
         if (
-            shared <= 113_000
+            fits
+            and bm * bn * double <= 256 * 128
             and case.k // (splits * bk) >= 2
-            and (64 <= programs <= 800 or (case.head and splits == 1))
+            and (60 <= programs <= 800 or (case.head and splits == 1))
         ):
-            found.append(SkinnyShape(rows, bn, bk, splits, 4 if bn == 64 else 8, stages))
+            found.append(StreamShape(bm, bn, bk, splits, warps, stages))
     return found
 
 
-def _rule(rows: int, case: Case) -> Shape:
+def _some(found: list[Any], limit: int) -> list[Any]:
+    """At most ``limit`` of them, evenly spread."""
+    return found if len(found) <= limit else [found[i * len(found) // limit] for i in range(limit)]
+
+
+def _rule(rows: int, case: Case) -> GemvShape | StreamShape:
     """What an unknown GPU would take."""
     unknown = torch.device("cpu")
     if rows == 1:
         return tuning.gemv_shape(unknown, case.n, case.k, case.gate)
-    return tuning.skinny_shape(unknown, rows, case.n, case.k, case.gate)
+    return tuning.stream_shape(unknown, rows, case.n, case.k, case.gate)
 
 
 _compiling = threading.local()
@@ -158,16 +186,19 @@ def compile_all(jobs: list[Callable[[], object]]) -> None:
         list(pool.map(work, jobs))
 
 
-def tune(models: list[str], row_counts: list[int], limit: int, path: Path) -> None:
+def tune(
+    models: list[str], row_counts: list[int], limit: int, path: Path, compile_only: bool = False
+) -> None:
     """Write the fastest shape of every (rows, case) to ``path``, beside what is there."""
     table: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = threading.local()
-    rule = linear._shape
+    rule, stream_rule = linear._shape, triton_stream.stream_shape
     linear._shape = lambda *args: getattr(chosen, "shape", None) or rule(*args)
+    triton_stream.stream_shape = lambda *args: getattr(chosen, "shape", None) or stream_rule(*args)
     for name, rows in itertools.product(models, row_counts):
         prepared = [
-            (case, case.make(rows), [*candidates(rows, case)[:limit], _rule(rows, case)])
+            (case, case.make(rows), [*_some(candidates(rows, case), limit), _rule(rows, case)])
             for case in cases_of(name)
         ]
 
@@ -179,6 +210,8 @@ def tune(models: list[str], row_counts: list[int], limit: int, path: Path) -> No
             return job
 
         compile_all([compile_job(run, shape) for _, run, shapes in prepared for shape in shapes])
+        if compile_only:
+            continue
         for case, run, shapes in prepared:
             results = []
             for shape in shapes:
@@ -190,7 +223,10 @@ def tune(models: list[str], row_counts: list[int], limit: int, path: Path) -> No
                     torch.cuda.synchronize()
             results.sort()
             chosen.shape = None
-            (best, shape), key = results[0], tuning._key(rows, case.n, case.k, case.gate)
+            (best, shape), key = (
+                results[0],
+                ("s" if rows > 1 else "") + tuning._key(rows, case.n, case.k, case.gate),
+            )
             table[key] = list(shape)
             base = graph_seconds(run, case.copies, 7)
             top = " ".join(f"{'/'.join(map(str, s))}={t * 1e6:.1f}" for t, s in results[:4])
@@ -200,7 +236,7 @@ def tune(models: list[str], row_counts: list[int], limit: int, path: Path) -> No
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         del prepared
         torch.cuda.empty_cache()
-    linear._shape = rule
+    linear._shape, triton_stream.stream_shape = rule, stream_rule
     tuning._tuned.cache_clear()
 
 
@@ -209,7 +245,7 @@ def bench_linear(recorder: Recorder, models: list[str]) -> None:
     rates = ceilings()
     for name in models:
         cases, layers = cases_of(name), model_config(name)["num_hidden_layers"]
-        for rows in (1, 4, 16, 32, 64):
+        for rows in (1, 4, 16, 64, 256):
             runs = [case.make(rows) for case in cases]
             total = sum(c.bytes for c in cases[:4]) * layers + cases[4].bytes
 
@@ -303,7 +339,10 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", default=["linear", "decode", "prefill"])
     parser.add_argument("--models", nargs="+", default=["qwen3-0.6b", "qwen3-8b"])
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 32, 64])
+    parser.add_argument(
+        "--compile-only", action="store_true", help="fill Triton's cache for --tune, no timing"
+    )
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 32, 64, 128, 256])
     parser.add_argument("--limit", type=int, default=40, help="candidates of one case at most")
     parser.add_argument("--tuned", help="file to write, instead of the one in the package")
     args = parser.parse_args()
@@ -311,7 +350,7 @@ def main() -> None:
     if args.tune:
         name = device_name().lower().replace(" ", "-")
         path = Path(args.tuned or Path(tuning.__file__).parent / "tuned" / f"{name}.json")
-        tune(args.models, args.rows, args.limit, path)
+        tune(args.models, args.rows, args.limit, path, args.compile_only)
     if "linear" in args.what:
         bench_linear(recorder, args.models)
     if "decode" in args.what:

@@ -109,6 +109,8 @@ def _show(bench: Bench, results: list[Result]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
     console.print(bench.title, markup=False, soft_wrap=True)
     table = Table(
         "case", "output tok/s", "of floor", "first token ms", "between tokens ms", "decode step ms", "host ms",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from headrace.engines.bench.cases import Case
 from headrace.models.decoder import DecoderModel
-from headrace.quantization.scaled import ScaledLinear
 
 __all__ = ["CEILINGS", "Work", "ceilings", "device_name"]
 
@@ -48,14 +48,12 @@ class Work:
     def of(model: DecoderModel, cache: torch.dtype | None = None) -> Work:
         config = model.config
         head = config.vocab_size * config.hidden_size
-        packed = [module for module in model.modules() if isinstance(module, ScaledLinear)]
-        matrices: list[Tensor] = [p for p in model.layers.parameters() if p.dim() > 1]
-        itemsize = model.embed.weight.element_size()
-        dense = sum(p.numel() for p in matrices)
+        assert model.head is not None
+        itemsize = next(model.parameters()).element_size()
         heads = config.num_kv_heads * config.head_dim * config.num_layers
         return Work(
-            weight_bytes=itemsize * (head + dense) + sum(module.nbytes for module in packed),
-            body=dense + sum(module.in_features * module.out_features for module in packed),
+            weight_bytes=_bytes(model.layers) + _bytes(model.head),
+            body=sum(m.in_features * m.out_features for m in _linears(model.layers)),
             head=head,
             key_bytes=2 * heads * (cache.itemsize if cache is not None else itemsize),
             pair_flops=4 * config.num_heads * config.head_dim * config.num_layers,
@@ -80,3 +78,18 @@ class Work:
         for step in range(1, case.outputs):
             total += self.decode_seconds([case.inputs + step] * case.requests, rates)
         return total
+
+
+def _linears(module: nn.Module) -> list[Any]:
+    """Linear maps of any format, a fused one once."""
+    if hasattr(module, "in_features"):
+        return [module]
+    return [linear for child in module.children() for linear in _linears(child)]
+
+
+def _bytes(module: nn.Module) -> int:
+    """Bytes of the linear maps in it, as they are stored."""
+    return sum(
+        m.nbytes if hasattr(m, "nbytes") else m.weight.numel() * m.weight.element_size()
+        for m in _linears(module)
+    )

@@ -147,7 +147,7 @@ def _read(window: Window, profiler: profile, cuda: bool) -> None:
         kernels = [Kernel(e.key, e.count, e.self_cpu_time_total / 1e6) for e in events]
         window.kernels = sorted(kernels, key=lambda kernel: -kernel.seconds)
         return
-    found = [e for e in profiler.events() if e.device_type is DeviceType.CUDA]
+    found = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
     calls: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
     for event in found:

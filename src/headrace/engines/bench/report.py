@@ -44,9 +44,15 @@ def _overview(measured: Measurement, work: Work | None, rates: tuple[float, floa
     host = dict(measured.host)
     total, wait = host.pop("total", 0.0), host.pop("wait", 0.0)
     parts = ", ".join(f"{name} {value:.3f}" for name, value in host.items())
+    order = sorted(range(len(measured.steps)), key=lambda i: -measured.steps[i].seconds)[:4]
+    slowest = ", ".join(
+        f"{measured.steps[i].seconds * 1e3:.2f} ms (number {i}, {measured.steps[i].tokens:,} tokens)"
+        for i in order
+    )
     return [
         f"rate       {rate}",
         f"steps      {steps}",
+        f"slowest    {slowest}",
         f"host       {total:.3f} ms a step ({parts}), and {wait:.3f} ms waiting for the device",
     ]
 

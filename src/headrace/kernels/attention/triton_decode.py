@@ -71,7 +71,7 @@ def decode_shape(num_heads: int, padded: int) -> DecodeShape:
         return DecodeShape(64, 64, 1, 4, 3)
     if num_heads <= 128:
         return DecodeShape(64, 256, 2, 4, 4)
-    return DecodeShape(64, 1024, 2, 4, 4)
+    return DecodeShape(16, 1024, 8, 1, 4)
 
 
 @dataclass(slots=True)

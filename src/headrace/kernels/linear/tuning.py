@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["GemvShape", "Shape", "SkinnyShape", "gemv_shape", "skinny_shape"]
+__all__ = ["GemvShape", "Shape", "SkinnyShape", "StreamShape", "gemv_shape", "skinny_shape", "stream_shape"]
 
 
 class GemvShape(NamedTuple):
@@ -27,6 +27,17 @@ class GemvShape(NamedTuple):
 
 class SkinnyShape(NamedTuple):
     """Up to ``bm`` rows: ``bn`` outputs a program, ``bk`` columns a load, K split over ``splits`` programs."""
+
+    bm: int
+    bn: int
+    bk: int
+    splits: int
+    warps: int
+    stages: int
+
+
+class StreamShape(NamedTuple):
+    """Tiles of ``bm`` rows and ``bn`` outputs, ``bk`` columns a load, K split over ``splits`` programs."""
 
     bm: int
     bn: int
@@ -61,6 +72,21 @@ def skinny_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -
     while tiles * splits < 180 and splits < 8 and k // (splits * 2 * bk) >= 2:
         splits *= 2
     return SkinnyShape(bm, 64, bk, splits, 4, 3 if bm == 64 and not gated else 4)
+
+
+def stream_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> StreamShape:
+    """For x [rows, k], any number of rows, and weight [n, k]."""
+    bm = next((size for size in (16, 32, 64, 128) if rows <= size), 256)
+    found = _tuned(device).get("s" + _key(bm, n, k, gated))
+    if found is not None:
+        return StreamShape(*found)
+    bm = min(bm, 128)
+    bn = 64 if bm <= 64 or gated else 128
+    tiles = -(-n // (bn * (2 if gated else 1))) * -(-rows // bm)
+    splits = 1
+    while tiles * splits < 100 and splits < 8 and k // (splits * 2 * 64) >= 4:
+        splits *= 2
+    return StreamShape(bm, bn, 64 if k < 1024 or bm > 64 else 128, splits, 4 if bm <= 64 else 8, 4)
 
 
 def _key(rows: int, n: int, k: int, gated: bool) -> str:
