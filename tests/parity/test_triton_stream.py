@@ -12,9 +12,9 @@ from headrace.kernels.linear.tuning import StreamShape
 from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
 
 EPS = 1e-5
-SHAPES = [(2, 48, 64), (5, 72, 264), (17, 40, 64), (70, 130, 96)]
+SHAPES = [(2, 48, 64), (5, 72, 264), (17, 40, 64), (70, 130, 96)]  # rows, outputs, columns
 if ON_GPU:
-    SHAPES += [(200, 1000, 520), (16, 1024, 2048), (300, 384, 128)]
+    SHAPES += [(200, 1000, 520), (16, 1024, 2048), (2500, 384, 128)]
 
 
 @pytest.fixture
@@ -66,6 +66,14 @@ def test_split_sums() -> None:
     stream = add_linear(x, weight, begin_stream(residual, gain[:96]), gain[:96])
     assert error(stream.x, reference.small_linear(x, weight, residual=residual)) < 2 * tolerance(dtype)
     assert error(stream.squares.sum(0), stream.x.double().square().sum(1)) < 1e-5
+
+
+def test_groups_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles of rows than walk over the weights together."""
+    monkeypatch.setattr(fast, "stream_shape", lambda *_: StreamShape(16, 64, 64, 2, 4, 3))
+    dtype = DTYPES[0]
+    x, weight = randn(300, 136, dtype=dtype, seed=0), randn(80, 136, dtype=dtype, seed=1, scale=0.1)
+    assert error(stream_linear(x, weight), reference.small_linear(x, weight)) < 2 * tolerance(dtype)
 
 
 @pytest.mark.parametrize("rows", [2, 20, 70])

@@ -85,10 +85,15 @@ def _stream(
     if PDL:
         gdc_launch_dependents()
     num_m = (M + BM - 1) // BM
-    # Tiles of rows are neighbours in time: the second finds the weights in L2.
-    m_tile = tl.program_id(0) % num_m
-    tile = tl.program_id(0) // num_m // SPLITS
-    split = tl.program_id(0) // num_m % SPLITS
+    num_n = tl.num_programs(0) // num_m // SPLITS
+    # Some tiles of rows over the same weights are neighbours in time: all but the first find them in L2.
+    GROUP: tl.constexpr = 16
+    group = tl.program_id(0) // (GROUP * num_n * SPLITS)
+    place = tl.program_id(0) % (GROUP * num_n * SPLITS)
+    height = tl.minimum(num_m - group * GROUP, GROUP)
+    m_tile = group * GROUP + place % height
+    tile = place // height // SPLITS
+    split = place // height % SPLITS
     rows = tile * BN + tl.arange(0, BN)
     n_ok = rows < N
     m = m_tile * BM + tl.arange(0, BM)
@@ -120,7 +125,7 @@ def _stream(
         HEIGHT: tl.constexpr = 2 * BN if GATE > 0 else BN
         n = tl.arange(0, BN)
         i_m = tl.arange(0, BM)
-        place = tile * num_m + m_tile
+        place = tile * num_m + m_tile  # of this tile's counter and parts
         base = parts_ptr + place.to(tl.int64) * (SPLITS * HEIGHT * BM)
         mine = base + split * (HEIGHT * BM)
         tl.store(mine + n[:, None] * BM + i_m[None, :], acc)
@@ -161,7 +166,7 @@ def _stream(
             acc = tl.where(n_ok[:, None], tl.where(bad, float("inf"), acc), float("-inf"))
             top = tl.max(acc, 0)
             first = tl.min(tl.where(acc == top[None, :], rows[:, None], 2147483647), 0)
-            to = m * (tl.num_programs(0) // num_m // SPLITS) + tile
+            to = m * num_n + tile
             tl.store(out_ptr + to, top, mask=m_ok)
             tl.store(best_ptr + to, first, mask=m_ok)
         else:
@@ -251,8 +256,9 @@ def stream_argmax(
 ) -> Tensor:
     """Index of the largest product of each normed row, int64 [M], as argmax_linear."""
     num_rows = stream.x.shape[0]
-    shape = stream_shape(stream.x.device, num_rows, *weight.shape, False)._replace(splits=1)
-    tiles = triton.cdiv(weight.shape[0], shape.bn)
+    n, k = weight.shape
+    shape = stream_shape(weight.device, num_rows, n, k, False)._replace(splits=1)
+    tiles = triton.cdiv(n, shape.bn)
     top = torch.empty(num_rows, tiles, dtype=torch.float32, device=weight.device)
     best = torch.empty(num_rows, tiles, dtype=torch.int32, device=weight.device)
     _launch(stream.scaled, weight, top, shape, squares=stream.squares, eps=eps, best=best)
