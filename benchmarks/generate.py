@@ -14,7 +14,6 @@ from benchmarks.common import Recorder, arguments, ceilings, model_config
 from headrace.engines.bench.cases import Measurement, measure, parse_case
 from headrace.engines.bench.cores import build_core, random_model
 from headrace.engines.bench.floors import Work
-from headrace.execution.graphs import GraphRunner
 
 CASES = ["1x128/256", "1x4096/1", "16x128/256", "64x512/128", "256x1024/128", "1024x128/128"]
 
@@ -50,11 +49,7 @@ def main() -> None:
     core = build_core(model, cases, eager=args.eager, step_tokens=args.step_tokens, cache=cache)
     work, rates, vocab = Work.of(model, cache), ceilings(), model.config.vocab_size
     for case in cases:
-        if isinstance(core.runner, GraphRunner) and case.outputs > 1:
-            core.runner.warm_up(list(range(1, case.requests + 1)))
-        measure(
-            core, case._replace(outputs=min(case.outputs, 8)), vocab, seed=1, temperature=args.temperature
-        )
+        measure(core, case, vocab, seed=1, temperature=args.temperature)
         for again in range(args.repeat):
             found = measure(core, case, vocab, seed=2 + again, temperature=args.temperature)
             record(recorder, args.model, precision, found, work, rates)

@@ -126,7 +126,7 @@ def test_whole_prompts(heads: int, dim: int, window: int | None, cap: float | No
     expected = reference.attention(q, k, v, batch, 0, **options)
     v[starts[4] :] = torch.inf  # the last sequence is ill; the one before it must not notice
     out = torch.full_like(expected, torch.nan)
-    fresh_attention(q, k, v, batch.query_starts, skip_single=True, out=out, **options)
+    fresh_attention(q, k, v, batch.query_starts, batch.seq_lens, skip_single=True, out=out, **options)
     for i, (start, end) in enumerate(pairwise(starts)):
         if i == 1:
             assert out[start:end].isnan().all()  # left to decode attention

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cases",
         nargs="+",
         metavar="NxIN/OUT",
-        help="several cases, each after a short one that warms it up",
+        help="several cases, each run once before to warm up",
     )
     add(
         "--concurrency",

@@ -18,7 +18,6 @@ from headrace.engines.bench.report import summary
 from headrace.engines.build import build, choose_device
 from headrace.engines.generate import GenerateCore
 from headrace.errors import ConfigError
-from headrace.execution.graphs import GraphRunner
 from headrace.models.decoder import DecoderModel
 
 __all__ = ["Bench", "Result"]
@@ -122,11 +121,8 @@ class Bench:
         return result
 
     def warm_up(self, case: Case, temperature: float = 0.0) -> None:
-        """Compile and capture what the case needs."""
-        if isinstance(self.core.runner, GraphRunner) and case.outputs > 1:
-            self.core.runner.warm_up(list(range(1, case.requests + 1)))
-        short = Case(case.requests, case.inputs, min(case.outputs, 8))
-        measure(self.core, short, self.vocab, seed=-1, temperature=temperature)
+        """Compile and capture what the case needs: a run of it meets all the sizes of its steps."""
+        measure(self.core, case, self.vocab, seed=-1, temperature=temperature)
 
     def close(self) -> None:
         """Stop the core's threads."""

@@ -73,25 +73,20 @@ def attention(
     write_cache(k, v, cache.k, cache.v, batch.slots)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch.max_query_len > 1 or batch.fixed:
-        # Keys that all lie in this batch are read there: the same numbers without the way through the table.
-        fresh = batch.fresh and k.dtype == cache.k.dtype and k.stride() == v.stride()
-        if fresh and batch.causal and not batch.fixed and fresh_covers(q, k, v):
+        # Keys that lie in this batch are read there: the same numbers without the way through the table.
+        here = k.dtype == cache.k.dtype and k.stride() == v.stride()
+        whole = here and batch.causal and not batch.fixed and fresh_covers(q, k, v)
+        if whole:
             fresh_attention(
-                q,
-                k,
-                v,
-                batch.query_starts,
-                scale=scale,
-                window=window,
-                soft_cap=soft_cap,
-                skip_single=True,
-                out=out,
-            )
-        else:
+                q, k, v, batch.query_starts, batch.seq_lens, scale=scale, window=window, soft_cap=soft_cap,
+                skip_single=True, out=out,
+            )  # fmt: skip
+        if not (whole and batch.fresh):
+            here = here and batch.fresh
             prefill_attention(
-                q, k if fresh else cache.k, v if fresh else cache.v, batch.query_starts, batch.seq_lens, scale=scale,
-                causal=batch.causal, window=window, soft_cap=soft_cap, tables=None if fresh else batch.block_tables,
-                skip_single=not batch.fixed, fixed=batch.fixed, out=out,
+                q, k if here else cache.k, v if here else cache.v, batch.query_starts, batch.seq_lens, scale=scale,
+                causal=batch.causal, window=window, soft_cap=soft_cap, tables=None if here else batch.block_tables,
+                skip_single=not batch.fixed, skip_fresh=whole, fixed=batch.fixed, out=out,
             )  # fmt: skip
     if not batch.fixed and (batch.decode_only or batch.some_single):
         decode_attention(

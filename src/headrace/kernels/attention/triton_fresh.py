@@ -88,7 +88,7 @@ def _span(acc, peak, norm, q, k_desc, v_desc, column, start, lo, hi, length, las
 
 @triton.jit
 def _fresh(
-    q_ptr, q_row, q_head, k_desc, v_desc, out_ptr, starts_ptr, num_seqs, num_heads, scale, soft_cap,
+    q_ptr, q_row, q_head, k_desc, v_desc, out_ptr, starts_ptr, lens_ptr, num_seqs, num_heads, scale, soft_cap,
     G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, SKIP_SINGLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -100,6 +100,7 @@ def _fresh(
     s_all = tl.arange(0, SEQS)
     start_all = tl.load(starts_ptr + s_all, mask=s_all < num_seqs, other=0)
     new_all = tl.load(starts_ptr + s_all + 1, mask=s_all < num_seqs, other=0) - start_all
+    new_all = tl.where(new_all == tl.load(lens_ptr + s_all, mask=s_all < num_seqs, other=0), new_all, 0)
     if SKIP_SINGLE:
         new_all = tl.where(new_all == 1, 0, new_all)
     tiles_all = (new_all * G + ROWS - 1) // ROWS
@@ -144,6 +145,7 @@ def fresh_attention(
     k: Tensor,
     v: Tensor,
     query_starts: Tensor,
+    seq_lens: Tensor,
     *,
     scale: float,
     window: int | None = None,
@@ -151,11 +153,12 @@ def fresh_attention(
     skip_single: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Attend each query to its own sequence's keys up to itself.
+    """Attend each query of the sequences that have no earlier keys to their keys up to itself.
 
     Args:
         q: [T, Hq, D]; k, v: [T, Hkv, D], see fresh_covers.
         query_starts: int32 [S + 1].
+        seq_lens: int32 [S], keys of each sequence.
         skip_single: leave sequences of one token alone.
         out: [T, Hq, D] contiguous.
 
@@ -174,7 +177,8 @@ def fresh_attention(
     ]
     grid = (num_tokens * group // shape.rows + num_seqs, kv_heads)
     _fresh[grid](
-        q, q.stride(0), q.stride(1), *described, out, query_starts, num_seqs, num_heads, scale, soft_cap or 0.0,
+        q, q.stride(0), q.stride(1), *described, out, query_starts, seq_lens, num_seqs, num_heads, scale,
+        soft_cap or 0.0,
         G=group, D=dim, ROWS=shape.rows, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
         CAPPED=soft_cap is not None, SKIP_SINGLE=skip_single,
         **launch_options(q.device, shape.warps, shape.stages),
