@@ -33,6 +33,7 @@ from headrace.kernels.linear.tuning import GemvShape, StreamShape
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
+AHEAD_BYTES = 20 << 20  # of weights that a map may ask for before its turn, well within the L2 cache
 SPREAD = 256 << 20  # bytes that one graph walks over
 
 
@@ -132,21 +133,19 @@ def candidates(rows: int, case: Case) -> list[GemvShape | StreamShape]:
                 found.append(GemvShape(bn, bk, warps, 1))
         return found
     double = 2 if case.gate else 1
-    tall = (64,) if rows == 64 and case.gate else (64, 128)
-    for bm, bn, bk, splits, stages in itertools.product(
-        {min(rows, 128), rows}, tall, (64, 128), (1, 2, 4, 8), (3, 4, 6)
+    bm = min(rows, 128)
+    for x_first, bn, bk, splits, stages in itertools.product(
+        (True, False), (16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (3, 4, 6)
     ):
+        if (splits > 2) if x_first else (bn < 64 or bk > 128):
+            continue
         shared = stages * (bn * double + bm) * bk * 2
-        programs = -(-case.n // (bn * double)) * splits * (rows // bm)
-        warps = 4 if bn * bm * double <= 64 * 128 else 8
-        fits = shared <= (113_000 if bm * bn * double <= 64 * 128 else 225_000) and shared > 30_000
-        if (
-            fits
-            and bm * bn * double <= 256 * 128
-            and case.k // (splits * bk) >= 2
-            and (60 <= programs <= 800 or (case.head and splits == 1))
-        ):
-            found.append(StreamShape(bm, bn, bk, splits, warps, stages))
+        programs = -(-case.n // (bn * double)) * splits
+        busy = 60 <= programs <= 800 or (case.head and splits == 1 and bn >= 64)
+        if 24_000 <= shared <= 113_000 and case.k // (splits * bk) >= 2 and busy:
+            ahead = max(1, min(16, AHEAD_BYTES // (programs * bn * double * bk * 2)))
+            warps = 8 if bn * bm * double > 64 * 128 else 4
+            found.append(StreamShape(bm, bn, bk, splits, warps, stages, x_first, ahead))
     return found
 
 
@@ -342,7 +341,7 @@ def main() -> None:
     parser.add_argument(
         "--compile-only", action="store_true", help="fill Triton's cache for --tune, no timing"
     )
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 32, 64, 128, 256])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 32, 64])
     parser.add_argument("--limit", type=int, default=40, help="candidates of one case at most")
     parser.add_argument("--tuned", help="file to write, instead of the one in the package")
     args = parser.parse_args()

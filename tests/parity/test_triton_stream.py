@@ -19,8 +19,9 @@ if ON_GPU:
 
 @pytest.fixture
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K cut in so many parts, the last of them shorter or empty."""
-    monkeypatch.setattr(fast, "stream_shape", lambda *_: StreamShape(16, 64, 64, request.param, 4, 3))
+    """K cut in so many parts, the last of them shorter or empty; either operand first."""
+    parts, x_first = request.param
+    monkeypatch.setattr(fast, "stream_shape", lambda *_: StreamShape(16, 64, 64, parts, 4, 3, x_first))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,7 +51,7 @@ def test_before_a_norm(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
     assert error(stream.squares.sum(0), stream.x.double().square().sum(1)) < 1e-5
 
 
-@pytest.mark.parametrize("splits", [2, 3], indirect=True)
+@pytest.mark.parametrize("splits", [(2, False), (3, False), (1, True), (2, True)], indirect=True)
 @pytest.mark.usefixtures("splits")
 def test_split_sums() -> None:
     """Twice, so that the counters must be reset; several tiles of rows, each with parts of its own."""

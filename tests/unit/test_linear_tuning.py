@@ -66,6 +66,7 @@ def test_rule(n: int, k: int, gated: bool) -> None:
 
 def check_stream(shape: StreamShape, rows: int, k: int, gated: bool) -> None:
     assert all(power_of_two(size) for size in (shape.bm, shape.bn, shape.bk)), shape
+    assert shape.x_first or shape.bn >= 64, shape
     assert 16 <= shape.bm < 2 * max(rows, 16), shape
     assert shape.splits == 1 or shape.splits * shape.bk <= k, shape
     assert shared_bytes(shape, gated) <= 227 << 10, shape

@@ -42,7 +42,7 @@ from headrace.quantization.scaled import ScaledLinear
 __all__ = ["DecodeBatch", "FastDecoder", "reason_against"]
 
 SMALL_ROWS = MAX_ROWS
-STREAM_ROWS = 256
+STREAM_ROWS = 64
 _GATE_MUL = {"silu": silu_mul, "gelu": gelu_mul, "gelu_tanh": gelu_tanh_mul}
 
 

@@ -68,9 +68,9 @@ def decode_shape(num_heads: int, padded: int) -> DecodeShape:
     if padded > 128:
         return DecodeShape(32, 128, 1, 4, 3)
     if num_heads <= 32:
-        return DecodeShape(64, 64, 1, 4, 3)
+        return DecodeShape(16, 64, 8, 1, 4)
     if num_heads <= 128:
-        return DecodeShape(64, 256, 2, 4, 4)
+        return DecodeShape(32, 512, 6, 1, 3)
     return DecodeShape(16, 1024, 8, 1, 4)
 
 

@@ -74,12 +74,21 @@ def begin_stream(x: Tensor, gain: Tensor) -> Stream:
 
 
 @triton.jit
+def _product(w, x, acc, X_FIRST: tl.constexpr):
+    if X_FIRST:
+        acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.float32, input_precision="ieee")
+    else:
+        acc = tl.dot(w, tl.trans(x), acc, out_dtype=tl.float32, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _stream(
     x_desc, w_desc, w_ptr, out_ptr, bias_ptr, res_ptr, best_ptr, squares_ptr, next_gain_ptr, next_ptr,
     next_squares_ptr, parts_ptr, arrivals_ptr, M, N, K, num_squares, eps,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, SQUARES: tl.constexpr,
     BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, ARGMAX: tl.constexpr,
-    PDL: tl.constexpr,
+    X_FIRST: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] for a tile of rows and columns, over one of SPLITS ranges of K. SQUARES > 0: a norm came before."""
     if PDL:
@@ -105,20 +114,24 @@ def _stream(
         LINE: tl.constexpr = 64
         lines = tl.arange(0, BK // LINE) * LINE
         ahead = w_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K + lines[None, :]
-        for k in range(lo, tl.minimum(hi, lo + 4 * BK), BK):
+        for k in range(lo, tl.minimum(hi, lo + AHEAD * BK), BK):
             prefetch_l2(ahead + k)
             if GATE > 0:
                 prefetch_l2(ahead + N.to(tl.int64) * K + k)
         gdc_wait()
-    acc = tl.zeros([BN, BM], tl.float32)
-    acc2 = tl.zeros([BN, BM], tl.float32)
+    ROWS: tl.constexpr = BM if X_FIRST else BN
+    COLS: tl.constexpr = BN if X_FIRST else BM
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    acc2 = tl.zeros([ROWS, COLS], tl.float32)
     for k in range(lo, hi, BK):
         w = w_desc.load([tile * BN, k])
         x = x_desc.load([m_tile * BM, k])
-        acc = tl.dot(w, tl.trans(x), acc, out_dtype=tl.float32, input_precision="ieee")
+        acc = _product(w, x, acc, X_FIRST)
         if GATE > 0:
-            w2 = w_desc.load([N + tile * BN, k])
-            acc2 = tl.dot(w2, tl.trans(x), acc2, out_dtype=tl.float32, input_precision="ieee")
+            acc2 = _product(w_desc.load([N + tile * BN, k]), x, acc2, X_FIRST)
+    if X_FIRST:
+        acc = tl.trans(acc)
+        acc2 = tl.trans(acc2)
     last = True
     if SPLITS > 1:
         # parts: [tiles, SPLITS, (1 or 2) BN, BM]
@@ -204,6 +217,7 @@ def _launch(
         BM=shape.bm, BN=shape.bn, BK=shape.bk, SPLITS=shape.splits,
         SQUARES=0 if squares is None else triton.next_power_of_2(squares.shape[0]), BIAS=bias is not None,
         GATE=_GATES[gate], RESIDUAL=residual is not None, NEXT=following is not None, ARGMAX=best is not None,
+        X_FIRST=bool(shape.x_first), AHEAD=shape.ahead,
         **launch_options(x.device, shape.warps, shape.stages),
     )  # fmt: skip
 

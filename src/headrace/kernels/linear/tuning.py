@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,7 +37,12 @@ class SkinnyShape(NamedTuple):
 
 
 class StreamShape(NamedTuple):
-    """Tiles of ``bm`` rows and ``bn`` outputs, ``bk`` columns a load, K split over ``splits`` programs."""
+    """Tiles of ``bm`` rows and ``bn`` outputs, ``bk`` columns a load, K split over ``splits`` programs.
+
+    Attributes:
+        x_first: rows are the first operand of the product, and weights, perhaps few of them, the second.
+        ahead: loads of weights asked for before the wait for the kernel before.
+    """
 
     bm: int
     bn: int
@@ -45,6 +50,8 @@ class StreamShape(NamedTuple):
     splits: int
     warps: int
     stages: int
+    x_first: bool = False
+    ahead: int = 4
 
 
 Shape = GemvShape | SkinnyShape
@@ -94,7 +101,7 @@ def _key(rows: int, n: int, k: int, gated: bool) -> str:
 
 
 @functools.cache
-def _tuned(device: torch.device) -> dict[str, list[int]]:
+def _tuned(device: torch.device) -> dict[str, list[Any]]:
     """The measurements for this GPU, or none."""
     if device.type != "cuda":
         return {}
@@ -102,5 +109,5 @@ def _tuned(device: torch.device) -> dict[str, list[int]]:
     path = Path(__file__).parent / "tuned" / f"{name}.json"
     if not path.exists():
         return {}
-    table: dict[str, list[int]] = json.loads(path.read_text())
+    table: dict[str, list[Any]] = json.loads(path.read_text())
     return table
