@@ -34,6 +34,19 @@ from headrace.kernels.linear.tuning import GemvShape, StreamShape
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
 AHEAD_BYTES = 20 << 20  # of weights that a map may ask for before its turn, well within the L2 cache
+# x_first, bn, bk, splits, stages
+STREAMS = [
+    *((True, 16, bk, splits, 4) for bk in (128, 256) for splits in (1, 2)),
+    *((True, 32, bk, splits, stages) for bk, stages in ((64, 6), (128, 4), (256, 3)) for splits in (1, 2)),
+    *((True, 64, bk, splits, stages) for bk, stages in ((128, 3), (128, 4), (64, 6)) for splits in (1, 2)),
+    *((True, 128, 64, splits, 4) for splits in (1, 2)),
+    *(
+        (False, 64, bk, splits, stages)
+        for bk, stages in ((128, 3), (128, 4), (64, 4))
+        for splits in (1, 2, 4)
+    ),
+    *((False, 128, 64, splits, stages) for splits in (1, 2) for stages in (3, 4)),
+]
 SPREAD = 256 << 20  # bytes that one graph walks over
 
 
@@ -132,13 +145,8 @@ def candidates(rows: int, case: Case) -> list[GemvShape | StreamShape]:
             if 16 <= per_thread <= 64 and bk <= case.k and not (case.head and bn < 4):
                 found.append(GemvShape(bn, bk, warps, 1))
         return found
-    double = 2 if case.gate else 1
-    bm = min(rows, 128)
-    for x_first, bn, bk, splits, stages in itertools.product(
-        (True, False), (16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (3, 4, 6)
-    ):
-        if (splits > 2) if x_first else (bn < 64 or bk > 128):
-            continue
+    double, bm = 2 if case.gate else 1, min(rows, 128)
+    for x_first, bn, bk, splits, stages in STREAMS:
         shared = stages * (bn * double + bm) * bk * 2
         programs = -(-case.n // (bn * double)) * splits
         busy = 60 <= programs <= 800 or (case.head and splits == 1 and bn >= 64)

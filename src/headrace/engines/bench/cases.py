@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import statistics
@@ -194,6 +195,7 @@ def measure(
     clock = _Clock(core)
     times: list[float] = []
     seen: dict[str, list[float]] = defaultdict(list)
+    gc.freeze()  # as CoreLoop does
     try:
         began = last = time.perf_counter()
         core.add(requests)
@@ -210,6 +212,7 @@ def measure(
                 seen[output.request_id] += [now] * len(output.token_ids)
         seconds = time.perf_counter() - began
     finally:
+        gc.unfreeze()
         clock.close()
     tokens = sum(map(len, seen.values()))
     if tokens != case.requests * case.outputs:
