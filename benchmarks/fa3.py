@@ -1,7 +1,7 @@
 """FlashAttention-3 as the peer ships it: the library of its published wheel, called directly, to compare with.
 
     pip download --no-deps vllm==0.24.0        # for torch 2.11 and CUDA 13; 279 MB, of which 11 MB are needed
-    python -m benchmarks.kernels --fa3 vllm-0.24.0-cp38-abi3-manylinux_2_28_x86_64.whl
+    python -m benchmarks.attention --fa3 vllm-0.24.0-cp38-abi3-manylinux_2_28_x86_64.whl
 
 ``--fa3`` takes the wheel, the library in it (vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so), or that packed with xz.
 """

@@ -1,10 +1,10 @@
-"""Kernels against the device's ceilings and against torch: linear maps of few rows, decode and prefill attention.
+"""Linear maps of few rows against the device's ceilings and against cuBLAS. Attention: benchmarks/attention.py.
 
-    python -m benchmarks.kernels --what linear decode prefill --record
+    python -m benchmarks.kernels --record
     python -m benchmarks.kernels --tune     # writes src/headrace/kernels/linear/tuned/<gpu>.json
 
-Every figure is the median of replays of one CUDA graph that walks over enough different weights, or caches, not
-to fit the L2 cache.
+Every figure is the median of replays of one CUDA graph that walks over enough different weights not to fit the L2
+cache.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import triton
 from torch import Tensor
 
 from benchmarks.common import Recorder, arguments, ceilings, device_name, model_config
-from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
-from headrace.kernels.attention.triton_prefill import prefill_attention
 from headrace.kernels.linear import triton as linear
 from headrace.kernels.linear import triton_stream, tuning
 from headrace.kernels.linear.triton_stream import Stream
@@ -277,73 +275,9 @@ def bench_linear(recorder: Recorder, models: list[str]) -> None:
             torch.cuda.empty_cache()
 
 
-# --- attention ---------------------------------------------------------------------------------------
-
-
-def bench_decode(recorder: Recorder, settings: list[tuple[int, int]]) -> None:
-    rates = ceilings()
-    for name in ("qwen3-0.6b", "qwen3-8b"):
-        c = model_config(name)
-        heads, kv, dim = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
-        for count, length in settings:
-            per = -(-length // 16)
-            size = 4 * count * length * kv * dim
-            copies = max(1, min(8, SPREAD // size))
-            caches = [
-                torch.randn(2, count * per + 1, 16, kv, dim, dtype=DTYPE, device=DEVICE)
-                for _ in range(copies)
-            ]
-            tables = (torch.randperm(count * per, device=DEVICE).int() + 1).view(count, per)
-            lens = torch.full((count,), length, dtype=torch.int32, device=DEVICE)
-            q = torch.randn(count, heads, dim, dtype=DTYPE, device=DEVICE)
-            space = DecodeWorkspace.allocate(count, heads, kv, dim, DEVICE)
-
-            def run(i: int, caches: Any = caches, tables: Tensor = tables, lens: Tensor = lens, q: Tensor = q,
-                    space: Any = space) -> None:  # fmt: skip
-                decode_attention(q, caches[i][0], caches[i][1], tables, lens, space, scale=0.088)
-
-            seconds = graph_seconds(run, copies)
-            recorder.row(model=f"{heads}/{kv} heads of {dim}", precision="bf16", case=f"decode {count}x{length}",
-                         metric="bytes_s", value=size / seconds, floor=rates[0] if rates else None,
-                         us=round(seconds * 1e6, 1))  # fmt: skip
-            del caches
-            torch.cuda.empty_cache()
-
-
-def bench_prefill(recorder: Recorder, settings: list[tuple[int, int]]) -> None:
-    """Causal attention of equal prompts over the paged cache, beside SDPA on contiguous keys."""
-    rates = ceilings()
-    for (heads, kv, dim), (count, length) in itertools.product([(16, 8, 128), (32, 8, 128)], settings):
-        per = -(-length // 16)
-        cache = torch.randn(2, count * per + 1, 16, kv, dim, dtype=DTYPE, device=DEVICE)
-        tables = (torch.randperm(count * per, device=DEVICE).int() + 1).view(count, per)
-        lens = torch.full((count,), length, dtype=torch.int32, device=DEVICE)
-        starts = torch.arange(count + 1, dtype=torch.int32, device=DEVICE) * length
-        q = torch.randn(count * length, heads, dim, dtype=DTYPE, device=DEVICE)
-        out = torch.empty_like(q)
-        flops = 2 * count * length * length * heads * dim
-
-        def run(_: int, q: Tensor = q, cache: Tensor = cache, starts: Tensor = starts, lens: Tensor = lens,
-                tables: Tensor = tables, out: Tensor = out) -> None:  # fmt: skip
-            prefill_attention(
-                q, cache[0], cache[1], starts, lens, scale=0.088, causal=True, tables=tables, out=out
-            )
-
-        k = torch.randn(count, kv, length, dim, dtype=DTYPE, device=DEVICE)
-        qs = torch.randn(count, heads, length, dim, dtype=DTYPE, device=DEVICE)
-
-        def sdpa(_: int, k: Tensor = k, qs: Tensor = qs) -> None:
-            F.scaled_dot_product_attention(qs, k, k, is_causal=True, enable_gqa=True)
-
-        for label, function in (("prefill", run), ("sdpa", sdpa)):
-            recorder.row(model=f"{heads}/{kv} heads of {dim}", precision="bf16", case=f"{label} {count}x{length}",
-                         metric="flop_s", value=flops / graph_seconds(function, 2),
-                         floor=rates[1] if rates else None)  # fmt: skip
-
-
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--what", nargs="+", default=["linear", "decode", "prefill"])
+    parser.add_argument("--what", nargs="+", default=["linear"], help="linear, or none to tune only")
     parser.add_argument("--models", nargs="+", default=["qwen3-0.6b", "qwen3-8b"])
     parser.add_argument("--tune", action="store_true")
     parser.add_argument(
@@ -360,12 +294,6 @@ def main() -> None:
         tune(args.models, args.rows, args.limit, path, args.compile_only)
     if "linear" in args.what:
         bench_linear(recorder, args.models)
-    if "decode" in args.what:
-        bench_decode(
-            recorder, [(1, 512), (1, 8192), (1, 32768), (16, 512), (64, 1024), (256, 1024), (256, 4096)]
-        )
-    if "prefill" in args.what:
-        bench_prefill(recorder, [(1, 4096), (8, 1024), (16, 512)])
 
 
 if __name__ == "__main__":
