@@ -8,14 +8,39 @@ step at the larger of bytes and arithmetic (headrace/engines/bench/floors.py). `
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from benchmarks.common import Recorder, arguments, ceilings, model_config
 from headrace.engines.bench.cases import Measurement, measure, parse_case
 from headrace.engines.bench.cores import build_core, random_model
 from headrace.engines.bench.floors import Work
+from headrace.execution.sampler import Masks
+from headrace.layers.linear import FixedLinear
+from headrace.scheduling.plan import StepPlan
 
+FILTERS = {"top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float, "logprobs": int}
 CASES = ["1x128/256", "1x4096/1", "16x128/256", "64x512/128", "256x1024/128", "1024x128/128"]
+
+
+class HalfMasks:
+    """Forbids a random half of the tokens to every row: what grammars cost the device, without their own work."""
+
+    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
+        shape = (rows, -(-vocab // 32))
+        generator = torch.Generator().manual_seed(0)
+        self.bits = torch.randint(-(2**31), 2**31, shape, generator=generator).int()
+        if device.type == "cuda":
+            self.bits = self.bits.pin_memory()
+        self.rows = torch.arange(rows, dtype=torch.int32, device=device)
+
+    def masks(self, plan: StepPlan) -> tuple[Masks | None, list[Any]]:
+        """As ConstraintTable.masks."""
+        count = len(plan.sampling)
+        if not count:
+            return None, []
+        return Masks(self.rows[:count], self.bits[:count].to(self.rows.device, non_blocking=True)), []
 
 
 def main() -> None:
@@ -30,6 +55,10 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--step-tokens", type=int, default=8192)
     parser.add_argument("--temperature", type=float, default=0.0)
+    for name, kind in FILTERS.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, help="as in SamplingParams")
+    parser.add_argument("--masked", action="store_true", help="forbid half of the tokens to every row")
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--repeat", type=int, default=1)
     args = parser.parse_args()
     recorder = Recorder("generate", args)
@@ -42,17 +71,28 @@ def main() -> None:
         device=torch.device(args.device),
         quantization=args.quantization,
     )
+    if args.deterministic:
+        FixedLinear.fix(model)
+    sampling = {name: value for name in FILTERS if (value := getattr(args, name)) is not None}
+    sampling["temperature"] = args.temperature
     cache = torch.float8_e4m3fn if args.kv_cache_dtype else None
     precision = args.quantization or args.dtype
     precision += "+fp8kv" if args.kv_cache_dtype else ""
     cases = [parse_case(text) for text in args.cases]
-    core = build_core(model, cases, eager=args.eager, step_tokens=args.step_tokens, cache=cache)
+    core = build_core(
+        model, cases, eager=args.eager, step_tokens=args.step_tokens, cache=cache, fixed=args.deterministic
+    )
+    if args.masked:
+        sampling["bad_words"] = ((0, 0, 0),)  # as with grammars, sampling waits for the token before
+        rows = max(case.requests for case in cases)
+        vars(core.constraints)["masks"] = HalfMasks(rows, model.config.vocab_size, core.runner.device).masks
     work, rates, vocab = Work.of(model, cache), ceilings(), model.config.vocab_size
     for case in cases:
-        measure(core, case, vocab, seed=1, temperature=args.temperature)
+        measure(core, case, vocab, seed=1, **sampling)
         for again in range(args.repeat):
-            found = measure(core, case, vocab, seed=2 + again, temperature=args.temperature)
-            record(recorder, args.model, precision, found, work, rates)
+            found = measure(core, case, vocab, seed=2 + again, **sampling)
+            about = {"sampling": sampling, "masked": args.masked, "deterministic": args.deterministic}
+            record(recorder, args.model, precision, found, work, rates, **about)
 
 
 def record(
@@ -62,6 +102,7 @@ def record(
     found: Measurement,
     work: Work,
     rates: tuple[float, float] | None,
+    **about: Any,
 ) -> None:
     """One row: output tokens a second, or seconds where a case is a prompt alone."""
     case, facts = found.case, found.as_dict()
@@ -72,7 +113,7 @@ def record(
         value=found.seconds if single else found.output_tokens_s,
         floor=None if least is None else least if single else tokens / least,
         first_token_s=round(min(found.first), 4), steps=len(found.steps), decode_step_ms=facts["decode_step_ms"],
-        prefill_s=facts["prefill_seconds"], host_ms=facts["host_ms"],
+        prefill_s=facts["prefill_seconds"], host_ms=facts["host_ms"], **about,
     )  # fmt: skip
 
 

@@ -56,12 +56,20 @@ def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Rea
     require_supported(spec)
     checkpoint = open_weights(spec)
     device = choose_device(spec)
+    encodes = _encodes(spec, checkpoint)
+    if spec.deterministic and (encodes or device.type == "cpu"):
+        where = "a model of one pass" if encodes else "a CPU"
+        raise ConfigError(
+            f"deterministic is true and this is {where}, where the order of sums depends on the batch; "
+            "leave deterministic out, or generate on a GPU",
+            param="deterministic",
+        )
     threads = spec.num_threads or torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)  # reading files gains little from more, and loses much where others compute
     core: EncodeCore[EncodeRunner] | GenerateCore
     try:
-        if _encodes(spec, checkpoint):
+        if encodes:
             core, ready = _build_encode(spec, checkpoint, device)
         else:
             core, ready = _build_generate(spec, checkpoint, device, progress)
@@ -178,7 +186,7 @@ def _runner(
         "max_model_len": max_model_len,
     }
     by_length = model.config.rope_boundary is not None
-    if device.type == "cuda" and spec.deterministic:
+    if spec.deterministic:
         if any(hasattr(m, "in_features") and not isinstance(m, Linear) for m in model.modules()):
             raise ConfigError(
                 "deterministic is true and this model has quantized layers, whose kernels depend on the batch; "

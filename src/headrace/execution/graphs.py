@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.execution.capture import capture
 from headrace.execution.runner import Runner, Step
 from headrace.execution.sampler import Masks, Sampled
 from headrace.kernels.step import argmax_rows, begin_step
@@ -78,14 +79,12 @@ class GraphStep(Step):
 
     Attributes:
         input: int32 [key.size].
-        greedy: all tokens are the most likely ones.
         updates: rows of the block tables that changed, int64 [N], and their contents.
         tokens: int64 [P], of a greedy decode graph.
     """
 
     key: _Key = _NO_GRAPH
     input: Tensor | None = None
-    greedy: bool = False
     updates: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     tokens: Tensor | None = None
 
@@ -166,11 +165,10 @@ class GraphRunner(Runner):
             self._num_blocks[sequence.row] = 0
         chunks = plan.sampling
         rows = np.fromiter((c.row for c in plan.chunks), np.int64, len(plan.chunks))
-        greedy = bool(self._plain[rows].all())
         if len(chunks) == plan.num_tokens:
             size = _up(self._decode_sizes, len(chunks))
-            key = _Key(size, size, "tokens" if greedy else "logits")
-            return self._stage(GraphStep(plan, chunks, None, key=key, greedy=greedy), rows)
+            key = _Key(size, size, "tokens" if self._plain[rows].all() else "logits")
+            return self._stage(GraphStep(plan, chunks, None, key=key), rows)
         key = _Key(
             _up(_MIXED_TOKENS, plan.num_tokens),
             _up(self._seq_sizes, len(plan.chunks)),
@@ -179,7 +177,7 @@ class GraphRunner(Runner):
             fresh=all(chunk.start == 0 or chunk.count == 1 for chunk in plan.chunks),
         )
         last = self._last(plan) if chunks else None
-        return self._stage(GraphStep(plan, chunks, None, last, key=key, greedy=greedy), rows)
+        return self._stage(GraphStep(plan, chunks, None, last, key=key), rows)
 
     def _stage(self, step: GraphStep, rows: np.ndarray) -> GraphStep:
         """Write the step's input."""
@@ -256,7 +254,7 @@ class GraphRunner(Runner):
         if not isinstance(step, GraphStep) or step.key.kind == "mixed":
             return super().run(step)
         output = self._replay(step)[: len(step.chunks)]
-        if step.greedy:
+        if step.key.kind == "tokens":
             step.tokens = output
         else:
             step.logits = output
@@ -278,23 +276,12 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def sample(self, step: Step, masks: Masks | None = None) -> Step:
-        if not isinstance(step, GraphStep) or not step.greedy or not step.chunks:
+        if not isinstance(step, GraphStep) or step.tokens is None:
             return super().sample(step, masks)
         assert not masks, "constrained rows are not plain"
-        tokens = step.tokens
-        if tokens is None:  # a mixed step
-            assert step.logits is not None
-            tokens = argmax_rows(step.logits)
-            rows = np.fromiter((chunk.row for chunk in step.chunks), np.int64, len(step.chunks))
-            self._last_tokens[self._upload(rows)] = tokens
-        step.tokens = step.logits = None
-        step.sampled = Sampled(tokens, {})
-        if self.device.type == "cuda":
-            step.host_tokens = tokens.to("cpu", non_blocking=True)  # pinned, so this does not wait
-            step.done = torch.cuda.Event()
-            step.done.record()
-        else:
-            step.host_tokens = tokens.clone()
+        step.sampled = Sampled(step.tokens, [], None)
+        step.tokens = None
+        self._send(step)
         return step
 
     # --- graphs ----------------------------------------------------------------------------------
@@ -325,23 +312,9 @@ class GraphRunner(Runner):
 
         if not self.capture or self.device.type != "cuda":
             return _Graph(given, work, output)
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self.device)
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            work()  # compiles, and takes scratch that must outlive the capture
-            output.clear()
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            side.synchronize()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-        current.wait_stream(side)
-        return _Graph(given, graph.replay, output)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return _Graph(given, capture(work, self.device, self._pool), output)
 
     def _compute_decode(self, given: Tensor, packed: Tensor, key: _Key) -> Tensor:
         """Tokens int64 [B], or logits float32 [B, V]."""

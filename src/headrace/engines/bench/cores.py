@@ -77,8 +77,15 @@ def build_core(
     eager: bool,
     step_tokens: int,
     cache: torch.dtype | None = None,
+    fixed: bool = False,
 ) -> GenerateCore:
-    """A core whose cache holds each of the cases at once. On a CPU there are no graphs, so it is eager."""
+    """A core whose cache holds each of the cases at once.
+
+    Args:
+        eager: no CUDA graphs; on a CPU there are none.
+        cache: type of keys and values, the model's if None.
+        fixed: deterministic mode.
+    """
     device = model.embed.weight.device
     sizes = [Case(*case) for case in cases]
     blocks = 2 + max(case.requests * (-(-(case.inputs + case.outputs) // BLOCK) + 1) for case in sizes)
@@ -92,6 +99,7 @@ def build_core(
         "block_size": BLOCK,
         "max_num_seqs": rows,
         "max_model_len": length,
+        "fixed": fixed,
     }
     runner = (
         Runner(model, caches, **options)

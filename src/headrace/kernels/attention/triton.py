@@ -82,7 +82,8 @@ def attention(
                 skip_single=True, out=out,
             )  # fmt: skip
         if not (whole and batch.fresh):
-            here = here and batch.fresh
+            # Not in a fixed order: lone new tokens, whose earlier keys are in the cache, come here too then.
+            here = here and batch.fresh and not batch.fixed
             prefill_attention(
                 q, k if here else cache.k, v if here else cache.v, batch.query_starts, batch.seq_lens, scale=scale,
                 causal=batch.causal, window=window, soft_cap=soft_cap, tables=None if here else batch.block_tables,
