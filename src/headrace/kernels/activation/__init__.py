@@ -33,7 +33,7 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 def bias_activate(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
     """``name(x + bias)``, x [T, D] contiguous, bias [D]; one of ACTIVATIONS or ``tanh``. ``x`` may be overwritten."""
-    return kernel("activation", "bias_activate", "gate_mul", x.device.type)(x, bias, name)  # type: ignore[no-any-return]
+    return kernel("activation", "bias_activate", x.device.type)(x, bias, name)  # type: ignore[no-any-return]
 
 
 def gate_mul(gate_up: Tensor, name: str) -> Tensor:
