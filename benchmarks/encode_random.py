@@ -25,7 +25,7 @@ from headrace.kernels.rounding import Format
 from headrace.models.decoder import DecoderModel
 from headrace.models.encode_backbone import Backbone
 from headrace.models.encode_card import EncodeCard, ModuleSpec
-from headrace.models.encode_eight_bits import round_to_eight_bits
+from headrace.models.encode_eight_bits import EightBits, round_to_eight_bits
 from headrace.models.encode_model import EncodeModel
 from headrace.models.encoder_families import encoder_family, read_encoder_config
 from headrace.models.encoder_weights import random_encoder
@@ -53,7 +53,7 @@ def random_model(
         module = random_weights(shape, dtype=dtype, device=device)
         longest = shape.max_position_embeddings
     if eight_bits is not None:
-        round_to_eight_bits(module, eight_bits)
+        round_to_eight_bits(module, EightBits(eight_bits))
     normalize = ModuleSpec("normalize", "", shape.hidden_size, shape.hidden_size)
     card = EncodeCard(
         config["architectures"][0], "embed", (EncodeTask.EMBED, EncodeTask.EMBED_ALL),

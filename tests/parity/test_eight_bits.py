@@ -12,7 +12,7 @@ from headrace.kernels.rounding import triton as rounding
 from headrace.layers.eight_bits import EightBitLinear, PlainNorm, RoundingNorm
 from headrace.layers.linear import Linear
 from headrace.layers.packed import PackedBatch
-from headrace.models.encode_eight_bits import eight_bits, round_to_eight_bits
+from headrace.models.encode_eight_bits import EightBits, round_to_eight_bits, to_eight_bits
 from headrace.models.encoder import EncoderConfig, EncoderModel
 from headrace.models.loading import random_weights
 from headrace.models.registry import read_config
@@ -130,7 +130,7 @@ def one_by_one(model: torch.nn.Module, format: Format, mlp_only: bool) -> torch.
     for path, module in list(model.named_modules()):
         if isinstance(module, Linear) and path.startswith("layers.") and (".mlp." in path or not mlp_only):
             parent = model.get_submodule(path.rsplit(".", 1)[0])
-            setattr(parent, path.rsplit(".", 1)[1], eight_bits(module, format))
+            setattr(parent, path.rsplit(".", 1)[1], to_eight_bits(module, format))
     if isinstance(model, EncoderModel):
         model.finish()
     return model
@@ -141,8 +141,8 @@ def one_by_one(model: torch.nn.Module, format: Format, mlp_only: bool) -> torch.
 def test_models(name: str, format: Format) -> None:
     """Every linear is converted, and the result differs from 32 bits by rounding, not by more."""
     plain, small, part = build(name), build(name), build(name)
-    round_to_eight_bits(small, format)
-    round_to_eight_bits(part, format, mlp_only=True)
+    round_to_eight_bits(small, EightBits(format))
+    round_to_eight_bits(part, EightBits(format, mlp_only=True))
     for model in (plain, small, part):
         if isinstance(model, EncoderModel):
             model.finish()

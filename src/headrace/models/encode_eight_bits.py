@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,10 +16,28 @@ from headrace.layers.norm import LayerNorm, RMSNorm
 from headrace.models.decoder import DecoderModel
 from headrace.models.encoder import EncoderModel
 
-__all__ = ["eight_bits", "round_to_eight_bits"]
+__all__ = ["EightBits", "round_to_eight_bits", "to_eight_bits"]
 
 
-def eight_bits(linear: nn.Module, format: Format) -> EightBitLinear:
+@dataclass(frozen=True)
+class EightBits:
+    """Which numbers, and where.
+
+    Attributes:
+        mlp_only: attention keeps its 16 bits.
+    """
+
+    format: Format
+    mlp_only: bool = False
+
+    def transform(self, path: str, linear: Linear) -> nn.Module:
+        """Convert a decoder's linear as soon as it is loaded, before the next one takes memory."""
+        if path == "head" or (self.mlp_only and ".mlp." not in path):
+            return linear
+        return to_eight_bits(linear, self.format)
+
+
+def to_eight_bits(linear: nn.Module, format: Format) -> EightBitLinear:
     """A linear in eight bits; its 16-bit weights can go."""
     if isinstance(linear, EightBitLinear):
         return linear
@@ -27,15 +46,16 @@ def eight_bits(linear: nn.Module, format: Format) -> EightBitLinear:
     return EightBitLinear(linear.weight.data, linear.bias, format, parts=linear.parts, activation=activation)
 
 
-def round_to_eight_bits(model: nn.Module, format: Format, *, mlp_only: bool = False) -> None:
+def round_to_eight_bits(model: nn.Module, how: EightBits) -> None:
     """Convert the linears of every layer of an encoder or decoder, before an encoder's are packed.
 
     Embeddings, norms, heads, poolers and layers of experts stay in 16 bits.
     """
     assert isinstance(model, (EncoderModel, DecoderModel))
     layers: list[Any] = list(model.layers)
+    format = how.format
     for layer in layers:
-        _convert(layer, format, mlp_only)
+        _convert(layer, format, how.mlp_only)
     if isinstance(model, EncoderModel) and not model.config.pre_norm:
         _norms_after(model, layers, format)
         return
@@ -47,12 +67,19 @@ def round_to_eight_bits(model: nn.Module, format: Format, *, mlp_only: bool = Fa
 def _convert(layer: Any, format: Format, mlp_only: bool) -> None:
     attention, mlp = layer.attention, layer.mlp
     if not mlp_only:
-        attention.qkv, attention.o = eight_bits(attention.qkv, format), eight_bits(attention.o, format)
+        attention.qkv, attention.o = to_eight_bits(attention.qkv, format), to_eight_bits(attention.o, format)
     if isinstance(mlp, GatedMLP):
         gate: Any = RoundingGate(mlp.activation, format)
-        mlp.gate_up, mlp.down, mlp.gate = eight_bits(mlp.gate_up, format), eight_bits(mlp.down, format), gate
+        mlp.gate_up, mlp.down, mlp.gate = (
+            to_eight_bits(mlp.gate_up, format),
+            to_eight_bits(mlp.down, format),
+            gate,
+        )
     elif isinstance(mlp, nn.Sequential):
-        up, down = eight_bits(mlp.get_submodule("up"), format), eight_bits(mlp.get_submodule("down"), format)
+        up, down = (
+            to_eight_bits(mlp.get_submodule("up"), format),
+            to_eight_bits(mlp.get_submodule("down"), format),
+        )
         up.rounds = True
         mlp.up, mlp.down = up, down
 
