@@ -85,6 +85,14 @@ def _quantization(spec: EngineSpec, device: torch.device) -> tuple[EightBits | N
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     if kind.weights == "fp8" and kind.activations and hopper:
         return EightBits("fp8", kind.layers == "mlp"), None
+    if kind.weights == "int8" and device.type == "cpu":
+        if not torch.cpu._is_vnni_supported():
+            raise ConfigError(
+                "quantization is 'int8', and this CPU has no VNNI instructions: it would be slower than float32; "
+                "leave it out",
+                param="quantization",
+            )
+        return EightBits("int8"), None
     swap = load_time(kind, device)
     return None, lambda path, linear: linear if path == "head" else swap(path, linear)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from headrace.kernels import rounding
-from headrace.kernels.activation import bias_activate
 from headrace.kernels.rounding import Format, Rounded
 from headrace.layers.norm import LayerNorm, RMSNorm
 
@@ -46,12 +45,8 @@ class EightBitLinear(nn.Module):
         """[T, in] -> [T, out]."""
         if isinstance(x, Tensor):
             x = rounding.rows(x, self.format)
-        if self.activation is None:
-            return rounding.product(x, self.codes, self.scale, self.bias, self.dtype)
-        out = rounding.product(x, self.codes, self.scale, None, self.dtype)
-        if self.rounds:
-            return rounding.activate(out, self.bias, self.activation, self.format)
-        return bias_activate(out, self.bias, self.activation)
+        rounds = self.format if self.rounds else None
+        return rounding.linear(x, self.codes, self.scale, self.bias, self.dtype, self.activation, rounds)
 
     @property
     def nbytes(self) -> int:

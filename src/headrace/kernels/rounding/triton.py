@@ -10,19 +10,32 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.kernels.activation.triton import ACTIVATION_CODES, activated
+from headrace.kernels.activation.triton import ACTIVATION_CODES, activated, bias_activate
 from headrace.kernels.dense.triton_product import Shape, fused_product
 from headrace.kernels.launch import INTERPRETED, launch_options
 from headrace.kernels.quantized_linear import triton as quantized_linear
 from headrace.kernels.rounding import Format, Rounded, top
 
-__all__ = ["activate", "gate", "norm", "product", "rows"]
+__all__ = ["activate", "gate", "linear", "norm", "rows"]
 
 
 @triton.jit
-def _write(y, codes_ptr, scale_ptr, row, d, D, TOP: tl.constexpr):
-    """Round a row to eight bits. A row with NaN or infinity gets the scale NaN, so that no number comes of it."""
+def _write(y, codes_ptr, scale_ptr, row, d, D, TOP: tl.constexpr, BLOCK: tl.constexpr):
+    """Round a row (of a 16-bit type) to eight bits, integers rotated by the Hadamard matrix.
+
+    A row with NaN or infinity gets the scale NaN, so that no number comes of it.
+    """
     ok = d < D
+    if TOP == 127.0:
+        i = tl.arange(0, 32)
+        bits = i[:, None] & i[None, :]
+        bits = bits ^ (bits >> 4)
+        bits = bits ^ (bits >> 2)
+        bits = (bits ^ (bits >> 1)) & 1
+        signs = (1 - 2 * bits).to(y.dtype)
+        turned = tl.dot(tl.reshape(y, (BLOCK // 32, 32)), signs, out_dtype=tl.float32, input_precision="ieee")
+        y = tl.reshape(turned, (BLOCK,)) * 0.17677669529663687
+    y = y.to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(y), 0), 1e-10) / TOP + tl.sum(y * 0.0, 0)
     tl.store(scale_ptr + row, scale)
     y = tl.clamp(y / scale, -TOP, TOP)
@@ -60,7 +73,7 @@ def _norm(x_ptr, x_row, res_ptr, full_ptr, codes_ptr, scale_ptr, gain_ptr, bias_
     x = x.to(full_ptr.dtype.element_ty)
     if FULL:
         tl.store(full_ptr + row * D + d, x, mask=ok)
-    _write(x.to(tl.float32), codes_ptr, scale_ptr, row, d, D, TOP)
+    _write(x, codes_ptr, scale_ptr, row, d, D, TOP, BLOCK)
 
 
 @triton.jit
@@ -82,8 +95,8 @@ def _activate(x_ptr, x_row, bias_ptr, codes_ptr, scale_ptr, D, NAME: tl.constexp
         if BIAS:
             up += tl.load(bias_ptr + D + d, mask=ok, other=0.0).to(tl.float32)
         y = y * up
-    y = tl.where(ok, y.to(x_ptr.dtype.element_ty).to(tl.float32), 0.0)
-    _write(y, codes_ptr, scale_ptr, row, d, D, TOP)
+    y = tl.where(ok, y, 0.0).to(x_ptr.dtype.element_ty)
+    _write(y, codes_ptr, scale_ptr, row, d, D, TOP, BLOCK)
 
 
 def _made(x: Tensor, width: int, format: Format) -> tuple[Rounded, dict[str, Any]]:
@@ -92,7 +105,10 @@ def _made(x: Tensor, width: int, format: Format) -> tuple[Rounded, dict[str, Any
     count = x.shape[0]
     codes = torch.empty(count, width, dtype=kind, device=x.device)
     scale = torch.empty(count, 1, dtype=torch.float32, device=x.device)
+    assert format == "fp8" or width % 32 == 0
     block = triton.next_power_of_2(width)
+    if format == "int8":
+        block = max(block, 512)  # a dot has 16 rows at least
     options = launch_options(x.device, max(1, min(16, block // 512)), 1)
     return Rounded(codes, scale), {"BLOCK": block, "TOP": top(format), **options}
 
@@ -164,7 +180,24 @@ def gate(gate_up: Tensor, bias: Tensor | None, name: str, format: Format) -> Rou
     return _launch(gate_up, bias, name, format, True)
 
 
-def product(x: Rounded, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def linear(
+    x: Rounded,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    activation: str | None = None,
+    rounds: Format | None = None,
+) -> Tensor | Rounded:
+    if activation is None:
+        return _product(x, weight, scale, bias, dtype)
+    out = _product(x, weight, scale, None, dtype)
+    if rounds is not None:
+        return _launch(out, bias, activation, rounds, False)
+    return bias_activate(out, bias, activation)
+
+
+def _product(x: Rounded, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     fp8 = weight.dtype is torch.float8_e4m3fn
     count = x.codes.shape[0]
     if fp8 and count <= quantized_linear.MAX_ROWS:
