@@ -1,4 +1,4 @@
-"""One way to make a CUDA graph of a function."""
+"""CUDA graphs: one way to capture them, one memory that they share."""
 
 from __future__ import annotations
 
@@ -6,29 +6,73 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["capture"]
+from headrace.execution.device_memory import grow
+
+__all__ = ["GraphMemory", "borrowed"]
 
 
-def capture(work: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], object]:
-    """Run ``work`` once uncaptured, capture it, and return what replays it.
+class GraphMemory:
+    """What graphs that never run at the same time have in common: a stream that they are captured on, a pool.
 
-    Args:
-        work: launches kernels on the current stream, asks the device nothing, and leaves its results in memory
-            that it keeps alive; it is called twice.
-        pool: of `torch.cuda.graph_pool_handle`, shared by graphs that never run at the same time.
+    The allocator reuses memory only on the stream that it was taken for, and cuBLAS keeps a workspace for each
+    stream: graphs captured on streams of their own would share nothing.
     """
-    graph = torch.cuda.CUDAGraph()
-    current = torch.cuda.current_stream(device)
-    side = torch.cuda.Stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        work()  # compiles, and takes scratch that must outlive the capture
-        side.synchronize()
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            work()
-        finally:
-            graph.capture_end()
-    current.wait_stream(side)
-    return graph.replay
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.MemPool()
+
+    def grow(self, size: int) -> None:
+        """Take ``size`` bytes for graphs now: captures within them ask the driver for none."""
+        with torch.cuda.use_mem_pool(self.pool, self.device), torch.cuda.stream(self.stream):
+            grow(size, self.device)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], object]:
+        """Run ``work`` once uncaptured, capture it, and return what replays it.
+
+        Args:
+            work: launches kernels on the current stream, asks the device nothing, and leaves its results in
+                memory that it keeps alive (or borrows); it is called twice.
+        """
+        graph = torch.cuda.CUDAGraph()
+        current, side = torch.cuda.current_stream(self.device), self.stream
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            with torch.cuda.use_mem_pool(self.pool, self.device):
+                work()  # compiles, and takes scratch that must outlive the capture
+            side.synchronize()
+            pool: Any = self.pool.id
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        current.wait_stream(side)
+        return graph.replay
+
+
+class _Lent:
+    """Memory of a tensor by address, for the CUDA array interface."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.numel() * tensor.element_size(),),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 2,
+        }
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """The same contiguous values without keeping their memory: it is free for the graphs captured next.
+
+    What a graph leaves there is whole until another one runs.
+    """
+    if tensor.device.type != "cuda":
+        return tensor
+    assert tensor.is_contiguous()
+    raw = torch.as_tensor(_Lent(tensor), device=tensor.device)
+    return raw.view(tensor.dtype).view(tensor.shape)

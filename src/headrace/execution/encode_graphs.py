@@ -9,12 +9,11 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from headrace.execution.capture import capture
+from headrace.execution.capture import GraphMemory
 from headrace.execution.encode_batch import buffer_size, fill, view
 from headrace.layers.packed import PackedBatch
 from headrace.models.decoder import DecoderModel
@@ -86,7 +85,7 @@ class EncodeGraphs:
         self.model, self.pooled, self.device, self.types = model, pooled, device, types
         self.captures = captures and device.type == "cuda"
         self._graphs: dict[int, _Graph] = {}
-        self._pool: Any = None
+        self._memory = GraphMemory(device) if self.captures else None
 
     def covers(self, tokens: int, seqs: int) -> bool:
         """Whether a batch of this size has a graph."""
@@ -127,13 +126,12 @@ class EncodeGraphs:
         output: list[GraphPass] = []
 
         def work() -> None:
+            output.clear()
             batch = view(given, size, seqs, types=self.types, causal=self.model.causal, longest=size)
             hidden = self.model.hidden(batch)
             output[:] = [GraphPass(batch, hidden, self.pooled(hidden, batch) if self.pooled else None)]
 
         replay: Callable[[], object] = work
-        if self.captures:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            replay = capture(work, self.device, self._pool)
+        if self._memory is not None:
+            replay = self._memory.capture(work)
         return _Graph(given, stages, seqs, replay, output)

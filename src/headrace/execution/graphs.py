@@ -11,12 +11,13 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.execution.capture import GraphMemory, borrowed
 from headrace.execution.runner import Runner, Step
 from headrace.execution.sampler import Masks, Sampled
 from headrace.kernels.step import argmax_rows, begin_step
@@ -133,7 +134,6 @@ class GraphRunner(Runner):
         )
         self.decoder = model
         self.max_model_len = max_model_len
-        self.capture = capture
         # One more row, for padding: its table is the null block.
         self._padding = max_num_seqs
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
@@ -142,7 +142,7 @@ class GraphRunner(Runner):
         self._decode_sizes = _ladder(_DECODE, max_num_seqs)
         self._seq_sizes = _ladder(_MIXED_SEQS, max_num_seqs)
         self._graphs: dict[_Key, _Graph] = {}
-        self._pool: Any = None  # torch's handle of the graphs' common memory
+        self._memory = GraphMemory(device) if capture and device.type == "cuda" else None
         largest = max(4 * max_num_seqs, _Key(_MIXED_TOKENS[-1], max_num_seqs, "mixed").size)
         pinned = device.type == "cuda"
         self._stages = [torch.zeros(largest, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
@@ -321,27 +321,14 @@ class GraphRunner(Runner):
         output: list[Tensor] = []
 
         def work() -> None:
+            output.clear()
             output[:] = [compute(given, packed, key)]
 
-        if not self.capture or self.device.type != "cuda":
+        if self._memory is None:
             return _Graph(given, work, output)
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self.device)
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            work()  # compiles, and takes scratch that must outlive the capture
-            output.clear()
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            side.synchronize()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-        current.wait_stream(side)
-        return _Graph(given, graph.replay, output)
+        replay = self._memory.capture(work)
+        output[:] = [borrowed(result) for result in output]
+        return _Graph(given, replay, output)
 
     def _compute_decode(self, given: Tensor, packed: Tensor, key: _Key) -> Tensor:
         """Tokens int64 [B], or logits float32 [B, V]."""

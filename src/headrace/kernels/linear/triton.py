@@ -214,20 +214,24 @@ def _skinny(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr,
 class _Scratch:
     """Split sums and arrival counters by device: one step runs at a time on a device, and its kernels in order.
 
-    Grown before a graph is captured (every graph runs once uncaptured first), never while one is.
+    Grown before a graph is captured (every graph runs once uncaptured first), never while one is; what it grew out
+    of stays, for the graphs that were captured with it.
     """
 
     def __init__(self) -> None:
+        self.outgrown: list[Tensor] = []
         self.parts: dict[torch.device, Tensor] = {}
         self.arrivals: dict[torch.device, Tensor] = {}
 
     def get(self, device: torch.device, num_parts: int, num_arrivals: int) -> tuple[Tensor, Tensor]:
         parts, arrivals = self.parts.get(device), self.arrivals.get(device)
         if parts is None or parts.numel() < num_parts:
+            self.outgrown += [] if parts is None else [parts]
             parts = self.parts[device] = torch.empty(
                 max(num_parts, 1 << 20), dtype=torch.float32, device=device
             )
         if arrivals is None or arrivals.numel() < num_arrivals:
+            self.outgrown += [] if arrivals is None else [arrivals]
             arrivals = torch.zeros(max(num_arrivals, 4096), dtype=torch.int32, device=device)
             self.arrivals[device] = arrivals
         return parts, arrivals
