@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import headrace.execution.sampler as sampler_module
 from headrace.execution.sampler import Masks, Sampler, race_keys, race_times
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.table import BlockTable
@@ -77,6 +79,21 @@ def test_filters_keep_what_transformers_keeps(params: dict[str, float]) -> None:
     seen = support(logits, params)
     assert seen <= kept
     assert {t for t in kept if probs[t] > 0.01} <= seen
+
+
+def test_rows_are_drawn_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(23, VOCAB, generator=torch.Generator().manual_seed(5))
+    kinds: tuple[dict[str, Any], ...] = (
+        {},
+        {"top_p": 0.7},
+        {"top_k": 5},
+        {"temperature": 0.0},
+        {"min_p": 0.2},
+    )
+    chunks = [chunk(i, SamplingParams(seed=i, **kinds[i % 5])) for i in range(23)]
+    whole = sample(logits, chunks)
+    monkeypatch.setattr(sampler_module, "DRAW_ELEMENTS", 4 * VOCAB + 3)
+    assert sample(logits, chunks) == whole
 
 
 def test_top_p_over_a_flat_distribution_needs_more_than_the_candidates() -> None:

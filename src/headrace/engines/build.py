@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from headrace.checkpoints.base import Checkpoint
-from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS, MIN_RESERVE_BYTES
+from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS
+from headrace.config.plan.scratch import Scratch, largest_load, scratch
+from headrace.config.plan.shape import read_shape
 from headrace.config.spec import EngineSpec
 from headrace.config.support import require_supported
 from headrace.engines.encode import EncodeCore
@@ -17,7 +19,7 @@ from headrace.engines.encode_build import build_encode
 from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
-from headrace.engines.memory import kv_block_bytes, num_kv_blocks
+from headrace.engines.memory import kv_block_bytes, num_kv_blocks, settle
 from headrace.engines.quality import check_quality
 from headrace.engines.select import select
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
@@ -131,9 +133,22 @@ def _build_generate(
     )
     layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
     block_bytes = kv_block_bytes(layout, spec.block_size, cache_dtype)
-    blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, MIN_RESERVE_BYTES)
+    shape = read_shape(inspect(checkpoint.path))
+    load = largest_load(
+        spec,
+        shape,
+        tokens=step_tokens,
+        context=max_model_len,
+        dtype_bytes=dtype.itemsize,
+        cuda=device.type == "cuda",
+    )
+    need = scratch(shape, load)
+    settle(device, need)
+    blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, need)
     caches = allocate_caches(layout, blocks, spec.block_size, cache_dtype, device)
     runner = _runner(spec, model, caches, device, max_model_len)
+    if device.type == "cuda":
+        _take_all(runner, need, step_tokens, spec.max_num_seqs, max_model_len)
     scheduler = Scheduler(
         BlockPool(blocks),
         block_size=spec.block_size,
@@ -192,6 +207,16 @@ def _runner(
 
         return GraphRunner(model, caches, device=device, **sizes)
     return Runner(model, caches, device=device, rope_by_length=by_length, **sizes)
+
+
+def _take_all(runner: Runner, need: Scratch, step_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+    """Take what serving will ever need of the device, so that it never asks for more."""
+    from headrace.execution.graphs import GraphRunner
+    from headrace.execution.warm_up import warm_up
+
+    if isinstance(runner, GraphRunner):
+        runner.reserve(need.pooled)
+    warm_up(runner, step_tokens=step_tokens, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
 
 
 def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:

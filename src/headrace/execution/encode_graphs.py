@@ -7,13 +7,14 @@ what it waits for. Larger batches keep the device busy by themselves and run as 
 from __future__ import annotations
 
 import bisect
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from headrace.execution.capture import GraphMemory
+from headrace.execution.capture import GraphMemory, borrowed
 from headrace.execution.encode_batch import buffer_size, fill, view
 from headrace.layers.packed import PackedBatch
 from headrace.models.decoder import DecoderModel
@@ -30,7 +31,7 @@ _STAGES = 4  # host buffers in turn; two passes at most are under way
 
 @dataclass(slots=True)
 class GraphPass:
-    """What a captured pass leaves on the device until the next one of its size.
+    """What a captured pass leaves on the device until the next captured one.
 
     Attributes:
         batch: padded.
@@ -107,10 +108,18 @@ class EncodeGraphs:
         graph.replay()
         return graph.output[0]
 
+    def reserve(self, size: int) -> None:
+        """Take ``size`` bytes for all graphs together."""
+        if self._memory is not None:
+            self._memory.grow(size)
+
     @torch.inference_mode()
-    def warm_up(self, tokens: int) -> None:
-        """Capture all graphs up to this many tokens now, the largest first, so that they share its memory."""
-        for size in sorted((size for size in TOKENS if size <= tokens), reverse=True):
+    def warm_up(self, seconds: float) -> None:
+        """Capture graphs for about so long, the smallest first: a short question must not wait for a capture."""
+        began = time.perf_counter()
+        for size in TOKENS:
+            if time.perf_counter() - began > seconds:
+                break
             if size not in self._graphs:
                 self._graphs[size] = self._make(size)
 
@@ -134,4 +143,10 @@ class EncodeGraphs:
         replay: Callable[[], object] = work
         if self._memory is not None:
             replay = self._memory.capture(work)
+            output[:] = [_borrowed(output[0])]
         return _Graph(given, stages, seqs, replay, output)
+
+
+def _borrowed(done: GraphPass) -> GraphPass:
+    pooled = None if done.pooled is None else borrowed(done.pooled)
+    return GraphPass(done.batch, borrowed(done.hidden), pooled)

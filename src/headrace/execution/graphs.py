@@ -103,6 +103,9 @@ class _Graph:
 class GraphRunner(Runner):
     """A Runner whose steps are graphs.
 
+    Attributes:
+        decode_sizes: batches that decode steps are padded to.
+
     Args:
         model: a DecoderModel without length-dependent rotary embeddings.
         capture: False runs the captured functions directly.
@@ -139,7 +142,7 @@ class GraphRunner(Runner):
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         width = self._tables.shape[1]
         self._device_tables = torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=device)
-        self._decode_sizes = _ladder(_DECODE, max_num_seqs)
+        self.decode_sizes = _ladder(_DECODE, max_num_seqs)
         self._seq_sizes = _ladder(_MIXED_SEQS, max_num_seqs)
         self._graphs: dict[_Key, _Graph] = {}
         self._memory = GraphMemory(device) if capture and device.type == "cuda" else None
@@ -168,7 +171,7 @@ class GraphRunner(Runner):
         rows = np.fromiter((c.row for c in plan.chunks), np.int64, len(plan.chunks))
         greedy = bool(self._plain[rows].all())
         if len(chunks) == plan.num_tokens:
-            size = _up(self._decode_sizes, len(chunks))
+            size = _up(self.decode_sizes, len(chunks))
             key = _Key(size, size, "tokens" if greedy else "logits")
             return self._stage(GraphStep(plan, chunks, None, key=key, greedy=greedy), rows)
         key = _Key(
@@ -299,10 +302,15 @@ class GraphRunner(Runner):
 
     # --- graphs ----------------------------------------------------------------------------------
 
+    def reserve(self, size: int) -> None:
+        """Take ``size`` bytes for all graphs together."""
+        if self._memory is not None:
+            self._memory.grow(size)
+
     def warm_up(self, sizes: list[int]) -> None:
         """Capture the graphs of greedy decode steps of these batch sizes now."""
         with torch.inference_mode():
-            for size in sorted({_up(self._decode_sizes, size) for size in sizes}, reverse=True):
+            for size in sorted({_up(self.decode_sizes, size) for size in sizes}, reverse=True):
                 self._graph(_Key(size, size, "tokens"))
 
     def _graph(self, key: _Key) -> _Graph:

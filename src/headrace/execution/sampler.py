@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.config.plan.scratch import DRAW_ELEMENTS
 from headrace.scheduling.plan import Chunk
 from headrace.scheduling.sequence import Sequence
 from headrace.types import TokenLogprobs
@@ -159,7 +160,11 @@ class Sampler:
         return Sampled(tokens, {i: _logprobs_of(lp, tokens[i], k) for i, (lp, k) in logprobs.items()})
 
     def _draw(self, logits: Tensor, rows: np.ndarray, positions: np.ndarray) -> Tensor:
-        """Temperature, filters and a race a row. logits [R, V] -> int64 [R]."""
+        """Temperature, filters and a race a row, for some rows at a time. logits [R, V] -> int64 [R]."""
+        at_once = max(1, DRAW_ELEMENTS // logits.shape[1])
+        if len(rows) > at_once:
+            parts = [slice(first, first + at_once) for first in range(0, len(rows), at_once)]
+            return torch.cat([self._draw(logits[part], rows[part], positions[part]) for part in parts])
         logits = logits / self._to_device(np.maximum(self.temperature[rows], 1e-5))[:, None]
         top_k, top_p, min_p = self.top_k[rows], self.top_p[rows], self.min_p[rows]
         filtered = np.flatnonzero((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
