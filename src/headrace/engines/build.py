@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from headrace.checkpoints.base import Checkpoint
+from headrace.config.plan.facts import Facts
 from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS
 from headrace.config.plan.scratch import Scratch, largest_load, scratch
 from headrace.config.plan.shape import read_shape
@@ -19,7 +20,7 @@ from headrace.engines.encode_build import build_encode
 from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
-from headrace.engines.memory import kv_block_bytes, num_kv_blocks, settle
+from headrace.engines.memory import kv_block_bytes, num_kv_blocks, settle, take_for_weights
 from headrace.engines.quality import check_quality
 from headrace.engines.select import select
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
@@ -63,21 +64,17 @@ def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Rea
         torch.set_num_threads(1)  # reading files gains little from more, and loses much where others compute
     core: EncodeCore[EncodeRunner] | GenerateCore
     try:
-        if _encodes(spec, checkpoint):
+        facts = inspect(checkpoint.path)
+        if select(facts, spec).engine in ("bert", "embed"):
             core, ready = _build_encode(spec, checkpoint, device)
         else:
-            core, ready = _build_generate(spec, checkpoint, device, progress)
+            core, ready = _build_generate(spec, checkpoint, facts, device, progress)
     finally:
         torch.set_num_threads(threads)
     if device.type == "cpu" and spec.num_threads is None:
         core.runner.threads = ThreadGovernor(threads)
     ready.summary["seconds"] = round(time.perf_counter() - began, 2)
     return core, ready
-
-
-def _encodes(spec: EngineSpec, checkpoint: Checkpoint) -> bool:
-    """One pass, or token by token."""
-    return select(inspect(checkpoint.path), spec).engine in ("bert", "embed")
 
 
 def _build_encode(
@@ -112,9 +109,12 @@ def _summary(
 
 
 def _build_generate(
-    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, progress: Progress | None
+    spec: EngineSpec, checkpoint: Checkpoint, facts: Facts, device: torch.device, progress: Progress | None
 ) -> tuple[GenerateCore, Ready]:
     dtype = choose_dtype(spec, checkpoint, device, packs=True)
+    shape = read_shape(facts)
+    if not (spec.quantization or isinstance(checkpoint, QuantizedCheckpoint)):
+        take_for_weights(device, facts, shape, dtype)
     model = load_weights(spec, checkpoint, dtype, device, progress)
     cache_dtype = kv_dtype(spec, checkpoint, model.config, dtype)
     fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
@@ -133,7 +133,6 @@ def _build_generate(
     )
     layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
     block_bytes = kv_block_bytes(layout, spec.block_size, cache_dtype)
-    shape = read_shape(inspect(checkpoint.path))
     load = largest_load(
         spec,
         shape,

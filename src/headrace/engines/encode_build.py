@@ -14,13 +14,14 @@ from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.engines.encode import EncodeCore
 from headrace.engines.inspect import inspect
-from headrace.engines.memory import settle
+from headrace.engines.memory import settle, take_for_weights
 from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.execution.encode_runner import EncodeRunner
 from headrace.messages import Ready
 from headrace.models.encode_card import read_encode_card
 from headrace.models.encode_model import EncodeModel, load_encode_model
 from headrace.models.loading import Transform
+from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.registry import load_time
 from headrace.text.tokenizer import Tokenizer
 from headrace.types import EncodeParams, Request
@@ -43,6 +44,10 @@ def build_encode(
             f"{path}: embedders are read from folders with config.json and safetensors"
         )
     transform = _transform(spec, device)
+    facts = inspect(path)
+    shape = read_shape(facts, encoder=True)
+    if transform is None and not isinstance(checkpoint, QuantizedCheckpoint):
+        take_for_weights(device, facts, shape, dtype)
     yes_no = None
     card = read_encode_card(path, pooling=spec.pooling)
     if card.kind == "yes_no" and card.yes_no is None:
@@ -54,7 +59,6 @@ def build_encode(
     batch_tokens = spec.max_num_batched_tokens or (
         CUDA_ENCODE_TOKENS if device.type == "cuda" else CPU_ENCODE_TOKENS
     )
-    shape = read_shape(inspect(path), encoder=True)
     load = largest_load(
         spec,
         shape,

@@ -6,13 +6,16 @@ import os
 
 import torch
 
+from headrace.config.plan.facts import Facts
 from headrace.config.plan.memory import CPU_POOL_BYTES, CPU_POOL_SHARE, CUDA_PROCESS_BYTES, pool_blocks
 from headrace.config.plan.scratch import SMALL_BYTES, Scratch
+from headrace.config.plan.shape import ModelShape
+from headrace.config.plan.weights import weigh
 from headrace.config.spec import EngineSpec
 from headrace.errors import DoesNotFit
 from headrace.execution.device_memory import grow
 
-__all__ = ["available_bytes", "kv_block_bytes", "num_kv_blocks", "settle"]
+__all__ = ["available_bytes", "kv_block_bytes", "num_kv_blocks", "settle", "take_for_weights"]
 
 
 def available_bytes(device: torch.device) -> int:
@@ -39,6 +42,12 @@ def kv_block_bytes(layout: list[tuple[int, int]], block_size: int, dtype: torch.
         layout: (num_kv_heads, head_dim) of each layer.
     """
     return sum(2 * heads * dim for heads, dim in layout) * block_size * dtype.itemsize
+
+
+def take_for_weights(device: torch.device, facts: Facts, shape: ModelShape, dtype: torch.dtype) -> None:
+    """Take the bytes of weights that are loaded as they are in one piece: tensors of their own are rounded up."""
+    if device.type == "cuda":
+        grow(weigh(facts, shape, dtype.itemsize, "").total, device)
 
 
 def settle(device: torch.device, need: Scratch) -> None:

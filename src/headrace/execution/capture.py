@@ -21,9 +21,11 @@ class GraphMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self.stream = torch.cuda.Stream(self.device)
         self.pool = torch.cuda.MemPool()
+        self._graphs: list[torch.cuda.CUDAGraph] = []  # torch forgets a pool whose last graph is gone
 
     def grow(self, size: int) -> None:
         """Take ``size`` bytes for graphs now: captures within them ask the driver for none."""
@@ -38,6 +40,7 @@ class GraphMemory:
                 memory that it keeps alive (or borrows); it is called twice.
         """
         graph = torch.cuda.CUDAGraph()
+        self._graphs.append(graph)
         current, side = torch.cuda.current_stream(self.device), self.stream
         side.wait_stream(current)
         with torch.cuda.stream(side):

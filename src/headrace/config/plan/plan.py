@@ -252,18 +252,19 @@ def draw_plan(
 
 def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine) -> _Layout:
     """As the core chooses: bfloat16 over weights of few bits on a CPU, float32 over others, and on a GPU the
-    checkpoint's 16-bit type; GPUs before Ampere know no bfloat16."""
+    checkpoint's 16-bit type, but float16 for encoders; GPUs before Ampere know no bfloat16."""
     blocks = any(tensor.dtype in KEPT_BLOCKS and len(tensor.shape) == 2 for tensor in facts.tensors.values())
     packs = machine.packs and not shape.encoder
     keep = packs and blocks and not spec.quantization and spec.dtype in ("auto", "bfloat16")
     quantized = facts.quantized.method not in ("", "gguf")
     ints = quantized and packs and _cpu_keeps(facts) and spec.dtype in ("auto", "bfloat16")
+    old = machine.gpu is not None and machine.gpu.known and machine.gpu.compute < 80
     stored = facts.text_config.get("dtype") or facts.text_config.get("torch_dtype")
     if spec.dtype != "auto":
         dtype: str = spec.dtype
     elif not machine.cuda:
         dtype = "bfloat16" if keep or ints or (spec.quantization and not shape.encoder) else "float32"
-    elif stored == "float16" or (machine.gpu is not None and machine.gpu.known and machine.gpu.compute < 80):
+    elif shape.bidirectional or stored == "float16" or old:
         dtype = "float16"
     else:
         dtype = "bfloat16"

@@ -26,12 +26,18 @@ __all__ = [
 MIB = 1024**2
 GRAPH_TOKENS = 8192  # of the longest generate step that is a graph
 ENCODE_GRAPH_TOKENS = 4096  # of the longest encode pass that is one
-DRAW_ELEMENTS = 1 << 24  # logits that the sampler filters and draws from at once
+DRAW_ELEMENTS = 1 << 23  # logits that the sampler filters and draws from at once
 DECODE_SPLITS = 32  # parts that decode attention cuts a sequence's keys into, at most
-_PROMPT_LOGPROB_ROWS = 64
-_SPLADE_ELEMENTS = 1 << 25
 SMALL_BYTES = 32 * MIB  # for tensors up to a MiB, which the allocator keeps apart
-_GRAPH_SMALL_BYTES = 48 * MIB  # the same, in the graphs' own memory
+_WORKSPACE_BYTES = 32 * MIB  # cuBLAS's, for each of the two streams
+_SPLIT_BYTES = 24 * MIB  # partial sums of products of few rows
+_PIECES = 1.25  # room that a step needs in one piece of memory, over what lives at once
+_PROMPT_LOGPROB_ROWS = 64
+_DRAW_BYTES = 40  # of each logit that is filtered, sorted and drawn from
+# Seen on an H200: 0.4 to 0.7 MiB a graph of 28 to 36 layers.
+_GRAPH_BYTES_A_LAYER = 18 * 1024
+_MIXED_GRAPHS = 64  # captured as traffic needs them
+_ENCODE_GRAPHS = 16
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,12 +116,16 @@ def scratch(shape: ModelShape, load: Load) -> Scratch:
 def forward_bytes(shape: ModelShape, tokens: int, dtype_bytes: int, ranks: int = 1) -> int:
     """Largest set of results that lives at once in a pass over ``tokens`` rows, up to the last norm.
 
-    The stream before the layer and its sum; cos and sin in float32; and either the norm's result, q, k and v,
-    their rotated copy and the attention's output, or the norm's result, the two halves of the MLP and their
-    product; for experts one row for each chosen one.
+    Of a decoder: the stream before the layer, its sum, and the norm's result; cos and sin in float32; and either
+    q, k and v, their rotated copy and the attention's output, or the two halves of the MLP and their product; for
+    experts one row for each chosen one. Of an encoder that norms sums: its input, the attention's norm and the
+    MLP's two results.
     """
     queries = shape.heads * shape.head_dim
-    attention = 2 * shape.attention_width - shape.kv_heads * shape.head_dim + queries
+    attention = shape.attention_width + queries
+    if shape.encoder and not shape.gated:
+        return tokens * (3 * shape.hidden + max(attention, shape.intermediate)) * dtype_bytes
+    attention += shape.attention_width - shape.kv_heads * shape.head_dim
     halves = 3 if shape.gated else 2
     feed = halves * shape.intermediate
     if shape.experts:
@@ -124,8 +134,7 @@ def forward_bytes(shape: ModelShape, tokens: int, dtype_bytes: int, ranks: int =
         )
         feed = max(routed, feed if shape.dense_layers else 0)
     row = (3 * shape.hidden + max(attention, feed) // ranks) * dtype_bytes
-    rotary = 0 if shape.encoder else 2 * shape.head_dim * 4
-    return tokens * (row + rotary)
+    return tokens * (row + 2 * shape.head_dim * 4)
 
 
 def logits_bytes(shape: ModelShape, rows: int, dtype_bytes: int, ranks: int = 1) -> int:
@@ -134,61 +143,63 @@ def logits_bytes(shape: ModelShape, rows: int, dtype_bytes: int, ranks: int = 1)
 
 
 def sampling_bytes(shape: ModelShape, rows: int) -> int:
-    """Beside logits: a tempered copy, and for some rows at a time their sorted values, orders and random numbers."""
+    """Beside logits: log-probabilities and a copy of rows that are drawn, and of some rows at a time their
+    tempered, sorted and random numbers."""
     at_once = min(rows * shape.vocab, max(DRAW_ELEMENTS, shape.vocab))
-    return rows * shape.vocab * 4 + at_once * 32
+    return rows * shape.vocab * 8 + at_once * _DRAW_BYTES
 
 
 def _generate(shape: ModelShape, load: Load) -> Scratch:
     size, ranks = load.dtype_bytes, load.ranks
-    forward = forward_bytes(shape, load.tokens, size, ranks)
-    last = load.tokens * shape.hidden * size
     logits = logits_bytes(shape, load.rows, size, ranks)
-    after = last + max(logits + sampling_bytes(shape, load.rows), 3 * _PROMPT_LOGPROB_ROWS * shape.vocab * 4)
+    after = max(logits + sampling_bytes(shape, load.rows), 3 * _PROMPT_LOGPROB_ROWS * shape.vocab * 4)
+    forward = forward_bytes(shape, load.tokens, size, ranks)
     if not load.cuda:
         return Scratch(plain=max(forward, after))
-    plain = after if load.graphs and load.tokens <= GRAPH_TOKENS else max(forward, after)
+    partial = _partial_sums(shape, load)
+    step = max(forward + partial, load.tokens * shape.hidden * size + after)
     if not load.graphs:
-        return Scratch(plain=plain + SMALL_BYTES)
-    tokens = min(load.tokens, GRAPH_TOKENS)
-    decode = forward_bytes(shape, load.rows, size, ranks) + logits
+        return Scratch(plain=_in_pieces(step))
+    in_graph = forward_bytes(shape, min(load.tokens, GRAPH_TOKENS), size, ranks) + partial
+    decode = forward_bytes(shape, load.rows, size, ranks) + partial + logits
+    decode_graphs = 2 * (min(load.rows, 64).bit_length() + load.rows // 32)  # to tokens and to logits
     return Scratch(
-        state=_tables(shape, load),
-        plain=plain + SMALL_BYTES,
-        pooled=max(forward_bytes(shape, tokens, size, ranks), decode) + _GRAPH_SMALL_BYTES,
-        objects=_decode_graphs(load.rows) * shape.layers * _GRAPH_BYTES_A_LAYER,
+        state=_tables(shape, load) + partial,
+        plain=_in_pieces(after if load.tokens <= GRAPH_TOKENS else step),
+        pooled=_in_pieces(max(in_graph, decode)) + _SPLIT_BYTES,
+        objects=(decode_graphs + _MIXED_GRAPHS) * shape.layers * _GRAPH_BYTES_A_LAYER,
     )
 
 
+def _in_pieces(size: int) -> int:
+    return int(size * _PIECES) + SMALL_BYTES + _WORKSPACE_BYTES
+
+
 def _tables(shape: ModelShape, load: Load) -> int:
-    """Block tables, cos and sin by position, and decode attention's partial sums."""
+    """Block tables, and cos and sin by position."""
     blocks = (load.rows + 1) * -(-load.context // load.block_size) * 4
-    rotary = load.context * 2 * shape.head_dim * 4 * (2 if shape.windows else 1)
+    return blocks + load.context * 2 * shape.head_dim * 4 * (2 if shape.windows else 1)
+
+
+def _partial_sums(shape: ModelShape, load: Load) -> int:
+    """Of decode attention: float32, with a maximum and a denominator each."""
     padded = max(16, 1 << (shape.head_dim - 1).bit_length())
-    partial = load.rows * DECODE_SPLITS * (shape.heads // load.ranks) * (padded + 2) * 4
-    return blocks + rotary + partial
+    return load.rows * DECODE_SPLITS * (shape.heads // load.ranks) * (padded + 2) * 4
 
 
 def _encode(shape: ModelShape, load: Load) -> Scratch:
     size = load.dtype_bytes
-    last = load.tokens * shape.hidden
-    plain = max(forward_bytes(shape, load.tokens, size), last * (size + 3 * 4))
+    every = (
+        load.tokens * shape.hidden * (size + 3 * 4)
+    )  # a vector a token, in float32, and once more in one piece
+    plain = max(forward_bytes(shape, load.tokens, size), every)
     if not load.cuda:
         return Scratch(plain=plain)
     if not load.graphs:
-        return Scratch(plain=plain + SMALL_BYTES)
-    tokens = min(load.tokens, ENCODE_GRAPH_TOKENS)
+        return Scratch(plain=_in_pieces(plain))
+    in_graph = forward_bytes(shape, min(load.tokens, ENCODE_GRAPH_TOKENS), size)
     return Scratch(
-        plain=plain + SMALL_BYTES,
-        pooled=forward_bytes(shape, tokens, size) + _GRAPH_SMALL_BYTES,
+        plain=_in_pieces(plain),
+        pooled=_in_pieces(in_graph),
         objects=_ENCODE_GRAPHS * shape.layers * _GRAPH_BYTES_A_LAYER,
     )
-
-
-_GRAPH_BYTES_A_LAYER = 16 * 1024  # of one captured size
-_ENCODE_GRAPHS = 16
-
-
-def _decode_graphs(rows: int) -> int:
-    """Sizes that decode graphs are made for, twice: to tokens and to logits."""
-    return 2 * (min(rows, 64).bit_length() + rows // 32)
