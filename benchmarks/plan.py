@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3-0.6b, eager": (SHAPES["qwen3-0.6b"], {"eager": True, "kv_cache_bytes": 8 << 30}),
     "bge-large": (SHAPES["bge-large"], {"pooling": "cls"}),
     "qwen3-embedding-0.6b": (SHAPES["qwen3-embedding-0.6b"], {"pooling": "last"}),
-    "qwen3-1.7b": (SHAPES["qwen3-1.7b"], {"memory_fraction": 0.3}),
+    "qwen3-1.7b, pool of 4 GiB": (SHAPES["qwen3-1.7b"], {"kv_cache_bytes": 4 << 30, "max_num_seqs": 64}),
     "llama-3.2-1b": (
         {**_LLAMA, "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
