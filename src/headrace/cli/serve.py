@@ -122,12 +122,12 @@ async def _start(spec: EngineSpec, on_loading: Callable[[int, int], None]) -> As
     from headrace.llm import AsyncEngine
 
     begin = time.perf_counter()
-    if spec.path is None:
-        path = await asyncio.to_thread(resolve, spec.model, spec.revision)
-        spec = msgspec.structs.replace(spec, path=path)
-    plan = await asyncio.to_thread(plan_for, spec)
+    plan = await asyncio.to_thread(plan_for, spec)  # from headers: nothing is downloaded that will not fit
     _say(f"  {spec.name}: {plan.short()}")
     plan.check_fits()
+    if spec.path is None:
+        path = await asyncio.to_thread(resolve, spec.model, spec.revision, spec.secret_name)
+        spec = msgspec.structs.replace(spec, path=path)
     engine = await AsyncEngine.start(spec, on_loading)
     ready = engine.client.ready
     _say(
