@@ -131,9 +131,10 @@ def _explained(model: str, revision: str | None, token: Secret | None) -> Iterat
     except RevisionNotFoundError:
         raise MissingFile(f"the hub repository {model!r} has no revision {revision!r}") from None
     except (OSError, ValueError, RuntimeError) as error:  # connection, time-out, proxy and cache faults
+        reason = hide(_reason(error), [token] if token else [])
         raise MissingFile(
-            f"{model!r} is no path on this machine, and the hub could not be reached for it "
-            f"({hide(_reason(error), [token] if token else [])}). Without a network give a path: a folder or a GGUF file"
+            f"{model!r} is no path on this machine, and the hub could not be reached for it ({reason}). Without a "
+            "network give a path: a Hugging Face folder or a .gguf file"
         ) from error
 
 

@@ -19,6 +19,7 @@ _FLAG = re.compile(r"^flag: (\w+): ")
 PLAN_FLAGS = (
     *(
         "revision",
+        "secret_name",
         "engine",
         "device",
         "dtype",

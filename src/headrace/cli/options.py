@@ -64,6 +64,10 @@ def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     from headrace.config import env
 
     secret = find_secret(API_KEY_SECRET)
+    if secret is not None and not secret.reveal().strip():
+        raise ConfigError(
+            f"the secret {API_KEY_SECRET} ({secret.origin}) holds no key; write one, or remove it"
+        )
     keys = [*args.api_key, *env.api_keys(), *(secret.reveal().split() if secret else ())]
     for name in args.api_key_file:
         try:

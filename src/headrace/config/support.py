@@ -67,6 +67,7 @@ GAPS = (
     Gap("max_lora_rank", lambda value: False, "no LoRA adapters", False),
     Gap("chunked_prefill", lambda value: not value, "long prompts are always split", False),
     Gap("host_kv_bytes", _is_set, "blocks that leave the device are computed again", False),
+    Gap("secrets", lambda value: False, "looked up when needed; `serve` names those that are missing", False),
 )
 
 

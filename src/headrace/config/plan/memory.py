@@ -96,6 +96,8 @@ def pool_budget(
         pool = fixed if fixed <= left else left - fixed
     elif cuda:
         pool = usable - taken
+    elif taken > total:
+        pool = total - taken
     else:
         pool = min(CPU_POOL_BYTES, int((total - weights) * CPU_POOL_SHARE))
     return Budget(
