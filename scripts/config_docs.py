@@ -22,9 +22,10 @@ from headrace.config import env  # noqa: E402
 from headrace.config.accelerators import ACCELERATORS  # noqa: E402
 from headrace.config.foreign import TEI_FLAGS, TRT_TO_VLLM, VLLM_FLAGS, Foreign  # noqa: E402
 from headrace.config.load import RULES  # noqa: E402
-from headrace.config.schema.fields import REQUIRED, Field, Section  # noqa: E402
+from headrace.config.schema.fields import Field, Section  # noqa: E402
 from headrace.config.schema.own import OWN  # noqa: E402
 from headrace.config.schema.top import TOP  # noqa: E402
+from headrace.config.schema.types import REQUIRED  # noqa: E402
 from headrace.config.support import GAPS  # noqa: E402
 
 FILES = ("docs/config.md", "docs/migration.md")
