@@ -144,8 +144,8 @@ def read_shape(facts: Facts, *, encoder: bool = False) -> ModelShape:
 
 def _gated(config: Mapping[str, Any]) -> bool:
     kind = str(config.get("model_type", ""))
-    if kind == "nomic_bert":
-        return "glu" in str(config.get("activation_function", ""))
+    if kind == "nomic_bert":  # n_embd: the authors' words, in which it may be plain
+        return "n_embd" not in config or "glu" in str(config.get("activation_function") or "swiglu")
     if kind == "bert" and config.get("position_embedding_type") == "alibi":
         return True  # JinaBert calls itself bert
     default = config.get("hidden_act", "silu") not in ("gelu_new", "relu")
