@@ -20,7 +20,7 @@ from headrace.engines.encode_build import build_encode
 from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
-from headrace.engines.memory import kv_block_bytes, num_kv_blocks, settle, take_for_weights
+from headrace.engines.memory import give_back, kv_block_bytes, num_kv_blocks, take_for_steps, take_for_weights
 from headrace.engines.quality import check_quality
 from headrace.engines.select import select
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
@@ -142,7 +142,7 @@ def _build_generate(
         cuda=device.type == "cuda",
     )
     need = scratch(shape, load)
-    settle(device, need)
+    give_back(device)
     blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, need)
     caches = allocate_caches(layout, blocks, spec.block_size, cache_dtype, device)
     runner = _runner(spec, model, caches, device, max_model_len)
@@ -213,8 +213,7 @@ def _take_all(runner: Runner, need: Scratch, step_tokens: int, max_num_seqs: int
     from headrace.execution.graphs import GraphRunner
     from headrace.execution.warm_up import warm_up
 
-    if isinstance(runner, GraphRunner):
-        runner.reserve(need.pooled)
+    take_for_steps(runner.device, need, runner if isinstance(runner, GraphRunner) else None)
     warm_up(runner, step_tokens=step_tokens, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
 
 

@@ -14,7 +14,7 @@ from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.engines.encode import EncodeCore
 from headrace.engines.inspect import inspect
-from headrace.engines.memory import settle, take_for_weights
+from headrace.engines.memory import give_back, take_for_steps, take_for_weights
 from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.execution.encode_runner import EncodeRunner
 from headrace.messages import Ready
@@ -83,9 +83,9 @@ def build_encode(
 
 def _take_all(runner: EncodeRunner, need: Scratch, tokens: int, device: torch.device) -> None:
     """Take what serving will ever need of the device, so that it never asks for more."""
-    settle(device, need)
+    give_back(device)
+    take_for_steps(device, need, runner.graphs)
     if runner.graphs is not None:
-        runner.graphs.reserve(need.pooled)
         runner.graphs.warm_up(GRAPH_SECONDS)
     length = runner.max_tokens
     counts = [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Protocol
 
 import torch
 
@@ -15,7 +16,21 @@ from headrace.config.spec import EngineSpec
 from headrace.errors import DoesNotFit
 from headrace.execution.device_memory import grow
 
-__all__ = ["available_bytes", "kv_block_bytes", "num_kv_blocks", "settle", "take_for_weights"]
+__all__ = [
+    "available_bytes",
+    "give_back",
+    "kv_block_bytes",
+    "num_kv_blocks",
+    "take_for_steps",
+    "take_for_weights",
+]
+
+
+class Reserving(Protocol):
+    """Graphs that share memory."""
+
+    def reserve(self, size: int, small: int) -> None:
+        """Take ``size`` bytes, ``small`` of them for tensors up to a MiB."""
 
 
 def available_bytes(device: torch.device) -> int:
@@ -47,24 +62,31 @@ def kv_block_bytes(layout: list[tuple[int, int]], block_size: int, dtype: torch.
 def take_for_weights(device: torch.device, facts: Facts, shape: ModelShape, dtype: torch.dtype) -> None:
     """Take the bytes of weights that are loaded as they are in one piece: tensors of their own are rounded up."""
     if device.type == "cuda":
-        grow(weigh(facts, shape, dtype.itemsize, "").total, device)
+        grow(weigh(facts, shape, dtype.itemsize, "").total, device, 0)
 
 
-def settle(device: torch.device, need: Scratch) -> None:
-    """Give back what loading left over, and take what steps outside graphs will need."""
+def give_back(device: torch.device) -> None:
+    """What loading left over."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def take_for_steps(device: torch.device, need: Scratch, graphs: Reserving | None) -> None:
+    """Take what steps will need, when all that lives as long as the server is there but their tables."""
+    if device.type == "cuda":
         grow(need.state + need.plain, device, SMALL_BYTES)
+        if graphs is not None:
+            graphs.reserve(need.pooled, SMALL_BYTES)
 
 
 def num_kv_blocks(
     spec: EngineSpec, block_bytes: int, max_model_len: int, device: torch.device, need: Scratch
 ) -> int:
-    """Blocks of the pool, the null block included; on a GPU of what is truly free after `settle`.
+    """Blocks of the pool, the null block included; on a GPU of what is truly free once the weights are there.
 
     Args:
         max_model_len: the pool never needs more than max_num_seqs sequences of this length.
-        need: what graphs will take of the rest.
+        need: what steps will take of the rest.
 
     Raises:
         DoesNotFit: not even one block a sequence fits.
@@ -77,7 +99,8 @@ def num_kv_blocks(
         total = torch.cuda.get_device_properties(device).total_memory
         used = total - available_bytes(device)
         process = used - torch.cuda.memory_reserved(device)
-        later = need.pooled + need.objects + max(0, CUDA_PROCESS_BYTES - process)
+        steps = need.state + need.plain + need.pooled + need.objects
+        later = steps + max(0, CUDA_PROCESS_BYTES - process)
         budget = int(total * spec.memory_fraction) - used - later
     blocks = pool_blocks(
         budget,

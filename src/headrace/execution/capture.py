@@ -27,10 +27,10 @@ class GraphMemory:
         self.pool = torch.cuda.MemPool()
         self._graphs: list[torch.cuda.CUDAGraph] = []  # torch forgets a pool whose last graph is gone
 
-    def grow(self, size: int) -> None:
-        """Take ``size`` bytes for graphs now: captures within them ask the driver for none."""
+    def grow(self, size: int, small: int) -> None:
+        """Take ``size`` bytes for graphs now, ``small`` of them for tensors up to a MiB."""
         with torch.cuda.use_mem_pool(self.pool, self.device), torch.cuda.stream(self.stream):
-            grow(size, self.device)
+            grow(size, self.device, small)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], object]:
         """Run ``work`` once uncaptured, capture it, and return what replays it.
@@ -42,11 +42,10 @@ class GraphMemory:
         graph = torch.cuda.CUDAGraph()
         self._graphs.append(graph)
         current, side = torch.cuda.current_stream(self.device), self.stream
-        side.wait_stream(current)
+        # Compiles, and takes scratch that outlives the capture: outside the pool, where any graph may write.
+        work()
+        current.synchronize()
         with torch.cuda.stream(side):
-            with torch.cuda.use_mem_pool(self.pool, self.device):
-                work()  # compiles, and takes scratch that must outlive the capture
-            side.synchronize()
             pool: Any = self.pool.id
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:

@@ -9,15 +9,15 @@ __all__ = ["grow", "num_device_allocations"]
 _SMALL = 1 << 20  # tensors up to this size live in segments of their own kind
 
 
-def grow(size: int, device: torch.device, small: int = 0) -> None:
-    """Have torch's allocator hold ``size`` free bytes in one piece on the current stream and in the current pool.
+def grow(size: int, device: torch.device, small: int) -> None:
+    """Have torch's allocator hold ``size`` free bytes on the current stream and in the current pool.
 
     Args:
-        small: bytes more for tensors up to a MiB.
+        small: of them, for tensors up to a MiB; the rest is one piece.
     """
-    held = [torch.empty(_SMALL, dtype=torch.uint8, device=device) for _ in range(-(-small // _SMALL))]
-    if size > 0:
-        held.append(torch.empty(max(size, _SMALL + 1), dtype=torch.uint8, device=device))
+    held = [torch.empty(_SMALL, dtype=torch.uint8, device=device) for _ in range(small // _SMALL)]
+    if size - small > _SMALL:
+        held.append(torch.empty(size - small, dtype=torch.uint8, device=device))
     del held
 
 

@@ -108,10 +108,10 @@ class EncodeGraphs:
         graph.replay()
         return graph.output[0]
 
-    def reserve(self, size: int) -> None:
-        """Take ``size`` bytes for all graphs together."""
+    def reserve(self, size: int, small: int) -> None:
+        """Take ``size`` bytes for all graphs together, ``small`` of them for tensors up to a MiB."""
         if self._memory is not None:
-            self._memory.grow(size)
+            self._memory.grow(size, small)
 
     @torch.inference_mode()
     def warm_up(self, seconds: float) -> None:

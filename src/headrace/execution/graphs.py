@@ -302,10 +302,10 @@ class GraphRunner(Runner):
 
     # --- graphs ----------------------------------------------------------------------------------
 
-    def reserve(self, size: int) -> None:
-        """Take ``size`` bytes for all graphs together."""
+    def reserve(self, size: int, small: int) -> None:
+        """Take ``size`` bytes for all graphs together, ``small`` of them for tensors up to a MiB."""
         if self._memory is not None:
-            self._memory.grow(size)
+            self._memory.grow(size, small)
 
     def warm_up(self, sizes: list[int]) -> None:
         """Capture the graphs of greedy decode steps of these batch sizes now."""

@@ -65,7 +65,7 @@ class Scratch(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         state: tables that live as long as the server.
-        plain: what lives at once in a step outside graphs.
+        plain: what lives at once in a step outside graphs: also of one that is about to be captured.
         pooled: what lives at once in a graph; all graphs share it.
         objects: the driver's, for the graphs themselves.
     """
@@ -165,7 +165,7 @@ def _generate(shape: ModelShape, load: Load) -> Scratch:
     decode_graphs = 2 * (min(load.rows, 64).bit_length() + load.rows // 32)  # to tokens and to logits
     return Scratch(
         state=_tables(shape, load) + partial,
-        plain=_in_pieces(after if load.tokens <= GRAPH_TOKENS else step),
+        plain=_in_pieces(max(forward + partial, after) if load.tokens <= GRAPH_TOKENS else step),
         pooled=_in_pieces(max(in_graph, decode)) + _SPLIT_BYTES,
         objects=(decode_graphs + _MIXED_GRAPHS) * shape.layers * _GRAPH_BYTES_A_LAYER,
     )
