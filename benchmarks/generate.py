@@ -19,19 +19,22 @@ from headrace.config.quantization import quantization_type
 from headrace.engines.generate import GenerateCore
 from headrace.execution.graphs import GraphRunner
 from headrace.execution.runner import Runner
+from headrace.execution.sampler import Masks
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
-from headrace.layers.linear import Linear
+from headrace.layers.linear import FixedLinear, Linear
 from headrace.models.decoder import DecoderModel
 from headrace.models.loading import random_weights
 from headrace.models.registry import read_config
 from headrace.quantization.registry import load_time
 from headrace.quantization.scaled import ScaledLinear
+from headrace.scheduling.plan import StepPlan
 from headrace.scheduling.scheduler import Scheduler
 from headrace.types import Request, SamplingParams
 
 CASES = ["1x128/256", "1x4096/1", "16x128/256", "64x512/128", "256x1024/128", "1024x128/128"]
 BLOCK = 16
+FILTERS = {"top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float, "logprobs": int}
 
 
 def build_core(
@@ -41,8 +44,9 @@ def build_core(
     eager: bool,
     step_tokens: int,
     cache: torch.dtype | None = None,
+    fixed: bool = False,
 ) -> GenerateCore:
-    """A core whose cache holds every case at once."""
+    """A core whose cache holds every case at once; ``fixed``: in deterministic mode."""
     device = model.embed.weight.device
     dtype = model.embed.weight.dtype
     blocks = 2 + max(count * (-(-(inputs + outputs) // BLOCK) + 1) for count, inputs, outputs in cases)
@@ -56,6 +60,7 @@ def build_core(
         "block_size": BLOCK,
         "max_num_seqs": rows,
         "max_model_len": length,
+        "fixed": fixed,
     }
     runner = Runner(model, caches, **sizes) if eager else GraphRunner(model, caches, **sizes)
     scheduler = Scheduler(
@@ -96,6 +101,25 @@ def run_case(
     if seen != count * outputs:
         raise RuntimeError(f"{seen} tokens came out, expected {count * outputs}")
     return {"seconds": seconds, "first_s": first, "steps": steps, "host_ms": core.stats().host_ms}
+
+
+class HalfMasks:
+    """Forbids a random half of the tokens to every row: what grammars cost the device, without their own work."""
+
+    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
+        shape = (rows, -(-vocab // 32))
+        generator = torch.Generator().manual_seed(0)
+        self.bits = torch.randint(-(2**31), 2**31, shape, generator=generator).int()
+        if device.type == "cuda":
+            self.bits = self.bits.pin_memory()
+        self.rows = torch.arange(rows, dtype=torch.int32, device=device)
+
+    def masks(self, plan: StepPlan) -> tuple[Masks | None, list[Any]]:
+        """As ConstraintTable.masks."""
+        count = len(plan.sampling)
+        if not count:
+            return None, []
+        return Masks(self.rows[:count], self.bits[:count].to(self.rows.device, non_blocking=True)), []
 
 
 def floor_seconds(model: DecoderModel, case: tuple[int, int, int]) -> float | None:
@@ -148,6 +172,10 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--step-tokens", type=int, default=8192)
     parser.add_argument("--temperature", type=float, default=0.0)
+    for name, kind in FILTERS.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, help="as in SamplingParams")
+    parser.add_argument("--masked", action="store_true", help="forbid half of the tokens to every row")
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--repeat", type=int, default=1)
     args = parser.parse_args()
     recorder = Recorder("generate", args)
@@ -157,23 +185,26 @@ def main() -> None:
     model = random_weights(read_config(config), dtype=getattr(torch, args.dtype), device=args.device)
     if args.quantization:
         quantize(model, args.quantization)
+    if args.deterministic:
+        FixedLinear.fix(model)
+    sampling = {name: value for name in FILTERS if (value := getattr(args, name)) is not None}
+    sampling["temperature"] = args.temperature
     cache = torch.float8_e4m3fn if args.kv_cache_dtype else None
     precision = args.quantization or args.dtype
     precision += "+fp8kv" if args.kv_cache_dtype else ""
     cases = [parse_case(text) for text in args.cases]
-    core = build_core(model, cases, eager=args.eager, step_tokens=args.step_tokens, cache=cache)
+    core = build_core(model, cases, eager=args.eager, step_tokens=args.step_tokens, cache=cache,
+                      fixed=args.deterministic)  # fmt: skip
+    if args.masked:
+        sampling["bad_words"] = ((0, 0, 0),)  # as with grammars, sampling waits for the token before
+        rows = max(count for count, _, _ in cases)
+        vars(core.constraints)["masks"] = HalfMasks(rows, model.config.vocab_size, core.runner.device).masks
     for text, case in zip(args.cases, cases):
         if isinstance(core.runner, GraphRunner) and case[2] > 1:
             core.runner.warm_up(list(range(1, case[0] + 1)))
-        run_case(
-            core,
-            (case[0], case[1], min(case[2], 8)),
-            model.config.vocab_size,
-            1,
-            temperature=args.temperature,
-        )
+        run_case(core, (case[0], case[1], min(case[2], 8)), model.config.vocab_size, 1, **sampling)
         for again in range(args.repeat):
-            seconds = run_case(core, case, model.config.vocab_size, 2 + again, temperature=args.temperature)
+            seconds = run_case(core, case, model.config.vocab_size, 2 + again, **sampling)
             least = floor_seconds(model, case)
             tokens = case[0] * case[2]
             single = case[2] == 1
@@ -183,6 +214,7 @@ def main() -> None:
                 value=seconds["seconds"] if single else tokens / seconds["seconds"],
                 floor=None if least is None else least if single else tokens / least,
                 first_token_s=round(seconds["first_s"], 4),
+                sampling=sampling, masked=args.masked, deterministic=args.deterministic,
                 steps=seconds["steps"], host_ms=round(seconds["host_ms"], 3),
             )  # fmt: skip
 

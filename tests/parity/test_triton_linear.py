@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.kernels.linear import reference
+from headrace.kernels.linear import reference, triton_fixed
 from headrace.kernels.linear import triton as fast
 from headrace.kernels.linear.tuning import GemvShape, SkinnyShape
 from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
@@ -67,15 +67,24 @@ def test_fp32_logits() -> None:
     assert error(out, reference.small_linear(x, weight, out_dtype=torch.float32)) < 1e-3
 
 
-def test_fixed_linear() -> None:
-    """Bitwise: a row alone and among any number of others."""
-    dtype = DTYPES[0]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "k"), [(70, 72), (70, 600), (200, 1072), (1000, 2048)][: None if ON_GPU else 2]
+)
+def test_fixed_linear(n: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bitwise: a row alone and among any number of others, whatever tiles there are."""
+    count = 700 if ON_GPU else 130
     x, weight, bias = (
-        randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(130, 72), (70, 72), (70,)])
+        randn(*shape, dtype=dtype, seed=i, scale=s)
+        for i, (shape, s) in enumerate([((count, k), 1.0), ((n, k), k**-0.5), ((n,), 1.0)])
     )
+    if not ON_GPU:
+        monkeypatch.setattr(triton_fixed, "_PROGRAMS", 5)  # the spans of many rows in one program, too
     out = fast.fixed_linear(x, weight, bias=bias)
-    assert error(out, reference.fixed_linear(x, weight, bias=bias)) < 2 * tolerance(dtype)
-    # The interpreter's products are a BLAS's, whose order may depend on the place in the tile: keep it there.
-    elsewhere = (slice(3, 90), slice(129, 130)) if ON_GPU else ()
-    for rows in (slice(0, 1), slice(64, 65), slice(64, 90), *elsewhere):
-        assert torch.equal(fast.fixed_linear(x[rows], weight, bias=bias), out[rows])
+    assert error(out, reference.small_linear(x, weight, bias=bias)) < 2 * tolerance(dtype)
+    places = [(0, 1), (64, 65), (64, 90), (3, 90), (count - 1, count), (5, 40), (40, 120), (2, 129)]
+    for low, high in places:
+        part = fast.fixed_linear(x[low:high], weight, bias=bias)
+        # The interpreter's products are a BLAS's, whose order depends on the shape.
+        assert torch.equal(part, out[low:high]) if ON_GPU else error(part, out[low:high]) < tolerance(dtype)
+    assert not any(arrivals.any() for arrivals in triton_fixed._SCRATCH.arrivals.get(x.device, []))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import headrace.execution.sampler as sampler_module
-from headrace.execution.sampler import Masks, Sampler, race_keys, race_times
+from headrace.execution.sampler import Masks, Sampler, race_keys
+from headrace.kernels.sampling import forbid_rows
+from headrace.kernels.sampling.reference import race_times
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.table import BlockTable
 from headrace.scheduling.plan import Chunk
@@ -81,21 +82,6 @@ def test_filters_keep_what_transformers_keeps(params: dict[str, float]) -> None:
     assert {t for t in kept if probs[t] > 0.01} <= seen
 
 
-def test_rows_are_drawn_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(23, VOCAB, generator=torch.Generator().manual_seed(5))
-    kinds: tuple[dict[str, Any], ...] = (
-        {},
-        {"top_p": 0.7},
-        {"top_k": 5},
-        {"temperature": 0.0},
-        {"min_p": 0.2},
-    )
-    chunks = [chunk(i, SamplingParams(seed=i, **kinds[i % 5])) for i in range(23)]
-    whole = sample(logits, chunks)
-    monkeypatch.setattr(sampler_module, "DRAW_ELEMENTS", 4 * VOCAB + 3)
-    assert sample(logits, chunks) == whole
-
-
 def test_top_p_over_a_flat_distribution_needs_more_than_the_candidates() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, :900] = 1.0
@@ -162,10 +148,14 @@ def test_penalties_equal_their_definitions() -> None:
     sampled = sampler.sample(adjusted, [c])
     assert torch.allclose(adjusted[0], expected, atol=1e-5)
     assert sampled.tokens.tolist() == [int(expected.argmax())]
-    own = sampled.logprobs[0][0]
-    assert float(own) == pytest.approx(
+    assert sampled.scored == [0]
+    assert sampled.scores is not None
+    (entry,) = sampled.scores.read(sampled.tokens.tolist())
+    assert entry.logprob == pytest.approx(
         float(torch.log_softmax(logits[0], -1)[int(expected.argmax())]), abs=1e-5
     )
+    assert entry.rank == int((logits[0] > logits[0, entry.token_id]).sum()) + 1
+    assert len(entry.top) == 1
 
 
 def test_masks_forbid() -> None:
@@ -182,7 +172,7 @@ def test_masks_forbid() -> None:
     assert tokens[1] in (5, 9, 63)
     assert tokens[0] in (5, 9)
     masked = logits.clone()
-    masks.forbid(masked)
+    forbid_rows(masked, masks.rows, masks.bits)
     assert torch.isfinite(masked[0]).nonzero()[:, 0].tolist() == [5, 9]
     assert torch.isfinite(masked[1]).nonzero()[:, 0].tolist() == [5, 9, 63]
     best = masked[1].argmax()
@@ -192,3 +182,62 @@ def test_masks_forbid() -> None:
     assert sampler.sample(logits.clone(), chunks, masks).tokens[1] == best
     tokens = sampler.sample(logits.clone(), chunks, Masks(torch.tensor([1]), bits[1:])).tokens.tolist()
     assert tokens[1] == (5 if logits[1, 5] > logits[1, 9] else 9)
+
+
+def test_many_rows_are_drawn_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(11, VOCAB, generator=torch.Generator().manual_seed(8))
+    chunks = [chunk(i, SamplingParams(seed=i, top_p=0.7, temperature=float(i % 3))) for i in range(11)]
+    expected = sample(logits, chunks)
+    monkeypatch.setattr("headrace.kernels.sampling.reference._AT_ONCE", 2 * VOCAB)
+    assert sample(logits, chunks) == expected
+
+
+def test_scores_are_made_for_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(9, VOCAB, generator=torch.Generator().manual_seed(5))
+    found = []
+    for elements in (1 << 23, 4 * VOCAB):
+        monkeypatch.setattr(sampler_module, "SCORE_ELEMENTS", elements)
+        chunks = [chunk(i, SamplingParams(seed=i, logprobs=i % 3)) for i in range(9)]
+        sampler = Sampler(9, torch.device("cpu"))
+        for c in chunks:
+            sampler.admit(c.sequence)
+        sampled = sampler.sample(logits.clone(), chunks)
+        assert sampled.scores is not None
+        found.append(sampled.scores.read(sampled.tokens.tolist()))
+    assert found[0] == found[1]
+
+
+def test_a_history_follows_its_sequence() -> None:
+    """Counts grow with the output; another sequence in the same row starts afresh."""
+    params = SamplingParams(temperature=0.0, repetition_penalty=2.0, frequency_penalty=0.5)
+    sampler = Sampler(1, torch.device("cpu"))
+    first, second = chunk(0, params, (1, 2), (2,)), chunk(0, params, (5,), ())
+    sampler.admit(first.sequence)
+
+    def edited(c: Chunk) -> list[float]:
+        logits = torch.full((1, 8), 4.0)
+        sampler.sample(logits, [c])
+        return logits[0].tolist()
+
+    assert edited(first) == [4.0, 2.0, 1.5, 4.0, 4.0, 4.0, 4.0, 4.0]
+    first.sequence.token_ids += [2, 7]
+    assert edited(first) == [4.0, 2.0, 1.0, 4.0, 4.0, 4.0, 4.0, 1.5]
+    sampler.admit(second.sequence)
+    assert edited(second) == [4.0, 4.0, 4.0, 4.0, 4.0, 2.0, 4.0, 4.0]
+
+
+def test_bans_are_biases() -> None:
+    params = SamplingParams(
+        temperature=0.0,
+        min_tokens=3,
+        stop_token_ids=(2,),
+        logit_bias={4: 1.5, 2: 9.0},
+        bad_words=((6, 7), (1,)),
+    )
+    c = chunk(0, params, (5, 6))
+    sampler = Sampler(1, torch.device("cpu"))
+    sampler.admit(c.sequence)
+    logits = torch.zeros(1, 9)
+    assert sampler.sample(logits, [c]).tokens.tolist() == [4]
+    low = -float("inf")
+    assert logits[0].tolist() == [0.0, low, low, 0.0, 1.5, 0.0, 0.0, low, 0.0]

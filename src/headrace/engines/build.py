@@ -59,13 +59,21 @@ def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Rea
     require_supported(spec)
     checkpoint = open_weights(spec)
     device = choose_device(spec)
+    facts = inspect(checkpoint.path)
+    encodes = select(facts, spec).engine in ("bert", "embed")
+    if spec.deterministic and (encodes or device.type == "cpu"):
+        where = "a model of one pass" if encodes else "a CPU"
+        raise ConfigError(
+            f"deterministic is true and this is {where}, where the order of sums depends on the batch; "
+            "leave deterministic out, or generate on a GPU",
+            param="deterministic",
+        )
     threads = spec.num_threads or torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)  # reading files gains little from more, and loses much where others compute
     core: EncodeCore[EncodeRunner] | GenerateCore
     try:
-        facts = inspect(checkpoint.path)
-        if select(facts, spec).engine in ("bert", "embed"):
+        if encodes:
             core, ready = _build_encode(spec, checkpoint, device)
         else:
             core, ready = _build_generate(spec, checkpoint, facts, device, progress)
@@ -192,7 +200,7 @@ def _runner(
         "max_model_len": max_model_len,
     }
     by_length = model.config.rope_boundary is not None
-    if device.type == "cuda" and spec.deterministic:
+    if spec.deterministic:
         if any(hasattr(m, "in_features") and not isinstance(m, Linear) for m in model.modules()):
             raise ConfigError(
                 "deterministic is true and this model has quantized layers, whose kernels depend on the batch; "

@@ -79,14 +79,12 @@ class GraphStep(Step):
 
     Attributes:
         input: int32 [key.size].
-        greedy: all tokens are the most likely ones.
         updates: rows of the block tables that changed, int64 [N], and their contents.
         tokens: int64 [P], of a greedy decode graph.
     """
 
     key: _Key = _NO_GRAPH
     input: Tensor | None = None
-    greedy: bool = False
     updates: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     tokens: Tensor | None = None
 
@@ -169,11 +167,10 @@ class GraphRunner(Runner):
             self._num_blocks[sequence.row] = 0
         chunks = plan.sampling
         rows = np.fromiter((c.row for c in plan.chunks), np.int64, len(plan.chunks))
-        greedy = bool(self._plain[rows].all())
         if len(chunks) == plan.num_tokens:
             size = _up(self.decode_sizes, len(chunks))
-            key = _Key(size, size, "tokens" if greedy else "logits")
-            return self._stage(GraphStep(plan, chunks, None, key=key, greedy=greedy), rows)
+            key = _Key(size, size, "tokens" if self._plain[rows].all() else "logits")
+            return self._stage(GraphStep(plan, chunks, None, key=key), rows)
         key = _Key(
             _up(_MIXED_TOKENS, plan.num_tokens),
             _up(self._seq_sizes, len(plan.chunks)),
@@ -182,7 +179,7 @@ class GraphRunner(Runner):
             fresh=all(chunk.start == 0 or chunk.count == 1 for chunk in plan.chunks),
         )
         last = self._last(plan) if chunks else None
-        return self._stage(GraphStep(plan, chunks, None, last, key=key, greedy=greedy), rows)
+        return self._stage(GraphStep(plan, chunks, None, last, key=key), rows)
 
     def _stage(self, step: GraphStep, rows: np.ndarray) -> GraphStep:
         """Write the step's input."""
@@ -259,7 +256,7 @@ class GraphRunner(Runner):
         if not isinstance(step, GraphStep) or step.key.kind == "mixed":
             return super().run(step)
         output = self._replay(step)[: len(step.chunks)]
-        if step.greedy:
+        if step.key.kind == "tokens":
             step.tokens = output
         else:
             step.logits = output
@@ -281,23 +278,12 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def sample(self, step: Step, masks: Masks | None = None) -> Step:
-        if not isinstance(step, GraphStep) or not step.greedy or not step.chunks:
+        if not isinstance(step, GraphStep) or step.tokens is None:
             return super().sample(step, masks)
         assert not masks, "constrained rows are not plain"
-        tokens = step.tokens
-        if tokens is None:  # a mixed step
-            assert step.logits is not None
-            tokens = argmax_rows(step.logits)
-            rows = np.fromiter((chunk.row for chunk in step.chunks), np.int64, len(step.chunks))
-            self._last_tokens[self._upload(rows)] = tokens
-        step.tokens = step.logits = None
-        step.sampled = Sampled(tokens, {})
-        if self.device.type == "cuda":
-            step.host_tokens = tokens.to("cpu", non_blocking=True)  # pinned, so this does not wait
-            step.done = torch.cuda.Event()
-            step.done.record()
-        else:
-            step.host_tokens = tokens.clone()
+        step.sampled = Sampled(step.tokens, [], None)
+        step.tokens = None
+        self._send(step)
         return step
 
     # --- graphs ----------------------------------------------------------------------------------

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.execution.sampler import Masks, Sampled, Sampler, token_logprobs
+from headrace.execution.sampler import HostScores, Masks, Sampled, Sampler
 from headrace.execution.threads import ThreadGovernor
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.scheduling.plan import Chunk, StepPlan
+from headrace.scheduling.sequence import Sequence
 from headrace.types import TokenLogprobs
 
 __all__ = ["CausalModel", "Runner", "Step", "StepResult"]
@@ -62,7 +63,7 @@ class Step:
     last: Tensor | None = None  # int64 [P] positions to sample; None: all of them, or none
     unseen: tuple[Tensor, Tensor] | None = None  # positions whose token only the device knows, and their rows
     logits: Tensor | None = None
-    prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
+    prompt_scores: list[_PromptScores] = field(default_factory=list)
     sampled: Sampled | None = None
     host_tokens: Tensor | None = None
     done: torch.cuda.Event | None = None
@@ -71,10 +72,24 @@ class Step:
         """Wait for the device."""
         if self.done is not None:
             self.done.synchronize()
-        tokens = [] if self.host_tokens is None else self.host_tokens.tolist()
-        facts = self.sampled.logprobs if self.sampled is not None else {}
-        logprobs = {i: token_logprobs(tokens[i], f) for i, f in facts.items() if tokens[i] >= 0}
-        return StepResult(tokens, logprobs, self.prompt_logprobs)
+        result = StepResult([] if self.host_tokens is None else self.host_tokens.tolist())
+        if self.sampled is not None and self.sampled.scores is not None:
+            rows = self.sampled.scored
+            entries = self.sampled.scores.read([result.tokens[row] for row in rows])
+            result.logprobs = {row: entry for row, entry in zip(rows, entries) if entry.token_id >= 0}
+        for prompt in self.prompt_scores:
+            read = [entry for targets, scores in prompt.parts for entry in scores.read(targets)]
+            result.prompt_logprobs[prompt.request_id] = (prompt.start, read)
+        return result
+
+
+@dataclass(slots=True)
+class _PromptScores:
+    """Log-probabilities of prompt tokens after ``start``: some tokens and their scores at a time."""
+
+    request_id: str
+    start: int
+    parts: list[tuple[list[int], HostScores]]
 
 
 class Runner:
@@ -132,7 +147,7 @@ class Runner:
     def run(self, step: Step) -> Step:
         """Launch the model."""
         hidden = self._hidden(step)
-        step.prompt_logprobs = self._prompt_logprobs(step.plan, hidden)
+        step.prompt_scores = self._score_prompts(step.plan, hidden)
         if step.chunks:
             step.logits = self.model.logits(hidden if step.last is None else hidden[step.last])
         return step
@@ -151,19 +166,22 @@ class Runner:
 
     @torch.inference_mode()
     def sample(self, step: Step, masks: Masks | None = None) -> Step:
-        """Launch sampling and the copy of the tokens to the host."""
-        if step.logits is None:
-            return step
-        step.sampled = self.sampler.sample(step.logits, step.chunks, masks)
-        step.logits = None
-        tokens = step.sampled.tokens
-        rows = torch.tensor([chunk.row for chunk in step.chunks])
-        self._last_tokens[rows.to(self.device, non_blocking=True)] = tokens
-        step.host_tokens = tokens.to("cpu", non_blocking=True)
+        """Launch sampling and the copy of what the host must know."""
+        if step.logits is not None:
+            step.sampled = self.sampler.sample(step.logits, step.chunks, masks, self._last_tokens)
+            step.logits = None
+        self._send(step)
+        return step
+
+    def _send(self, step: Step) -> None:
+        """Copy the tokens to the host."""
+        if step.sampled is not None:
+            step.host_tokens = step.sampled.tokens.to(
+                "cpu", non_blocking=True
+            )  # pinned, so this does not wait
         if self.device.type == "cuda":
             step.done = torch.cuda.Event()
             step.done.record()
-        return step
 
     # --- packing ---------------------------------------------------------------------------------
 
@@ -246,31 +264,29 @@ class Runner:
 
     # --- prompt log-probabilities ----------------------------------------------------------------
 
-    def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> dict[str, tuple[int, list[TokenLogprobs]]]:
+    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> list[_PromptScores]:
         """Log-probabilities of the prompt tokens that follow each position of this step."""
-        found: dict[str, tuple[int, list[TokenLogprobs]]] = {}
+        found = []
         at = 0
         for chunk in plan.chunks:
-            sequence = chunk.sequence
-            k = sequence.sampling.prompt_logprobs
-            if k is not None and chunk.start < sequence.num_prompt - 1:
-                count = min(chunk.count, sequence.num_prompt - 1 - chunk.start)
-                targets = sequence.token_ids[chunk.start + 1 : chunk.start + 1 + count]
-                found[sequence.id] = (chunk.start, self._score(hidden[at : at + count], targets, k))
+            k = chunk.sequence.sampling.prompt_logprobs
+            count = min(chunk.count, chunk.sequence.num_prompt - 1 - chunk.start)
+            if k is not None and count > 0:
+                parts = self._score(hidden[at : at + count], chunk.sequence, chunk.start + 1, k)
+                found.append(_PromptScores(chunk.sequence.id, chunk.start, parts))
             at += chunk.count
         return found
 
-    def _score(self, hidden: Tensor, targets: list[int], k: int) -> list[TokenLogprobs]:
-        scored: list[TokenLogprobs] = []
-        for first in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
-            part = targets[first : first + _PROMPT_LOGPROB_ROWS]
-            logprobs = torch.log_softmax(self.model.logits(hidden[first : first + len(part)]), -1)
-            own = logprobs.gather(1, torch.tensor(part, device=self.device)[:, None])
-            ranks = ((logprobs > own).sum(-1) + 1).tolist()
-            values, ids = (t.tolist() for t in torch.topk(logprobs, k, dim=-1))
-            for i, token in enumerate(part):
-                scored.append(TokenLogprobs(token, float(own[i]), ranks[i], tuple(zip(ids[i], values[i]))))
-        return scored
+    def _score(
+        self, hidden: Tensor, sequence: Sequence, first: int, k: int
+    ) -> list[tuple[list[int], HostScores]]:
+        """Scores of the tokens from ``first`` on, those that hidden states [N, D] precede."""
+        parts = []
+        for at in range(0, hidden.shape[0], _PROMPT_LOGPROB_ROWS):
+            rows = hidden[at : at + _PROMPT_LOGPROB_ROWS]
+            targets = sequence.token_ids[first + at : first + at + len(rows)]
+            parts.append((targets, self.sampler.score(self.model.logits(rows), targets, k)))
+        return parts
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray, query_starts: np.ndarray) -> np.ndarray:

@@ -1,31 +1,30 @@
-"""Logits to tokens, one independent row a sequence.
+"""Logits to tokens, one independent row a sequence: what the host knows, for the kernels that do it.
 
 A row's token depends on its logits, its parameters, its seed and its position, and on nothing else in the batch.
-Random rows run a race: token i arrives after E_i / p_i, with E_i exponential and a pure function of (seed, position,
-i), and the first wins. That is a draw from p (the Gumbel-max trick, Maddison et al. 2014), and it stays the same draw
-when rounding differs: with logits 1e-5 apart, one number through the inverse of the cumulative distribution gives
-another token in 1 of 100 draws over 49,152 tokens (each boundary between two of them moves), a race in 1 of 100,000.
+Random rows run a race (kernels/sampling). It stays the same draw when rounding differs: with logits 1e-5 apart, one
+number through the inverse of the cumulative distribution gives another token in 1 of 100 draws over 49,152 tokens
+(each boundary between two of them moves), a race in 1 of 100,000.
 
-Order of operations: logit bias and masks, penalties, temperature, top-k, top-p, min-p (that of transformers).
+Order of operations: logit bias and bans, penalties, masks, temperature, top-k, top-p, min-p (that of transformers).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.config.plan.scratch import DRAW_ELEMENTS
+from headrace.config.plan.scratch import SCORE_ELEMENTS
+from headrace.execution.upload import upload
+from headrace.kernels.sampling import Draws, Edits, Scores, draw_rows, edit_rows, forbid_rows, score_rows
 from headrace.scheduling.plan import Chunk
 from headrace.scheduling.sequence import Sequence
 from headrace.types import TokenLogprobs
 
-__all__ = ["Masks", "Sampled", "Sampler", "race_keys", "race_times"]
-
-_GOLDEN = -1640531535  # 2^32 over the golden ratio, as int32
-_CANDIDATES = 512  # most likely tokens looked at before a full sort is paid for
+__all__ = ["HostScores", "Masks", "Sampled", "Sampler", "race_keys"]
 
 
 @dataclass(slots=True)
@@ -33,18 +32,32 @@ class Masks:
     """Allowed tokens of some rows, on the device.
 
     Attributes:
-        rows: int64 [M], rows of the logits.
+        rows: int32 [M], rows of the logits.
         bits: int32 [M, ceil(V / 32)], little-endian; a set bit allows its token.
     """
 
     rows: Tensor
     bits: Tensor
 
-    def forbid(self, logits: Tensor) -> None:
-        """Set what is not allowed to -inf, in ``logits`` [P, V]."""
-        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
-        allowed = ((self.bits[:, :, None] >> shifts) & 1).view(len(self.rows), -1)[:, : logits.shape[1]]
-        logits[self.rows] = logits[self.rows].masked_fill_(allowed == 0, -torch.inf)
+
+class HostScores:
+    """Log-probabilities on their way to the host; read them when the device is known to be done.
+
+    Args:
+        limits: of each row, how many most likely tokens were asked for.
+    """
+
+    def __init__(self, scores: Scores, limits: list[int]) -> None:
+        self.limits = limits
+        self._arrays = [tensor.to("cpu", non_blocking=True) for tensor in scores]
+
+    def read(self, tokens: Several[int]) -> list[TokenLogprobs]:
+        """One entry for each row's token."""
+        own, ranks, ids, values = (array.tolist() for array in self._arrays)
+        return [
+            TokenLogprobs(token, own[i], ranks[i], tuple(zip(ids[i][:k], values[i][:k])))
+            for i, (token, k) in enumerate(zip(tokens, self.limits))
+        ]
 
 
 @dataclass(slots=True)
@@ -53,11 +66,12 @@ class Sampled:
 
     Attributes:
         tokens: int64 [P]; -1 where the logits were not finite.
-        logprobs: for the rows that asked: row -> (log-probability, rank, top ids, top log-probabilities).
+        scored: rows whose log-probabilities were asked for, and these.
     """
 
     tokens: Tensor
-    logprobs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]
+    scored: list[int]
+    scores: HostScores | None
 
 
 def race_keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -75,27 +89,6 @@ def race_keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return state.view(np.int32).reshape(-1, 2)
 
 
-def race_times(keys: Tensor, vocab: int) -> Tensor:
-    """Exponential numbers by key and token: Murmur3's finalizer, twice, over the token's number (Appleby 2011).
-
-    Args:
-        keys: int32 [R, 2].
-
-    Returns:
-        float32 [R, vocab], above 0.
-    """
-    state = torch.arange(vocab, dtype=torch.int32, device=keys.device) * _GOLDEN + keys[:, :1]
-    for word in (keys[:, 1:], 0):
-        state ^= (state >> 16) & 0xFFFF
-        state *= -2048144789
-        state ^= (state >> 13) & 0x7FFFF
-        state *= -1028477387
-        state ^= (state >> 16) & 0xFFFF
-        state ^= word
-    numbers = (state & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-    return numbers.neg_().log1p_().neg_()
-
-
 def _mix(x: np.ndarray) -> np.ndarray:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -104,8 +97,31 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return mixed
 
 
+class _History:
+    """The distinct tokens of a sequence, and how often each is in its output; grows with it."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.sequence = sequence
+        known = dict.fromkeys(sequence.token_ids[: sequence.num_prompt])
+        self._index = {token: i for i, token in enumerate(known)}
+        self._arrays = np.zeros((2, len(known) + 256), np.int32)
+        self._arrays[0, : len(known)] = list(known)
+        self._seen = sequence.num_prompt
+
+    def follow(self) -> np.ndarray:
+        """int32 [2, N]: ids and counts as of now."""
+        for token in self.sequence.token_ids[self._seen :]:
+            at = self._index.setdefault(token, len(self._index))
+            if at == self._arrays.shape[1]:
+                self._arrays = np.concatenate((self._arrays, np.zeros_like(self._arrays)), axis=1)
+            self._arrays[0, at] = token
+            self._arrays[1, at] += 1
+        self._seen = len(self.sequence.token_ids)
+        return self._arrays[:, : len(self._index)]
+
+
 class Sampler:
-    """Sampling parameters by row, and the arithmetic.
+    """Sampling parameters by row, and what becomes of logits with them.
 
     Args:
         max_num_seqs: rows.
@@ -115,141 +131,148 @@ class Sampler:
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
         self.device = device
         self.temperature = np.ones(max_num_seqs, np.float32)
-        self.top_k = np.zeros(max_num_seqs, np.int64)
+        self.top_k = np.zeros(max_num_seqs, np.int32)
         self.top_p = np.ones(max_num_seqs, np.float32)
         self.min_p = np.zeros(max_num_seqs, np.float32)
         self.seed = np.zeros(max_num_seqs, np.uint64)
+        self.scores = np.zeros(max_num_seqs, bool)  # log-probabilities are asked for
+        self.edits = np.zeros(max_num_seqs, bool)  # see _is_edited
+        self._histories: dict[int, _History] = {}
 
     def admit(self, sequence: Sequence) -> None:
         """Set a row up for a sequence that begins to run."""
         s, row = sequence.sampling, sequence.row
         self.temperature[row] = s.temperature
-        self.top_k[row] = max(s.top_k, 0)
+        self.top_k[row] = min(max(s.top_k, 0), np.iinfo(np.int32).max)
         self.top_p[row] = s.top_p
         self.min_p[row] = s.min_p
         self.seed[row] = np.uint64(sequence.seed & 0xFFFFFFFFFFFFFFFF)
+        self.scores[row] = s.logprobs is not None
+        self.edits[row] = _is_edited(sequence)
 
-    def sample(self, logits: Tensor, chunks: list[Chunk], masks: Masks | None = None) -> Sampled:
+    def sample(
+        self,
+        logits: Tensor,
+        chunks: list[Chunk],
+        masks: Masks | None = None,
+        last_tokens: Tensor | None = None,
+    ) -> Sampled:
         """One token for each chunk.
 
         Args:
             logits: float32 [P, V], changed in place.
             chunks: the P chunks that sample, in order.
             masks: of rows whose next token is constrained.
+            last_tokens: int64 [max_num_seqs], gets the tokens by row.
         """
-        logprobs = self._logprob_source(logits, chunks)
-        for i, chunk in enumerate(chunks):
-            _adjust(logits[i], chunk)
+        rows = np.fromiter((c.row for c in chunks), np.int32, len(chunks))
+        scored = np.flatnonzero(self.scores[rows]).tolist()
+        arrays = self._draw_arrays(rows, chunks)
+        edited = np.flatnonzero(self.edits[rows])
+        if len(edited):
+            arrays += self._edit_arrays(edited, [chunks[i] for i in edited])
+        at = np.asarray(scored, np.int32)
+        on_device, where, *tensors = upload([rows, at, *arrays], self.device)
+        # Log-probabilities are those of the model, before any change.
+        raw = None if not scored else logits if len(scored) == len(chunks) else logits[where]
+        if len(edited) or masks is not None:
+            raw = logits.clone() if raw is logits else raw
+        if len(edited):
+            edit_rows(logits, Edits(*tensors[5:]))
         if masks is not None:
-            masks.forbid(logits)
-        rows = np.fromiter((c.row for c in chunks), np.int64, len(chunks))
-        temperature = self.temperature[rows]
-        greedy = np.flatnonzero(temperature == 0.0)
-        if len(greedy) == len(chunks):
-            tokens = _argmax(logits)
-        else:
-            tokens = torch.empty(len(chunks), dtype=torch.int64, device=self.device)
-            drawn = np.flatnonzero(temperature != 0.0)
-            if len(greedy):
-                at = self._to_device(greedy)
-                tokens[at] = _argmax(logits[at])
-            at = self._to_device(drawn)
-            positions = np.fromiter((chunks[i].start + chunks[i].count for i in drawn), np.int64, len(drawn))
-            subset = logits if len(drawn) == len(chunks) else logits[at]
-            tokens[at] = self._draw(subset, rows[drawn], positions)
-        return Sampled(tokens, {i: _logprobs_of(lp, tokens[i], k) for i, (lp, k) in logprobs.items()})
+            forbid_rows(logits, masks.rows, masks.bits)
+        temperature, top_k, top_p, min_p, keys = tensors[:5]
+        draws = Draws(temperature, top_k, top_p, min_p, keys, *self._filters(rows))
+        tokens = draw_rows(logits, draws, last_tokens=last_tokens, rows=on_device)
+        if raw is None:
+            return Sampled(tokens, [], None)
+        limits = [chunks[i].sequence.sampling.logprobs or 0 for i in scored]
+        scores = _scores(raw, tokens if len(scored) == len(chunks) else tokens[where], max(limits))
+        return Sampled(tokens, scored, HostScores(scores, limits))
 
-    def _draw(self, logits: Tensor, rows: np.ndarray, positions: np.ndarray) -> Tensor:
-        """Temperature, filters and a race a row, for some rows at a time. logits [R, V] -> int64 [R]."""
-        at_once = max(1, DRAW_ELEMENTS // logits.shape[1])
-        if len(rows) > at_once:
-            parts = [slice(first, first + at_once) for first in range(0, len(rows), at_once)]
-            return torch.cat([self._draw(logits[part], rows[part], positions[part]) for part in parts])
-        logits = logits / self._to_device(np.maximum(self.temperature[rows], 1e-5))[:, None]
-        top_k, top_p, min_p = self.top_k[rows], self.top_p[rows], self.min_p[rows]
-        filtered = np.flatnonzero((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
-        if len(filtered):
-            at = self._to_device(filtered)
-            subset = logits[at]
-            floor = self._floor(subset, top_k[filtered], top_p[filtered], min_p[filtered])
-            logits[at] = subset.masked_fill_(subset < floor[:, None], -torch.inf)
-        keys = self._to_device(race_keys(self.seed[rows], positions))
-        return _argmax(logits.sub_(race_times(keys, logits.shape[1]).log_()))
+    def score(self, logits: Tensor, targets: list[int], k: int) -> HostScores:
+        """Log-probabilities of given tokens. logits [N, V]."""
+        (tokens,) = upload([np.asarray(targets, np.int32)], self.device)
+        return HostScores(_scores(logits, tokens.long(), k), [k] * len(targets))
 
-    def _floor(self, logits: Tensor, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray) -> Tensor:
-        """The smallest logit that each row keeps. logits [R, V] -> [R]."""
-        vocab = logits.shape[1]
-        k = np.where((top_k > 0) & (top_k < vocab), top_k, vocab)
-        need = int(k.max()) if (k < vocab).all() else min(_CANDIDATES, vocab)
-        best = torch.topk(logits, need, dim=-1).values
-        if not (k < vocab).all() and (top_p < 1.0).any():
-            # Are the candidates all that top-p can need? Else sort everything.
-            mass = torch.exp(best.logsumexp(-1) - logits.logsumexp(-1)).cpu().numpy()
-            open_rows = (k >= vocab) & (top_p < 1.0)
-            if (mass[open_rows] <= top_p[open_rows] + 1e-4).any():
-                best = torch.sort(logits, dim=-1, descending=True).values
-        columns = torch.arange(best.shape[1], device=self.device)
-        limit = self._to_device(k)
-        kept = best.masked_fill(columns >= limit[:, None], -torch.inf)
-        unlimited = limit >= vocab
-        norm = torch.where(unlimited, logits.logsumexp(-1), kept.logsumexp(-1))
-        probs = torch.exp(kept - norm[:, None])
-        before = probs.cumsum(-1) - probs
-        p = self._to_device(top_p)
-        kept = kept.masked_fill((before >= p[:, None]) & (p < 1.0)[:, None], -torch.inf)
-        finite = torch.where(torch.isinf(kept), torch.inf, kept).amin(-1)
-        floor = torch.where(unlimited & (p >= 1.0), torch.full_like(finite, -torch.inf), finite)
-        peak = best[:, 0] + torch.log(self._to_device(min_p))
-        return torch.maximum(floor, peak)
+    def _draw_arrays(self, rows: np.ndarray, chunks: list[Chunk]) -> list[np.ndarray]:
+        """The tensors of Draws."""
+        positions = np.fromiter((c.start + c.count for c in chunks), np.int64, len(chunks))
+        columns = [column[rows] for column in (self.temperature, self.top_k, self.top_p, self.min_p)]
+        return [*columns, race_keys(self.seed[rows], positions)]
 
-    def _logprob_source(self, logits: Tensor, chunks: list[Chunk]) -> dict[int, tuple[Tensor, int]]:
-        """Log-probabilities [V] before any adjustment, of the rows that want them."""
-        wanted = {i: c.sequence.sampling.logprobs for i, c in enumerate(chunks)}
-        return {i: (torch.log_softmax(logits[i], -1), k) for i, k in wanted.items() if k is not None}
+    def _filters(self, rows: np.ndarray) -> tuple[bool, bool, bool]:
+        """Whether some row uses top-k, top-p and min-p."""
+        drawn = rows[self.temperature[rows] > 0.0]
+        top_k, top_p, min_p = (column[drawn] for column in (self.top_k, self.top_p, self.min_p))
+        return bool(top_k.any()), bool((top_p < 1.0).any()), bool(min_p.any())
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+    def _edit_arrays(self, edited: np.ndarray, chunks: list[Chunk]) -> list[np.ndarray]:
+        """The tensors of Edits."""
+        biases = [_biases(chunk) for chunk in chunks]
+        histories = [self._history(chunk) for chunk in chunks]
+        settings = [c.sequence.sampling for c in chunks]
+        ids = [token for bias in biases for token in bias]
+        values = [value for bias in biases for value in bias.values()]
+        history = np.concatenate(histories, axis=1)
+        return [
+            edited.astype(np.int32),
+            np.cumsum([0, *map(len, biases)], dtype=np.int32),
+            np.asarray(ids, np.int32),
+            np.asarray(values, np.float32),
+            np.cumsum([0, *(h.shape[1] for h in histories)], dtype=np.int32),
+            history[0],
+            history[1],
+            np.asarray(
+                [
+                    [s.repetition_penalty for s in settings],
+                    [s.presence_penalty for s in settings],
+                    [s.frequency_penalty for s in settings],
+                ],
+                np.float32,
+            ),
+        ]
+
+    def _history(self, chunk: Chunk) -> np.ndarray:
+        if not _is_penalized(chunk.sequence):
+            return np.zeros((2, 0), np.int32)
+        found = self._histories.get(chunk.row)
+        if found is None or found.sequence is not chunk.sequence:  # the row has changed hands
+            found = self._histories[chunk.row] = _History(chunk.sequence)
+        return found.follow()
 
 
-def _argmax(logits: Tensor) -> Tensor:
-    values, tokens = logits.max(dim=-1)
-    return torch.where(torch.isfinite(values), tokens, -1)
+def _scores(logits: Tensor, tokens: Tensor, k: int) -> Scores:
+    """score_rows for some rows at a time: their order takes ten times the memory of their logits."""
+    at_once = max(1, SCORE_ELEMENTS // logits.shape[1])
+    if len(logits) <= at_once:
+        return score_rows(logits, tokens, k)
+    parts = zip(logits.split(at_once), tokens.split(at_once))
+    found = [score_rows(some, targets, k) for some, targets in parts]
+    return Scores(*(torch.cat(pieces) for pieces in zip(*found)))
 
 
-def _adjust(logits: Tensor, chunk: Chunk) -> None:
-    """Bias, masks and penalties of one row [V], in place."""
+def _is_penalized(sequence: Sequence) -> bool:
+    s = sequence.sampling
+    return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
+
+
+def _is_edited(sequence: Sequence) -> bool:
+    """Its logits are changed, now or at some time, by something other than a constraint."""
+    s = sequence.sampling
+    bans = bool(s.bad_words) or (s.min_tokens > 0 and bool(sequence.stop_ids))
+    return bool(s.logit_bias) or bans or _is_penalized(sequence)
+
+
+def _biases(chunk: Chunk) -> dict[int, float]:
+    """What is added to logits of this row; -inf bans."""
     sequence = chunk.sequence
     s = sequence.sampling
-    if s.logit_bias:
-        ids = torch.tensor(list(s.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(s.logit_bias.values()), dtype=logits.dtype, device=logits.device)
-    num_output = chunk.start + chunk.count - sequence.num_prompt
-    if num_output < s.min_tokens and sequence.stop_ids:
-        logits[torch.tensor(sorted(sequence.stop_ids), device=logits.device)] = -torch.inf
+    found = dict(s.logit_bias)
+    if chunk.start + chunk.count - sequence.num_prompt < s.min_tokens:
+        found.update(dict.fromkeys(sequence.stop_ids, -np.inf))
     for word in s.bad_words:
         head = list(word[:-1])
         if not head or sequence.token_ids[-len(head) :] == head:
-            logits[word[-1]] = -torch.inf
-    if s.repetition_penalty != 1.0:
-        ids = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
-        seen = logits[ids]
-        logits[ids] = torch.where(seen > 0, seen / s.repetition_penalty, seen * s.repetition_penalty)
-    if s.presence_penalty or s.frequency_penalty:
-        output = torch.tensor(
-            sequence.token_ids[sequence.num_prompt :], dtype=torch.int64, device=logits.device
-        )
-        ids, counts = torch.unique(output, return_counts=True)
-        logits[ids] -= s.presence_penalty + s.frequency_penalty * counts.to(logits.dtype)
-
-
-def _logprobs_of(logprobs: Tensor, token: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    own = logprobs[token]
-    rank = (logprobs > own).sum() + 1
-    values, ids = torch.topk(logprobs, k) if k else (logprobs[:0], torch.empty(0, dtype=torch.int64))
-    return own, rank, ids, values
-
-
-def token_logprobs(token: int, facts: tuple[Tensor, Tensor, Tensor, Tensor]) -> TokenLogprobs:
-    """Facts of `Sampled.logprobs` as the message type; waits for the device."""
-    own, rank, ids, values = facts
-    return TokenLogprobs(token, float(own), int(rank), tuple(zip(ids.tolist(), values.tolist())))
+            found[word[-1]] = -np.inf
+    return found

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 __all__ = [
     "INTERPRETED",
+    "Scratch",
     "launch_options",
     "num_multiprocessors",
     "prefetch_l2",
@@ -34,6 +36,27 @@ def supports_pdl(device: torch.device) -> bool:
     if device.type != "cuda" or INTERPRETED:
         return False
     return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+class Scratch:
+    """Split sums and arrival counters by device: one step runs at a time on a device, and its kernels in order.
+
+    Grown before a graph is captured (every graph runs once uncaptured first), never while one is. What was handed
+    out stays: graphs captured before go on writing there. Counters are 0 between kernels.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[torch.device, list[Tensor]] = {}
+        self.arrivals: dict[torch.device, list[Tensor]] = {}
+
+    def get(self, device: torch.device, num_parts: int, num_arrivals: int) -> tuple[Tensor, Tensor]:
+        """At least so many float32 and int32 values."""
+        parts, arrivals = self.parts.setdefault(device, []), self.arrivals.setdefault(device, [])
+        if not parts or parts[-1].numel() < num_parts:
+            parts.append(torch.empty(max(num_parts, 1 << 20), dtype=torch.float32, device=device))
+        if not arrivals or arrivals[-1].numel() < num_arrivals:
+            arrivals.append(torch.zeros(max(num_arrivals, 4096), dtype=torch.int32, device=device))
+        return parts[-1], arrivals[-1]
 
 
 @functools.cache

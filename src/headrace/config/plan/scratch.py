@@ -12,9 +12,9 @@ from headrace.config.spec import EngineSpec
 
 __all__ = [
     "DECODE_SPLITS",
-    "DRAW_ELEMENTS",
     "ENCODE_GRAPH_TOKENS",
     "GRAPH_TOKENS",
+    "SCORE_ELEMENTS",
     "SMALL_BYTES",
     "Load",
     "Scratch",
@@ -26,14 +26,14 @@ __all__ = [
 MIB = 1024**2
 GRAPH_TOKENS = 8192  # of the longest generate step that is a graph
 ENCODE_GRAPH_TOKENS = 4096  # of the longest encode pass that is one
-DRAW_ELEMENTS = 1 << 23  # logits that the sampler filters and draws from at once
+SCORE_ELEMENTS = 1 << 23  # logits whose order is found at once, for log-probabilities
 DECODE_SPLITS = 32  # parts that decode attention cuts a sequence's keys into, at most
 SMALL_BYTES = 32 * MIB  # for tensors up to a MiB, which the allocator keeps apart
 _WORKSPACE_BYTES = 32 * MIB  # cuBLAS's, for each of the two streams
 _SPLIT_BYTES = 24 * MIB  # partial sums of products of few rows
 _PIECES = 1.25  # room that a step needs in one piece of memory, over what lives at once
 _PROMPT_LOGPROB_ROWS = 64
-_DRAW_BYTES = 40  # of each logit that is filtered, sorted and drawn from
+_SCORE_BYTES = 40  # of each of them
 # Seen on an H200: 0.4 to 0.7 MiB a graph of 28 to 36 layers.
 _GRAPH_BYTES_A_LAYER = 18 * 1024
 _MIXED_GRAPHS = 64  # captured as traffic needs them
@@ -143,10 +143,9 @@ def logits_bytes(shape: ModelShape, rows: int, dtype_bytes: int, ranks: int = 1)
 
 
 def sampling_bytes(shape: ModelShape, rows: int) -> int:
-    """Beside logits: log-probabilities and a copy of rows that are drawn, and of some rows at a time their
-    tempered, sorted and random numbers."""
-    at_once = min(rows * shape.vocab, max(DRAW_ELEMENTS, shape.vocab))
-    return rows * shape.vocab * 8 + at_once * _DRAW_BYTES
+    """Beside logits: those before any change, and the order of some rows at a time, for log-probabilities."""
+    at_once = min(rows * shape.vocab, max(SCORE_ELEMENTS, shape.vocab))
+    return rows * shape.vocab * 4 + at_once * _SCORE_BYTES
 
 
 def _generate(shape: ModelShape, load: Load) -> Scratch:

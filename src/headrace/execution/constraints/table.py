@@ -181,7 +181,7 @@ class PendingMasks:
             self.filled.result()
         uploaded = self.host.to(self.device, non_blocking=True)
         bits = self.rows * self.words
-        return Masks(uploaded[bits:].long(), uploaded[:bits].view(self.rows, self.words))
+        return Masks(uploaded[bits:], uploaded[:bits].view(self.rows, self.words))
 
 
 class _Buffers:

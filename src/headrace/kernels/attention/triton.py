@@ -73,7 +73,8 @@ def attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch.max_query_len > 1 or batch.fixed:
         # Keys that all lie in this batch are read there: the same numbers without the way through the table.
-        fresh = batch.fresh and k.dtype == cache.k.dtype and k.stride() == v.stride()
+        # Not in a fixed order: lone new tokens, whose earlier keys are in the cache, come here too then.
+        fresh = batch.fresh and not batch.fixed and k.dtype == cache.k.dtype and k.stride() == v.stride()
         prefill_attention(
             q, k if fresh else cache.k, v if fresh else cache.v, batch.query_starts, batch.seq_lens, scale=scale,
             causal=batch.causal, window=window, soft_cap=soft_cap, tables=None if fresh else batch.block_tables,

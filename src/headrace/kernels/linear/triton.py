@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.kernels.launch import launch_options, prefetch_l2
-from headrace.kernels.linear.tuning import GemvShape, Shape, SkinnyShape, gemv_shape, skinny_shape
+from headrace.kernels.launch import Scratch, launch_options, prefetch_l2
+from headrace.kernels.linear.triton_fixed import fixed_linear
+from headrace.kernels.linear.tuning import GemvShape, Shape, gemv_shape, skinny_shape
 from headrace.kernels.step.triton import reduce_best
 
 __all__ = ["argmax_linear", "fixed_linear", "small_linear"]
@@ -110,7 +111,7 @@ def _skinny(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr,
     split = tl.program_id(0) % SPLITS
     rows = tile * BN + tl.arange(0, BN)
     n_ok = rows < N
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    m = tl.arange(0, BM)
     m_ok = m < M
     cols = tl.arange(0, BK)
     span = (K + SPLITS * BK - 1) // (SPLITS * BK) * BK
@@ -211,33 +212,7 @@ def _skinny(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr,
             tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-class _Scratch:
-    """Split sums and arrival counters by device: one step runs at a time on a device, and its kernels in order.
-
-    Grown before a graph is captured (every graph runs once uncaptured first), never while one is; what it grew out
-    of stays, for the graphs that were captured with it.
-    """
-
-    def __init__(self) -> None:
-        self.outgrown: list[Tensor] = []
-        self.parts: dict[torch.device, Tensor] = {}
-        self.arrivals: dict[torch.device, Tensor] = {}
-
-    def get(self, device: torch.device, num_parts: int, num_arrivals: int) -> tuple[Tensor, Tensor]:
-        parts, arrivals = self.parts.get(device), self.arrivals.get(device)
-        if parts is None or parts.numel() < num_parts:
-            self.outgrown += [] if parts is None else [parts]
-            parts = self.parts[device] = torch.empty(
-                max(num_parts, 1 << 20), dtype=torch.float32, device=device
-            )
-        if arrivals is None or arrivals.numel() < num_arrivals:
-            self.outgrown += [] if arrivals is None else [arrivals]
-            arrivals = torch.zeros(max(num_arrivals, 4096), dtype=torch.int32, device=device)
-            self.arrivals[device] = arrivals
-        return parts, arrivals
-
-
-_SCRATCH = _Scratch()
+_SCRATCH = Scratch()
 
 
 def _launch(
@@ -265,9 +240,8 @@ def _launch(
     parts, arrivals = x, x
     if shape.splits > 1:
         parts, arrivals = _SCRATCH.get(x.device, tiles * shape.splits * height * shape.bm, tiles)
-    # More rows than a tile holds are further tiles (fixed_linear); their parts of K would collide.
-    assert num_rows <= shape.bm or shape.splits == 1
-    _skinny[(tiles * shape.splits, triton.cdiv(num_rows, shape.bm))](
+    assert num_rows <= shape.bm
+    _skinny[(tiles * shape.splits,)](
         x, x.stride(0), weight, out, gain, bias, residual, best, parts, arrivals, num_rows, n, k, eps,
         BM=shape.bm, BN=shape.bn, BK=shape.bk, SPLITS=shape.splits, EVEN=k % shape.bk == 0, **flags,
         **options,
@@ -299,15 +273,6 @@ def small_linear(
         out = torch.empty(x.shape[0], n, dtype=out_dtype or x.dtype, device=x.device)
     shape = _shape(x, weight, gate)
     _launch(x, weight, out, None, shape, norm=norm, bias=bias, gate=gate, residual=residual)
-    return out
-
-
-def fixed_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    assert x.stride(1) == 1 and weight.is_contiguous()
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    bk = 128 if weight.shape[1] >= 128 else 64
-    shape = SkinnyShape(64, 64, bk, 1, 4, 3)
-    _launch(x, weight, out, None, shape, norm=None, bias=bias, gate=None, residual=None)
     return out
 
 
