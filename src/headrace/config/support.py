@@ -61,7 +61,6 @@ GAPS = (
     Gap(
         "secret_name", lambda value: value != "hf_access_token", "the hub's token is the only credential used"
     ),
-    Gap("deterministic", _is_set, "reductions depend on the batch"),
     Gap("speculation", _is_set, "no drafts: the same output, at the usual speed", False),
     Gap("seed", _is_set, "requests without a seed draw one", False),
     Gap("allow_patterns", _is_set, "the files that are needed are fetched", False),
