@@ -58,7 +58,6 @@ GAPS = (
         lambda value: value not in ("auto", "HF", "LOCAL"),
         "checkpoints come from the hub or this machine",
     ),
-    Gap("deterministic", _is_set, "reductions depend on the batch"),
     Gap("speculation", _is_set, "no drafts: the same output, at the usual speed", False),
     Gap("seed", _is_set, "requests without a seed draw one", False),
     Gap("allow_patterns", _is_set, "the files that are needed are fetched", False),
