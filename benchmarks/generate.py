@@ -21,7 +21,7 @@ from headrace.engines.bench.floors import Work
 from headrace.engines.bench.profile import WindowProfiler
 from headrace.engines.bench.report import summary
 from headrace.engines.generate import GenerateCore
-from headrace.execution.sampler import Masks
+from headrace.execution.constraints.table import PendingMasks
 from headrace.layers.linear import FixedLinear
 from headrace.scheduling.plan import StepPlan
 
@@ -36,16 +36,17 @@ class HalfMasks:
         shape = (rows, -(-vocab // 32))
         generator = torch.Generator().manual_seed(0)
         self.bits = torch.randint(-(2**31), 2**31, shape, generator=generator).int()
-        if device.type == "cuda":
-            self.bits = self.bits.pin_memory()
-        self.rows = torch.arange(rows, dtype=torch.int32, device=device)
+        self.device = device
 
-    def masks(self, plan: StepPlan) -> tuple[Masks | None, list[Any]]:
-        """As ConstraintTable.masks."""
-        count = len(plan.sampling)
+    def begin(self, plan: StepPlan, *, ahead: bool) -> PendingMasks | None:
+        """As ConstraintTable.begin."""
+        count, words = len(plan.sampling), self.bits.shape[1]
         if not count:
-            return None, []
-        return Masks(self.rows[:count], self.bits[:count].to(self.rows.device, non_blocking=True)), []
+            return None
+        host = torch.empty(count * words + count, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        host[: count * words] = self.bits[:count].view(-1)
+        host[count * words :] = torch.arange(count)
+        return PendingMasks(host, count, words, self.device, None)
 
 
 def main() -> None:
@@ -93,7 +94,7 @@ def main() -> None:
     if args.masked:
         sampling["bad_words"] = ((0, 0, 0),)  # as with grammars, sampling waits for the token before
         rows = max(case.requests for case in cases)
-        vars(core.constraints)["masks"] = HalfMasks(rows, model.config.vocab_size, core.runner.device).masks
+        vars(core.constraints)["begin"] = HalfMasks(rows, model.config.vocab_size, core.runner.device).begin
     work, rates, vocab = Work.of(model, cache), ceilings(), model.config.vocab_size
     for case in cases:
         measure(core, case, vocab, seed=1, **sampling)
