@@ -11,87 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CEILINGS", "SHAPES", "Recorder", "ceilings", "model_config"]
+from headrace.config.shapes import SHAPES
+
+__all__ = ["SHAPES", "Recorder", "arguments", "ceilings", "device_name", "model_config"]
 
 RESULTS = Path(__file__).parent / "results"
-
-_QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 151936,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "hidden_act": "silu",
-}
-_BERT = {
-    "architectures": ["BertModel"],
-    "model_type": "bert",
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-    "hidden_act": "gelu",
-}
-# config.json of the models that are measured, as far as it matters.
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": {
-        **_QWEN3,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-8b": {
-        **_QWEN3,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
-    "qwen3-embedding-0.6b": {
-        **_QWEN3,
-        "architectures": ["Qwen3Model"],
-        "vocab_size": 151669,
-        "max_position_embeddings": 32768,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "tie_word_embeddings": True,
-    },
-    "bge-large": {
-        **_BERT,
-        "vocab_size": 30522,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-    },
-    "tiny-bert": {
-        **_BERT,
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    },
-    "tiny": {
-        **_QWEN3,
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "tie_word_embeddings": True,
-    },
-}
-# Bytes/s (read plus written) and bf16 FLOP/s seen on the device: a device-to-device copy and an 8192-cubed product.
-CEILINGS = {"NVIDIA H200": (4.28e12, 788e12), "NVIDIA H100 80GB HBM3": (3.0e12, 798e12)}
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -101,13 +25,16 @@ def model_config(name: str) -> dict[str, Any]:
 
 def ceilings() -> tuple[float, float] | None:
     """(bytes/s, bf16 FLOP/s) of this device, or None for one that was not measured."""
-    return CEILINGS.get(device_name())
+    from headrace.engines.bench import floors  # imports torch, which light benchmarks do without
+
+    return floors.ceilings()
 
 
 def device_name() -> str:
-    import torch
+    """As torch calls it, or cpu."""
+    from headrace.engines.bench import floors
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return floors.device_name()
 
 
 class Recorder:

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from benchmarks.common import SHAPES, Recorder, arguments, model_config
-from benchmarks.generate import build_core
 from benchmarks.made_up_bpe import made_up_bpe
 from headrace.config.spec import EngineSpec
+from headrace.engines.bench.cores import build_core
 from headrace.engines.build import build
 from headrace.engines.generate import GenerateCore
 from headrace.execution.constraints.compiler import ConstraintCompiler

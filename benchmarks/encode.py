@@ -50,12 +50,13 @@ def texts_of(case: tuple[int, int, int], seed: int) -> list[str]:
 class Ours:
     """Tokenizer, encode loop and unit vectors, in this process."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, precision: str) -> None:
         path = resolve("minilm")
         checkpoint = open_checkpoint(path)
-        self.core, ready = build_encode(
-            EngineSpec(model="minilm", path=path), checkpoint, torch.device("cpu"), dtype
-        )
+        quantization = "int8" if precision == "int8" else ""
+        self.dtype = torch.float32 if quantization else getattr(torch, precision)
+        spec = EngineSpec(model="minilm", path=path, quantization=quantization)
+        self.core, ready = build_encode(spec, checkpoint, torch.device("cpu"), self.dtype)
         self.text = EncodeText(Tokenizer.from_path(path), self.core.runner.model.card, ready.max_model_len)
 
     def __call__(self, texts: list[str]) -> np.ndarray[Any, Any]:
@@ -123,7 +124,7 @@ def compare(
         ours, floor = engines.get(name), None
         if ours is not None:
             flops = ours.tokens(texts) * ours.flops_per_token()
-            floor = len(texts) * product_rate(getattr(torch, name)) / flops
+            floor = len(texts) * product_rate(ours.dtype) / flops
         record.row(
             model="minilm",
             precision=name if ours else "float32",
@@ -142,10 +143,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "int8"])
     shapes = parser.add_argument_group("random weights of real shapes, from token ids (encode_random.py)")
     shapes.add_argument("--shapes", nargs="+", help="bge-large, qwen3-embedding-0.6b")
     shapes.add_argument("--cases", nargs="+", help="texts x tokens: 2048x512, 2048x16..512, 1x16")
+    shapes.add_argument("--eight-bits", choices=["fp8", "int8"], help="round weights and activations")
     shapes.add_argument("--max-num-seqs", type=int, default=256)
     shapes.add_argument("--batch-tokens", type=int)
     shapes.add_argument("--latency-runs", type=int, default=100)
@@ -156,7 +158,7 @@ def main() -> None:
         encode_random.measure(record, args)
         return
     peer = None if args.no_peer else sentence_transformers(32)
-    engines = {name: Ours(getattr(torch, name)) for name in args.dtypes}
+    engines = {name: Ours(name) for name in args.dtypes}
     for case, shape in CASES.items():
         compare(record, engines, peer, case, texts_of(shape, seed=len(case)), args)
     one = texts_of((1, 8, 8), seed=1)

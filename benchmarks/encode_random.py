@@ -21,9 +21,11 @@ from benchmarks.common import Recorder, ceilings, model_config
 from headrace.config.plan.memory import CUDA_ENCODE_TOKENS
 from headrace.engines.encode import EncodeCore
 from headrace.execution.encode_runner import EncodeRunner
+from headrace.kernels.rounding import Format
 from headrace.models.decoder import DecoderModel
 from headrace.models.encode_backbone import Backbone
 from headrace.models.encode_card import EncodeCard, ModuleSpec
+from headrace.models.encode_eight_bits import EightBits, round_to_eight_bits
 from headrace.models.encode_model import EncodeModel
 from headrace.models.encoder_families import encoder_family, read_encoder_config
 from headrace.models.encoder_weights import random_encoder
@@ -34,7 +36,9 @@ from headrace.types import EncodeParams, EncodeTask, Request
 CASES = ["1x16", "2048x512", "2048x128", "4096x32", "2048x16..512"]
 
 
-def random_model(name: str, device: torch.device, dtype: torch.dtype | None = None) -> EncodeModel:
+def random_model(
+    name: str, device: torch.device, dtype: torch.dtype | None = None, eight_bits: Format | None = None
+) -> EncodeModel:
     """Encoders in float16 with their first token's vector, decoders in bfloat16 with their last one's."""
     config = model_config(name)
     bert = config.get("model_type") == "bert"
@@ -48,6 +52,8 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype | None = No
         shape = read_config(config)
         module = random_weights(shape, dtype=dtype, device=device)
         longest = shape.max_position_embeddings
+    if eight_bits is not None:
+        round_to_eight_bits(module, EightBits(eight_bits))
     normalize = ModuleSpec("normalize", "", shape.hidden_size, shape.hidden_size)
     card = EncodeCard(
         config["architectures"][0], "embed", (EncodeTask.EMBED, EncodeTask.EMBED_ALL),
@@ -116,13 +122,13 @@ def measure(record: Recorder, args: Any) -> None:
     """A row a shape and case."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in args.shapes:
-        model = random_model(name, device)
+        model = random_model(name, device, eight_bits=args.eight_bits)
         runner = EncodeRunner(model, device)
         tokens = args.batch_tokens or CUDA_ENCODE_TOKENS
         core = EncodeCore(
             runner, max_tokens=tokens, max_seqs=args.max_num_seqs, overlap=device.type == "cuda"
         )
-        precision = str(next(model.parameters()).dtype).removeprefix("torch.")
+        precision = args.eight_bits or str(next(model.parameters()).dtype).removeprefix("torch.")
         for case in args.cases or CASES:
             lengths = lengths_of(case)
             work = Case(core, lengths)

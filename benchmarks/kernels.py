@@ -1,10 +1,10 @@
-"""Kernels against the device's ceilings and against torch: linear maps of few rows, decode and prefill attention.
+"""Linear maps of few rows against the device's ceilings and against cuBLAS. Attention: benchmarks/attention.py.
 
-    python -m benchmarks.kernels --what linear decode prefill --record
+    python -m benchmarks.kernels --record
     python -m benchmarks.kernels --tune     # writes src/headrace/kernels/linear/tuned/<gpu>.json
 
-Every figure is the median of replays of one CUDA graph that walks over enough different weights, or caches, not
-to fit the L2 cache.
+Every figure is the median of replays of one CUDA graph that walks over enough different weights not to fit the L2
+cache.
 """
 
 from __future__ import annotations
@@ -24,14 +24,27 @@ import triton
 from torch import Tensor
 
 from benchmarks.common import Recorder, arguments, ceilings, device_name, model_config
-from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
-from headrace.kernels.attention.triton_prefill import prefill_attention
 from headrace.kernels.linear import triton as linear
-from headrace.kernels.linear import tuning
-from headrace.kernels.linear.tuning import GemvShape, Shape, SkinnyShape
+from headrace.kernels.linear import triton_stream, tuning
+from headrace.kernels.linear.triton_stream import Stream
+from headrace.kernels.linear.tuning import GemvShape, StreamShape
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
+AHEAD_BYTES = 20 << 20  # of weights that a map may ask for before its turn, well within the L2 cache
+# x_first, bn, bk, splits, stages
+STREAMS = [
+    *((True, 16, bk, splits, 4) for bk in (128, 256) for splits in (1, 2)),
+    *((True, 32, bk, splits, stages) for bk, stages in ((64, 6), (128, 4), (256, 3)) for splits in (1, 2)),
+    *((True, 64, bk, splits, stages) for bk, stages in ((128, 3), (128, 4), (64, 6)) for splits in (1, 2)),
+    *((True, 128, 64, splits, 4) for splits in (1, 2)),
+    *(
+        (False, 64, bk, splits, stages)
+        for bk, stages in ((128, 3), (128, 4), (64, 4))
+        for splits in (1, 2, 4)
+    ),
+    *((False, 128, 64, splits, stages) for splits in (1, 2) for stages in (3, 4)),
+]
 SPREAD = 256 << 20  # bytes that one graph walks over
 
 
@@ -75,6 +88,8 @@ class Case:
         copies = self.copies
         weights = torch.randn(copies, self.n, self.k, dtype=DTYPE, device=DEVICE) * 0.02
         x = torch.randn(rows, self.k, dtype=DTYPE, device=DEVICE)
+        if rows > 1:
+            return self.make_stream(rows, x, weights)
         options: dict[str, Any] = {}
         if self.norm:
             options["norm"] = (torch.ones(self.k, dtype=DTYPE, device=DEVICE), 1e-6)
@@ -86,6 +101,20 @@ class Case:
             options["residual"] = torch.randn(rows, self.n, dtype=DTYPE, device=DEVICE)
         self.torch_run = lambda i: F.linear(x, weights[i])
         return lambda i: linear.small_linear(x, weights[i], **options)
+
+    def make_stream(self, rows: int, x: Tensor, weights: Tensor) -> Callable[[int], object]:
+        """The same for more rows, where the map before the norm has taken it already."""
+        self.torch_run = lambda i: F.linear(x, weights[i])
+        sums = torch.ones(-(-self.k // 64), rows, dtype=torch.float32, device=DEVICE)
+        stream = Stream(x, x, sums)
+        if self.head:
+            return lambda i: triton_stream.stream_argmax(stream, weights[i], eps=1e-6)
+        if self.residual:
+            to = Stream(*(torch.randn(rows, self.n, dtype=DTYPE, device=DEVICE) for _ in range(2)), sums)
+            gain = torch.ones(self.n, dtype=DTYPE, device=DEVICE)
+            return lambda i: triton_stream.add_linear(x, weights[i], to, gain)
+        gate = "silu" if self.gate else None
+        return lambda i: triton_stream.stream_linear(stream, weights[i], eps=1e-6, gate=gate)
 
     @property
     def copies(self) -> int:
@@ -105,34 +134,38 @@ def cases_of(name: str) -> list[Case]:
     ]
 
 
-def candidates(rows: int, case: Case) -> list[Shape]:
+def candidates(rows: int, case: Case) -> list[GemvShape | StreamShape]:
     """Shapes worth trying."""
-    found: list[Shape] = []
+    found: list[GemvShape | StreamShape] = []
     if rows == 1:
         for bn, bk, warps in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048), (4, 8)):
             per_thread = bn * bk // (32 * warps) * (2 if case.gate else 1)
             if 16 <= per_thread <= 64 and bk <= case.k and not (case.head and bn < 4):
                 found.append(GemvShape(bn, bk, warps, 1))
         return found
-    double = 2 if case.gate else 1
-    for bn, bk, splits, stages in itertools.product((64, 128), (64, 128), (1, 2, 4, 8), (3, 4, 5)):
-        shared = stages * (bn * double + rows) * bk * 2
+    double, bm = 2 if case.gate else 1, min(rows, 128)
+    for x_first, bn, bk, splits, stages in STREAMS:
+        shared = stages * (bn * double + bm) * bk * 2
         programs = -(-case.n // (bn * double)) * splits
-        if (
-            shared <= 113_000
-            and case.k // (splits * bk) >= 2
-            and (64 <= programs <= 800 or (case.head and splits == 1))
-        ):
-            found.append(SkinnyShape(rows, bn, bk, splits, 4 if bn == 64 else 8, stages))
+        busy = 60 <= programs <= 800 or (case.head and splits == 1 and bn >= 64)
+        if 24_000 <= shared <= 113_000 and case.k // (splits * bk) >= 2 and busy:
+            ahead = max(1, min(16, AHEAD_BYTES // (programs * bn * double * bk * 2)))
+            warps = 8 if bn * bm * double > 64 * 128 else 4
+            found.append(StreamShape(bm, bn, bk, splits, warps, stages, x_first, ahead))
     return found
 
 
-def _rule(rows: int, case: Case) -> Shape:
+def _some(found: list[Any], limit: int) -> list[Any]:
+    """At most ``limit`` of them, evenly spread."""
+    return found if len(found) <= limit else [found[i * len(found) // limit] for i in range(limit)]
+
+
+def _rule(rows: int, case: Case) -> GemvShape | StreamShape:
     """What an unknown GPU would take."""
     unknown = torch.device("cpu")
     if rows == 1:
         return tuning.gemv_shape(unknown, case.n, case.k, case.gate)
-    return tuning.skinny_shape(unknown, rows, case.n, case.k, case.gate)
+    return tuning.stream_shape(unknown, rows, case.n, case.k, case.gate)
 
 
 _compiling = threading.local()
@@ -158,16 +191,19 @@ def compile_all(jobs: list[Callable[[], object]]) -> None:
         list(pool.map(work, jobs))
 
 
-def tune(models: list[str], row_counts: list[int], limit: int, path: Path) -> None:
+def tune(
+    models: list[str], row_counts: list[int], limit: int, path: Path, compile_only: bool = False
+) -> None:
     """Write the fastest shape of every (rows, case) to ``path``, beside what is there."""
     table: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = threading.local()
-    rule = linear._shape
+    rule, stream_rule = linear._shape, triton_stream.stream_shape
     linear._shape = lambda *args: getattr(chosen, "shape", None) or rule(*args)
+    triton_stream.stream_shape = lambda *args: getattr(chosen, "shape", None) or stream_rule(*args)
     for name, rows in itertools.product(models, row_counts):
         prepared = [
-            (case, case.make(rows), [*candidates(rows, case)[:limit], _rule(rows, case)])
+            (case, case.make(rows), [*_some(candidates(rows, case), limit), _rule(rows, case)])
             for case in cases_of(name)
         ]
 
@@ -179,6 +215,8 @@ def tune(models: list[str], row_counts: list[int], limit: int, path: Path) -> No
             return job
 
         compile_all([compile_job(run, shape) for _, run, shapes in prepared for shape in shapes])
+        if compile_only:
+            continue
         for case, run, shapes in prepared:
             results = []
             for shape in shapes:
@@ -190,7 +228,10 @@ def tune(models: list[str], row_counts: list[int], limit: int, path: Path) -> No
                     torch.cuda.synchronize()
             results.sort()
             chosen.shape = None
-            (best, shape), key = results[0], tuning._key(rows, case.n, case.k, case.gate)
+            (best, shape), key = (
+                results[0],
+                ("s" if rows > 1 else "") + tuning._key(rows, case.n, case.k, case.gate),
+            )
             table[key] = list(shape)
             base = graph_seconds(run, case.copies, 7)
             top = " ".join(f"{'/'.join(map(str, s))}={t * 1e6:.1f}" for t, s in results[:4])
@@ -200,7 +241,7 @@ def tune(models: list[str], row_counts: list[int], limit: int, path: Path) -> No
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         del prepared
         torch.cuda.empty_cache()
-    linear._shape = rule
+    linear._shape, triton_stream.stream_shape = rule, stream_rule
     tuning._tuned.cache_clear()
 
 
@@ -209,7 +250,7 @@ def bench_linear(recorder: Recorder, models: list[str]) -> None:
     rates = ceilings()
     for name in models:
         cases, layers = cases_of(name), model_config(name)["num_hidden_layers"]
-        for rows in (1, 4, 16, 32, 64):
+        for rows in (1, 4, 16, 64, 256):
             runs = [case.make(rows) for case in cases]
             total = sum(c.bytes for c in cases[:4]) * layers + cases[4].bytes
 
@@ -234,75 +275,14 @@ def bench_linear(recorder: Recorder, models: list[str]) -> None:
             torch.cuda.empty_cache()
 
 
-# --- attention ---------------------------------------------------------------------------------------
-
-
-def bench_decode(recorder: Recorder, settings: list[tuple[int, int]]) -> None:
-    rates = ceilings()
-    for name in ("qwen3-0.6b", "qwen3-8b"):
-        c = model_config(name)
-        heads, kv, dim = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
-        for count, length in settings:
-            per = -(-length // 16)
-            size = 4 * count * length * kv * dim
-            copies = max(1, min(8, SPREAD // size))
-            caches = [
-                torch.randn(2, count * per + 1, 16, kv, dim, dtype=DTYPE, device=DEVICE)
-                for _ in range(copies)
-            ]
-            tables = (torch.randperm(count * per, device=DEVICE).int() + 1).view(count, per)
-            lens = torch.full((count,), length, dtype=torch.int32, device=DEVICE)
-            q = torch.randn(count, heads, dim, dtype=DTYPE, device=DEVICE)
-            space = DecodeWorkspace.allocate(count, heads, kv, dim, DEVICE)
-
-            def run(i: int, caches: Any = caches, tables: Tensor = tables, lens: Tensor = lens, q: Tensor = q,
-                    space: Any = space) -> None:  # fmt: skip
-                decode_attention(q, caches[i][0], caches[i][1], tables, lens, space, scale=0.088)
-
-            seconds = graph_seconds(run, copies)
-            recorder.row(model=f"{heads}/{kv} heads of {dim}", precision="bf16", case=f"decode {count}x{length}",
-                         metric="bytes_s", value=size / seconds, floor=rates[0] if rates else None,
-                         us=round(seconds * 1e6, 1))  # fmt: skip
-            del caches
-            torch.cuda.empty_cache()
-
-
-def bench_prefill(recorder: Recorder, settings: list[tuple[int, int]]) -> None:
-    """Causal attention of equal prompts over the paged cache, beside SDPA on contiguous keys."""
-    rates = ceilings()
-    for (heads, kv, dim), (count, length) in itertools.product([(16, 8, 128), (32, 8, 128)], settings):
-        per = -(-length // 16)
-        cache = torch.randn(2, count * per + 1, 16, kv, dim, dtype=DTYPE, device=DEVICE)
-        tables = (torch.randperm(count * per, device=DEVICE).int() + 1).view(count, per)
-        lens = torch.full((count,), length, dtype=torch.int32, device=DEVICE)
-        starts = torch.arange(count + 1, dtype=torch.int32, device=DEVICE) * length
-        q = torch.randn(count * length, heads, dim, dtype=DTYPE, device=DEVICE)
-        out = torch.empty_like(q)
-        flops = 2 * count * length * length * heads * dim
-
-        def run(_: int, q: Tensor = q, cache: Tensor = cache, starts: Tensor = starts, lens: Tensor = lens,
-                tables: Tensor = tables, out: Tensor = out) -> None:  # fmt: skip
-            prefill_attention(
-                q, cache[0], cache[1], starts, lens, scale=0.088, causal=True, tables=tables, out=out
-            )
-
-        k = torch.randn(count, kv, length, dim, dtype=DTYPE, device=DEVICE)
-        qs = torch.randn(count, heads, length, dim, dtype=DTYPE, device=DEVICE)
-
-        def sdpa(_: int, k: Tensor = k, qs: Tensor = qs) -> None:
-            F.scaled_dot_product_attention(qs, k, k, is_causal=True, enable_gqa=True)
-
-        for label, function in (("prefill", run), ("sdpa", sdpa)):
-            recorder.row(model=f"{heads}/{kv} heads of {dim}", precision="bf16", case=f"{label} {count}x{length}",
-                         metric="flop_s", value=flops / graph_seconds(function, 2),
-                         floor=rates[1] if rates else None)  # fmt: skip
-
-
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--what", nargs="+", default=["linear", "decode", "prefill"])
+    parser.add_argument("--what", nargs="+", default=["linear"], help="linear, or none to tune only")
     parser.add_argument("--models", nargs="+", default=["qwen3-0.6b", "qwen3-8b"])
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="fill Triton's cache for --tune, no timing"
+    )
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 32, 64])
     parser.add_argument("--limit", type=int, default=40, help="candidates of one case at most")
     parser.add_argument("--tuned", help="file to write, instead of the one in the package")
@@ -311,15 +291,9 @@ def main() -> None:
     if args.tune:
         name = device_name().lower().replace(" ", "-")
         path = Path(args.tuned or Path(tuning.__file__).parent / "tuned" / f"{name}.json")
-        tune(args.models, args.rows, args.limit, path)
+        tune(args.models, args.rows, args.limit, path, args.compile_only)
     if "linear" in args.what:
         bench_linear(recorder, args.models)
-    if "decode" in args.what:
-        bench_decode(
-            recorder, [(1, 512), (1, 8192), (1, 32768), (16, 512), (64, 1024), (256, 1024), (256, 4096)]
-        )
-    if "prefill" in args.what:
-        bench_prefill(recorder, [(1, 4096), (8, 1024), (16, 512)])
 
 
 if __name__ == "__main__":

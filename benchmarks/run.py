@@ -15,6 +15,7 @@ CPU: dict[str, list[str]] = {"cpu": ["--transformers"], "encode": [], "frontend"
 GPU: dict[str, list[str]] = {
     "generate": ["--model", "qwen3-0.6b"],
     "kernels": [],
+    "attention": [],
     "encode": ["--shapes", "bge-large", "qwen3-embedding-0.6b"],
 }
 

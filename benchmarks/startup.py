@@ -23,20 +23,19 @@ def child(name: str, began: float) -> None:
     import torch
 
     from benchmarks.common import model_config
-    from benchmarks.generate import build_core, run_case
-    from headrace.models.loading import random_weights
-    from headrace.models.registry import read_config
+    from headrace.engines.bench.cases import Case, measure
+    from headrace.engines.bench.cores import build_core, random_model
 
     stages["imports"] = time.time() - began
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = random_weights(read_config(model_config(name)), dtype=dtype, device=device)
+    model = random_model(model_config(name), dtype=dtype, device=torch.device(device))
     stages["weights"] = time.time() - began
     core = build_core(model, [(1, 128, 2)], eager=device == "cpu", step_tokens=8192)
     stages["cache"] = time.time() - began
-    run_case(core, (1, 128, 1), model.config.vocab_size, 1)
+    measure(core, Case(1, 128, 1), model.config.vocab_size, seed=1)
     stages["first_token"] = time.time() - began
-    run_case(core, (1, 128, 2), model.config.vocab_size, 2)
+    measure(core, Case(1, 128, 2), model.config.vocab_size, seed=2)
     stages["first_decode_step"] = time.time() - began
     print(json.dumps(stages))
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.client import PerformanceClient
 from headrace.config.spec import EngineSpec
 from headrace.engines.process import start_in_process
 from headrace.llm import AsyncEngine
@@ -137,6 +138,14 @@ def test_embed_in_all_forms(served: Served) -> None:
     openai = served.ok("/v1/embeddings", {"model": "embedder", "input": TEXTS, "encoding_format": "base64"})
     decoded = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in openai["data"]]
     np.testing.assert_array_equal(np.stack(decoded), rows)
+    bulk = PerformanceClient(served.server.url, "none")
+    for form in (None, "float", "base64", "bytes"):
+        response = bulk.embed(TEXTS, "embedder", form)
+        assert response.response_headers[0]["content-type"].startswith(
+            "application/octet-stream" if form == "bytes" else "application/json"
+        )
+        np.testing.assert_array_equal(response.numpy(), rows)
+        assert (response.model, response.usage.total_tokens) == ("embedder", openai["usage"]["total_tokens"])
     tokens = served.ok("/tokenize", {"model": "embedder", "inputs": TEXTS})
     assert openai["usage"]["prompt_tokens"] == sum(map(len, tokens))
     status, raw, _ = request_bytes(connection, "/embed", body, "text/html")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import aiohttp
 import openai
@@ -137,3 +140,47 @@ def test_sigterm_drains(server: ServeProcess) -> None:
 
     asyncio.run(scenario())
     assert server.process.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_a_batch_survives_two_kills_of_the_server(tmp_path: Path) -> None:
+    """kill -9 in the middle, twice: every line is answered exactly once."""
+    folder = write_tokenizer(write_llama(tmp_path / "tiny"))
+    body = {"model": "tiny", "max_tokens": 120, "ignore_eos": True}
+    lines = [
+        {
+            "custom_id": f"r{i}",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {**body, "prompt": "x", "seed": i},
+        }
+        for i in range(150)
+    ]
+    arguments = (f"tiny={folder}", "--max-num-seqs", "4", "--data-dir", str(tmp_path / "data"))
+    batch_id, seen = "", 0
+    for _ in range(2):
+        with serving(*arguments) as process:
+            user = openai.OpenAI(base_url=f"{process.url}/v1", api_key="k")
+            if not batch_id:
+                data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+                stored = user.files.create(file=("in.jsonl", data), purpose="batch")
+                batch_id = user.batches.create(
+                    input_file_id=stored.id, endpoint="/v1/completions", completion_window="24h"
+                ).id
+            while (counts := user.batches.retrieve(batch_id).request_counts) is None or (
+                counts.completed < seen + 20
+            ):
+                time.sleep(0.02)
+            seen = counts.completed
+            assert seen < 150
+            process.process.kill()
+            process.process.wait()
+    with serving(*arguments) as process:
+        user = openai.OpenAI(base_url=f"{process.url}/v1", api_key="k")
+        while (batch := user.batches.retrieve(batch_id)).status != "completed":
+            assert batch.status in ("validating", "in_progress", "finalizing")
+            time.sleep(0.05)
+        assert batch.output_file_id is not None
+        assert batch.error_file_id is None
+        rows = [json.loads(row) for row in user.files.content(batch.output_file_id).text.splitlines()]
+        assert sorted(row["custom_id"] for row in rows) == sorted(line["custom_id"] for line in lines)

@@ -11,6 +11,7 @@ import torch
 from headrace.kernels.attention import reference, triton_decode
 from headrace.kernels.attention.triton import attention
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
+from headrace.kernels.attention.triton_fresh import fresh_attention, fresh_covers
 from headrace.kernels.rotary.reference import qk_norm_rope, rope
 from headrace.layers.packed import AttentionBatch, LayerCache
 from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
@@ -109,10 +110,37 @@ def test_a_row_ignores_its_neighbours_and_padding() -> None:
     assert not workspace.arrivals.any()
 
 
+@pytest.mark.parametrize(
+    ("heads", "dim", "window", "cap"),
+    [(4, 64, None, None), (2, 128, 21, None), (6, 64, None, 15.0), (8, 128, None, None)],
+)
+def test_whole_prompts(heads: int, dim: int, window: int | None, cap: float | None) -> None:
+    """Keys of this batch alone, read by descriptors: ragged lengths, and a neighbour whose values are infinite."""
+    dtype, lens = torch.float16, [33, 1, 150, 16, 3] if ON_GPU else [21, 1, 34, 16, 3]
+    (q, k, v), batch = make_batch(
+        lens, [33, 9, 150, 16, 3] if ON_GPU else [21, 9, 34, 16, 3], heads, 2, dim, dtype
+    )
+    assert batch.fresh and fresh_covers(q, k, v)
+    starts = batch.query_starts.tolist()
+    options = {"scale": 1 / math.sqrt(dim), "window": window, "soft_cap": cap}
+    expected = reference.attention(q, k, v, batch, 0, **options)
+    v[starts[4] :] = torch.inf  # the last sequence is ill; the one before it must not notice
+    out = torch.full_like(expected, torch.nan)
+    fresh_attention(q, k, v, batch.query_starts, batch.seq_lens, skip_single=True, out=out, **options)
+    for i, (start, end) in enumerate(pairwise(starts)):
+        if i == 1:
+            assert out[start:end].isnan().all()  # left to decode attention
+        elif i < 4:
+            assert error(out[start:end], expected[start:end]) < tolerance(dtype)
+
+
 SHAPES = (
-    [(64, 64, 1, 4, 3), (64, 256, 2, 4, 4), (64, 1024, 2, 4, 4)]
+    [
+        *((64, 64, 1, 4, 3), (64, 256, 2, 4, 4), (64, 1024, 2, 4, 4)),
+        *((32, 256, 6, 2, 3, 168, True), (64, 1024, 3, 4, 3, 168, True)),
+    ]
     if ON_GPU
-    else [(16, 32, 2, 4, 1), (32, 512, 1, 4, 1)]
+    else [(16, 32, 2, 4, 1), (32, 512, 1, 4, 1), (16, 32, 2, 4, 1, None, True)]
 )
 
 
@@ -132,9 +160,12 @@ def test_any_cut_of_the_keys(
         assert error(out, expected) < tolerance(dtype)
 
 
+@pytest.mark.parametrize("one_loop", [False, True])
 @pytest.mark.parametrize(("norm", "width"), [(True, 64), (True, 0), (False, 64), (False, 16)])
-def test_fused_prologue(norm: bool, width: int) -> None:
+def test_fused_prologue(norm: bool, width: int, one_loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norm, rotation and cache write inside the decode kernel, through a row table."""
+    rule = triton_decode.decode_shape
+    monkeypatch.setattr(triton_decode, "decode_shape", lambda *a: rule(*a)._replace(one_loop=one_loop))
     dtype, heads, kv_heads, dim, lens = DTYPES[0], 4, 2, 64, [1, 140, 65]
     (q, k, v), batch = make_batch([1, 1, 1], lens, heads, kv_heads, dim, dtype)
     gains = randn(2, dim, dtype=dtype, seed=3)

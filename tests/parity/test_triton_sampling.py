@@ -121,7 +121,7 @@ def test_a_row_ignores_its_neighbours() -> None:
     params = [FILTERS[i % len(FILTERS)] for i in range(count)]
     draws = make_draws(params)
     together = fast.draw_rows(logits, draws)
-    for i in range(5, count, 3):
+    for i in range(5, count, 3 if ON_GPU else 6):
         alone = Draws(*(t[i : i + 1] for t in draws[:5]), *draws[5:])
         assert fast.draw_rows(logits[i : i + 1], alone) == together[i]
 

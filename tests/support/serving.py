@@ -107,15 +107,15 @@ class ByteEncodeText(EncodeText):
         self.card = EncodeCard("ByteModel", "embed", (EncodeTask.EMBED,), ("mean",))
         self.max_tokens = max_tokens
 
-    def texts(
-        self, texts: Sequence[str], *, truncate: Truncate | None = None, **options: Any
-    ) -> list[Encoded]:
+    def prepared(self, texts: Sequence[str], prompt: str | None) -> list[str]:
+        return list(texts)
+
+    def encodings(self, texts: list[str], add_special_tokens: bool) -> Any:
         encode = ByteTokenizer().encode
-        special = options["add_special_tokens"]
-        return [
-            self.ids(encode(text, special), truncate, f"{options['param']}[{place}]")
-            for place, text in enumerate(texts)
-        ]
+        return [encode(text, add_special_tokens) for text in texts]
+
+    def finished(self, whole: Any, found: Any, *, truncate: Truncate | None, **options: Any) -> list[Encoded]:
+        return [self.ids(ids, truncate, f"{options['param']}[{place}]") for place, ids in enumerate(found)]
 
 
 def says(

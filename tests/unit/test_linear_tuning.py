@@ -12,7 +12,14 @@ import torch
 pytest.importorskip("triton")
 
 from headrace.kernels.linear import tuning
-from headrace.kernels.linear.tuning import GemvShape, SkinnyShape, gemv_shape, skinny_shape
+from headrace.kernels.linear.tuning import (
+    GemvShape,
+    SkinnyShape,
+    StreamShape,
+    gemv_shape,
+    skinny_shape,
+    stream_shape,
+)
 
 TABLES = sorted((Path(tuning.__file__).parent / "tuned").glob("*.json"))
 
@@ -26,9 +33,12 @@ def test_measured_shapes(path: Path) -> None:
     table = json.loads(path.read_text())
     assert table
     for key, numbers in table.items():
-        found = re.fullmatch(r"(1|16|32|64):(\d+)x(\d+)(g?)", key)
+        found = re.fullmatch(r"s?(1|16|32|64|128|256):(\d+)x(\d+)(g?)", key)
         assert found, key
         rows = int(found[1])
+        if key.startswith("s"):
+            check_stream(StreamShape(*numbers), rows, int(found[3]), gated=bool(found[4]))
+            continue
         shape = GemvShape(*numbers) if rows == 1 else SkinnyShape(*numbers)
         assert power_of_two(shape.bn), key
         assert power_of_two(shape.bk), key
@@ -54,6 +64,21 @@ def test_rule(n: int, k: int, gated: bool) -> None:
         assert shared_bytes(shape, gated) <= 113 << 10  # two programs a multiprocessor
 
 
-def shared_bytes(shape: SkinnyShape, gated: bool) -> int:
+def check_stream(shape: StreamShape, rows: int, k: int, gated: bool) -> None:
+    assert all(power_of_two(size) for size in (shape.bm, shape.bn, shape.bk)), shape
+    assert shape.x_first or shape.bn >= 64, shape
+    assert 16 <= shape.bm < 2 * max(rows, 16), shape
+    assert shape.splits == 1 or shape.splits * shape.bk <= k, shape
+    assert shared_bytes(shape, gated) <= 227 << 10, shape
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(96, 32), (576, 576), (6144, 4096), (151936, 1024), (4096, 14336)])
+def test_rule_of_streams(n: int, k: int, gated: bool) -> None:
+    for rows in (2, 16, 17, 64, 65, 256, 300):
+        check_stream(stream_shape(torch.device("cpu"), rows, n, k, gated), rows, k, gated)
+
+
+def shared_bytes(shape: SkinnyShape | StreamShape, gated: bool) -> int:
     """Pipeline buffers in 16 bits a number."""
     return 2 * shape.stages * shape.bk * (shape.bn * (2 if gated else 1) + shape.bm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     embed = _task(tasks, "embed", "vectors of texts", "text")
     embed.add_argument("--dimensions", type=int, help="leading dimensions to keep (Matryoshka models)")
     embed.add_argument(
-        "--encoding", default="base64", choices=("base64", "float"), help="on the wire; default: %(default)s"
+        "--encoding",
+        default="base64",
+        choices=("base64", "bytes", "float"),
+        help="on the wire; default: %(default)s",
     )
     rerank = _task(tasks, "rerank", "scores of texts for a query, best first", "text")
     rerank.add_argument("--query", required=True)
@@ -57,7 +61,11 @@ def _task(tasks: Any, name: str, text: str, field: str | None) -> argparse.Argum
     task.add_argument("input", help="file to read")
     task.add_argument("-o", "--output", required=True, help="file to write")
     if field is not None:
-        task.add_argument("--field", default=field, help="field or column; default: %(default)s")
+        task.add_argument(
+            "--field",
+            default=field,
+            help="field or column to read; the others are not sent; default: %(default)s",
+        )
         task.add_argument(
             "--model", required=name in ("embed", "chat"), help="as the server names it", default=None
         )
@@ -78,19 +86,23 @@ def run(args: argparse.Namespace) -> int:
     from headrace.client.core import api_key_from_environment
     from headrace.errors import HeadraceError
 
+    if os.path.realpath(args.input) == os.path.realpath(args.output):
+        raise InvalidArgument(f"{args.output} is the input too; give another output")
     url = args.base_url.rstrip("/").removesuffix("/v1")  # as it is given to the openai package
     key = args.api_key or api_key_from_environment() or "none"
     client = PerformanceClient(url, key)
     task = {"embed": _embed, "rerank": _rerank, "classify": _classify, "chat": _chat, "batch": _batch}
     try:
         return task[args.task](client, _preference(args), args)
-    except FileNotFoundError as error:
-        raise InvalidArgument(f"there is no file {error.filename}") from None
     except HeadraceError as error:
         if isinstance(error, OSError):  # HTTPError and Timeout: their text without an error number
             print(f"headrace client: {error.message}", file=sys.stderr)
             return 1
         raise
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise InvalidArgument(f"{error.filename}: {error.strerror}") from None
 
 
 def _preference(args: argparse.Namespace) -> RequestProcessingPreference:
@@ -116,14 +128,15 @@ def _texts(args: argparse.Namespace) -> Iterator[str]:
 
 def _embed(client: PerformanceClient, preference: RequestProcessingPreference, args: Any) -> int:
     from headrace.client.progress import Progress
-    from headrace.client.tables import count_rows, open_writer
+    from headrace.client.tables import open_writer
 
+    total = sum(1 for _ in _texts(args))  # a bad row is found before anything is sent
     parts = client.embed_stream(
         _texts(args), args.model, args.encoding, args.dimensions, preference=preference
     )
     with (
         open_writer(args.output) as out,
-        Progress("embed", count_rows(args.input), show=args.progress) as bar,
+        Progress("embed", total, show=args.progress) as bar,
     ):
         for part in parts:
             out.vectors(bar.done, part.numpy())
@@ -134,31 +147,32 @@ def _embed(client: PerformanceClient, preference: RequestProcessingPreference, a
 def _rerank(client: PerformanceClient, preference: RequestProcessingPreference, args: Any) -> int:
     from headrace.client.tables import open_writer
 
-    texts = list(_texts(args))
-    response = client.rerank(
-        args.query,
-        texts,
-        args.raw_scores,
-        args.model,
-        truncate=args.truncate,
-        preference=preference,
-        sort=True,
-    )
-    with open_writer(args.output) as out:
+    with open_writer(args.output, vectors=False) as out:
+        texts = list(_texts(args))
+        response = client.rerank(
+            args.query,
+            texts,
+            args.raw_scores,
+            args.model,
+            truncate=args.truncate,
+            preference=preference,
+            sort=True,
+        )
         out.rows([{"index": r.index, "score": r.score, "text": texts[r.index]} for r in response.data])
     return 0
 
 
 def _classify(client: PerformanceClient, preference: RequestProcessingPreference, args: Any) -> int:
     from headrace.client.progress import Progress
-    from headrace.client.tables import count_rows, open_writer
+    from headrace.client.tables import open_writer
 
+    total = sum(1 for _ in _texts(args))
     groups = client.classify_stream(
         _texts(args), args.model, args.raw_scores, args.truncate, preference=preference
     )
     with (
-        open_writer(args.output) as out,
-        Progress("classify", count_rows(args.input), show=args.progress) as bar,
+        open_writer(args.output, vectors=False) as out,
+        Progress("classify", total, show=args.progress) as bar,
     ):
         for chunk in _chunks(groups, 256):
             rows = [
@@ -171,21 +185,24 @@ def _classify(client: PerformanceClient, preference: RequestProcessingPreference
 
 
 def _chat(client: PerformanceClient, preference: RequestProcessingPreference, args: Any) -> int:
+    from headrace.client.chat import chat_bodies
     from headrace.client.progress import Progress
-    from headrace.client.tables import count_rows, open_writer, read_column
+    from headrace.client.tables import open_writer, read_column
 
+    fields = _fields(args.set)
+    total = sum(1 for _ in chat_bodies(read_column(args.input, args.field), args.model, fields))
     answers = client.chat_stream(
         read_column(args.input, args.field),
         args.model,
         preference,
         stream=args.stream,
         return_errors=True,
-        **_fields(args.set),
+        **fields,
     )
     failed = 0
     with (
-        open_writer(args.output) as out,
-        Progress("chat", count_rows(args.input), show=args.progress) as bar,
+        open_writer(args.output, vectors=False) as out,
+        Progress("chat", total, show=args.progress) as bar,
     ):
         for answer in answers:
             error = None if answer.error is None else str(answer.error)

@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "say whether a model fits, and how fast it can be, without a GPU and without reading weights",
     "verify": "measure what quantized weights or a smaller cache cost against the 16-bit model",
     "quantize": "write a quantized copy of a model",
+    "bench": "measure generation, and profile where its time goes",
     "config": "check or show a config.yaml",
     "init": "write a commented config.yaml for a model",
     "client": "send many texts, chats or batch files to any server",

@@ -10,17 +10,17 @@ from headrace.client.exceptions import BadReply, Cancelled, ConnectionFailed, In
 from headrace.client.jobs import BatchCounts
 from headrace.client.performance import PerformanceClient
 from headrace.client.preference import CancellationToken, RequestProcessingPreference, TraceContext
+from headrace.client.replies import OpenAIUsage
 from headrace.client.responses import (
     BatchPostResponse,
     ClassificationResponse,
     ClassificationResult,
-    OpenAIEmbeddingData,
     OpenAIEmbeddingsResponse,
-    OpenAIUsage,
     RerankResponse,
     RerankResult,
 )
 from headrace.client.transport import HttpClientWrapper
+from headrace.client.vectors import OpenAIEmbeddingData
 
 if TYPE_CHECKING:
     from headrace.client.exceptions import HTTPError, Timeout

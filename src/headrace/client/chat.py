@@ -63,8 +63,12 @@ def chat_bodies(
             body: dict[str, Any] = {"messages": [{"role": "user", "content": given}]}
         elif isinstance(given, Mapping):
             body = dict(given)
-        else:
+        elif isinstance(given, Sequence):
             body = {"messages": list(given)}
+        else:
+            raise InvalidArgument(
+                f"request {i} is {type(given).__name__}; expected text, a list of messages or a request body"
+            )
         yield _whole(body, "messages", i, model, params)
 
 

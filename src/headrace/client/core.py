@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from headrace.client.endpoints import EndpointPool
 from headrace.client.exceptions import InvalidArgument
 from headrace.client.http1 import Reply
+from headrace.client.logs import show_as_asked
 from headrace.client.operation import Job, Operation, Target
 from headrace.client.payloads import encode, split
 from headrace.client.preference import RequestProcessingPreference
-from headrace.client.responses import Vectors, joined, parse_embeddings
 from headrace.client.transport import HttpClientWrapper
+from headrace.client.vectors import Vectors
 
 if TYPE_CHECKING:
     from headrace.client.processes import Helpers
@@ -44,6 +45,7 @@ class Core:
         *,
         processes: int = 1,
     ) -> None:
+        show_as_asked()
         api_key = api_key if api_key is not None else api_key_from_environment()
         if api_key is None:
             raise InvalidArgument(
@@ -81,12 +83,16 @@ class Core:
         return f"{type(self).__name__}({self.base_url!r})"
 
     async def embed_block(
-        self, groups: list[list[str]], fields: dict[str, Any], preference: RequestProcessingPreference
-    ) -> tuple[Vectors, list[Reply]]:
-        """Vectors of groups of texts, a request for each group; indices count from 0."""
-        jobs = _batch_jobs("/v1/embeddings", groups, lambda group: {"input": group, **fields})
-        parts = await self._all(jobs, len(groups), parse_embeddings, preference)
-        return joined([vectors for vectors, _ in parts]), [reply for _, reply in parts]
+        self,
+        groups: list[list[str]],
+        fields: dict[str, Any],
+        preference: RequestProcessingPreference,
+        into: Vectors,
+        offset: int = 0,
+    ) -> list[Reply]:
+        """Vectors of groups of texts, a request for each group; the first text is ``into``'s row ``offset``."""
+        jobs = _batch_jobs("/v1/embeddings", groups, lambda group: {"input": group, **fields}, offset)
+        return await self._all(jobs, len(groups), into.take, preference)
 
     async def _batches(
         self,
@@ -113,7 +119,13 @@ class Core:
         preference = preference or RequestProcessingPreference()
         operation = Operation(self._target, preference, count, headers)
         width = min(preference.max_concurrent_requests, count)
-        return [part async for part in operation.stream(jobs, parse, width=width)]
+        results: list[Any] = [None] * count
+
+        def keep(job: Job, reply: Reply) -> None:
+            results[job.index] = parse(job, reply)
+
+        await operation.each(jobs, keep, width=width)
+        return results
 
     async def _flow(
         self,
@@ -143,10 +155,12 @@ def _checked(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _batch_jobs(
-    path: str, groups: Iterable[list[str]], payload: Callable[[list[str]], dict[str, Any]]
+    path: str,
+    groups: Iterable[list[str]],
+    payload: Callable[[list[str]], dict[str, Any]],
+    offset: int = 0,
 ) -> Iterator[Job]:
     """Bodies are encoded when their turn comes, so that they never lie in memory together."""
-    offset = 0
     for index, group in enumerate(groups):
         body = encode(payload(group), f"the text at {offset} or one of the {len(group) - 1} after it")
         yield Job(index, path, body, offset, len(group))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import logging
 import math
 import threading
 import weakref
@@ -12,11 +11,10 @@ from collections.abc import Sequence
 
 from headrace.client import background
 from headrace.client.exceptions import ConnectionFailed, InvalidArgument
+from headrace.client.logs import log
 from headrace.client.transport import HttpClientWrapper, split_url
 
 __all__ = ["Endpoint", "EndpointPool"]
-
-log = logging.getLogger("headrace.client")
 
 
 class Endpoint:

@@ -16,7 +16,6 @@ class _Indexed(Protocol):
 
 
 J = TypeVar("J", bound=_Indexed)
-A = TypeVar("A")
 R = TypeVar("R")
 
 
@@ -43,30 +42,28 @@ class _Feed(Generic[J]):
         return self._ready.popleft() if self._ready else None
 
 
-class Flow(Generic[J, A, R]):
-    """Workers that take jobs, send them and parse the answers, and a reader that gets the results in order.
+class Flow(Generic[J, R]):
+    """Workers that do jobs; their results in order (``run``), or only done (``drain``).
 
     Args:
-        jobs: their ``index`` counts from 0.
-        parse: from job and answer to result.
-        send: from job to answer.
+        jobs: for ``run`` their ``index`` counts from 0.
+        work: from job to result.
         ahead, in_thread, on_error: see ``Operation.stream``.
     """
 
     def __init__(
         self,
         jobs: Iterable[J],
-        parse: Callable[[J, A], R],
-        send: Callable[[J], Awaitable[A]],
+        work: Callable[[J], Awaitable[R]],
         *,
-        ahead: int | None,
-        in_thread: bool,
-        on_error: Callable[[J, Exception], R] | None,
+        ahead: int | None = None,
+        in_thread: bool = False,
+        on_error: Callable[[J, Exception], R] | None = None,
     ) -> None:
         self._feed: _Feed[J] = _Feed(iter(jobs), in_thread)
-        self._parse, self._send, self._on_error = parse, send, on_error
+        self._job, self._on_error = work, on_error
         self._ahead = ahead
-        self._done: dict[int, R] = {}
+        self._done: dict[int, R] | None = None  # finished, not yet wanted
         self._wanted = 0
         self._running = 0
         self._error: BaseException | None = None
@@ -81,18 +78,32 @@ class Flow(Generic[J, A, R]):
 
     async def run(self, width: int) -> AsyncIterator[R]:
         """Results in order, from ``width`` workers. Call ``close`` afterwards, however it ends."""
-        self._running = width
-        self._workers = [asyncio.ensure_future(self._work()) for _ in range(width)]
+        done: dict[int, R] = {}
+        self._done = done
+        self._begin(width)
         for self._wanted in itertools.count():
             self._room.set()
-            while self._wanted not in self._done and self._error is None:
+            while self._wanted not in done and self._error is None:
                 if not self._running:
                     return
                 self._news.clear()
                 await self._news.wait()
             if self._error is not None:
                 raise self._error
-            yield self._done.pop(self._wanted)
+            yield done.pop(self._wanted)
+
+    async def drain(self, width: int) -> None:
+        """Until all jobs are done, in any order, their results dropped. Call ``close`` afterwards."""
+        self._begin(width)
+        while self._running and self._error is None:
+            self._news.clear()
+            await self._news.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _begin(self, width: int) -> None:
+        self._running = width
+        self._workers = [asyncio.ensure_future(self._work()) for _ in range(width)]
 
     async def close(self) -> None:
         """Cancel what still runs, and wait until it has ended."""
@@ -101,24 +112,24 @@ class Flow(Generic[J, A, R]):
         await asyncio.gather(*self._workers, return_exceptions=True)
 
     async def _work(self) -> None:
+        work, on_error, done = self._job, self._on_error, self._done
         try:
             while (job := await self._feed.next()) is not None:
                 while self._ahead is not None and job.index >= self._wanted + self._ahead:
                     self._room.clear()
                     await self._room.wait()
-                self._done[job.index] = await self._result(job)
-                if job.index == self._wanted:
-                    self._news.set()
+                try:
+                    result = await work(job)
+                except Exception as error:
+                    if on_error is None:
+                        raise
+                    result = on_error(job, error)
+                if done is not None:
+                    done[job.index] = result
+                    if job.index == self._wanted:
+                        self._news.set()
         except Exception as error:
             self.fail(error)
         finally:
             self._running -= 1
             self._news.set()
-
-    async def _result(self, job: J) -> R:
-        if self._on_error is None:
-            return self._parse(job, await self._send(job))
-        try:
-            return self._parse(job, await self._send(job))
-        except Exception as error:
-            return self._on_error(job, error)

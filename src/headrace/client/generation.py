@@ -19,7 +19,7 @@ from headrace.client.core import Core
 from headrace.client.limiter import AdaptiveLimit
 from headrace.client.operation import Job, Operation
 from headrace.client.preference import RequestProcessingPreference
-from headrace.client.pump import async_iterator, sync_iterator
+from headrace.client.pump import async_iterator, collected, sync_iterator
 
 __all__ = ["GenerationMethods"]
 
@@ -34,7 +34,7 @@ class GenerationMethods(Core):
     Further keywords (``temperature=0``...) go into every body that does not set them.
     """
 
-    async def _chat_stream(
+    def _chat_stream(
         self,
         /,
         conversations: Iterable[Conversation],
@@ -46,17 +46,15 @@ class GenerationMethods(Core):
         return_errors: bool = False,
         **params: Any,
     ) -> AsyncGenerator[Answer, None]:
-        """Answers to any number of conversations in constant memory, in order.
+        """Answers to any number of conversations, in order. As a stream, in constant memory.
 
         Args:
             conversations: each a text (one user message), a list of messages, or a whole request body.
         """
         jobs = generation_jobs("/v1/chat/completions", chat_bodies(conversations, model, params), stream)
-        async with aclosing(self._generate(jobs, preference, adaptive, return_errors)) as answers:
-            async for answer in answers:
-                yield answer
+        return self._generate(jobs, preference, adaptive, return_errors)
 
-    async def _completions_stream(
+    def _completions_stream(
         self,
         /,
         prompts: Iterable[str | Sequence[int] | Mapping[str, Any]],
@@ -68,64 +66,16 @@ class GenerationMethods(Core):
         return_errors: bool = False,
         **params: Any,
     ) -> AsyncGenerator[Answer, None]:
-        """Continuations of any number of prompts in constant memory, in order.
+        """Continuations of any number of prompts, in order. As a stream, in constant memory.
 
         Args:
             prompts: each a text, token ids, or a whole request body.
         """
         jobs = generation_jobs("/v1/completions", text_bodies(prompts, model, params), stream)
-        async with aclosing(self._generate(jobs, preference, adaptive, return_errors)) as answers:
-            async for answer in answers:
-                yield answer
+        return self._generate(jobs, preference, adaptive, return_errors)
 
-    async def _chat(
-        self,
-        /,
-        conversations: Iterable[Conversation],
-        model: str | None = None,
-        preference: RequestProcessingPreference | None = None,
-        *,
-        stream: bool = False,
-        adaptive: bool = True,
-        return_errors: bool = False,
-        **params: Any,
-    ) -> list[Answer]:
-        """One Answer for each conversation, in order; see ``chat_stream``."""
-        answers = self._chat_stream(
-            conversations,
-            model,
-            preference,
-            stream=stream,
-            adaptive=adaptive,
-            return_errors=return_errors,
-            **params,
-        )
-        return [answer async for answer in answers]
-
-    async def _completions(
-        self,
-        /,
-        prompts: Iterable[str | Sequence[int] | Mapping[str, Any]],
-        model: str | None = None,
-        preference: RequestProcessingPreference | None = None,
-        *,
-        stream: bool = False,
-        adaptive: bool = True,
-        return_errors: bool = False,
-        **params: Any,
-    ) -> list[Answer]:
-        """One Answer for each prompt, in order; see ``completions_stream``."""
-        answers = self._completions_stream(
-            prompts,
-            model,
-            preference,
-            stream=stream,
-            adaptive=adaptive,
-            return_errors=return_errors,
-            **params,
-        )
-        return [answer async for answer in answers]
-
+    _chat = collected(_chat_stream)
+    _completions = collected(_completions_stream)
     chat = sync_face(_chat)
     async_chat = async_face(_chat)
     chat_stream = sync_iterator(_chat_stream)

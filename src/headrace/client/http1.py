@@ -24,7 +24,7 @@ Sink = Callable[[bytes], None]
 class Reply:
     """A whole reply. ``body`` is decoded from any content-encoding."""
 
-    __slots__ = ("body", "head", "seconds", "status", "stream")
+    __slots__ = ("body", "head", "seconds", "status", "stream", "value")
 
     def __init__(self, status: int, head: bytes, body: bytes) -> None:
         self.status = status
@@ -32,6 +32,7 @@ class Reply:
         self.body = body
         self.seconds = 0.0
         self.stream: Any = None  # what took a streamed body
+        self.value: Any = None  # what a whole 2xx reply was parsed to
 
     @property
     def ok(self) -> bool:
@@ -48,17 +49,21 @@ class Reply:
         return out
 
 
+_CONNECTION, _ENCODING = b"\r\nconnection:", b"\r\ncontent-encoding:"
+_TRANSFER, _LENGTH = b"\r\ntransfer-encoding:", b"\r\ncontent-length:"
+
+
 def _field(lower: bytes, name: bytes) -> bytes:
     """Value of a header in a lower-cased head; empty when absent. Repeats must agree."""
-    at = lower.find(b"\r\n" + name + b":")
+    at = lower.find(name)
     if at < 0:
         return b""
-    start = at + len(name) + 3
+    start = at + len(name)
     end = lower.find(b"\r\n", start)
     value = lower[start : end if end >= 0 else len(lower)].strip()
-    again = lower.find(b"\r\n" + name + b":", start)
+    again = lower.find(name, start)
     if again >= 0 and _field(lower[again:], name) != value:
-        raise ConnectionFailed(f"the reply holds two different {name.decode()} headers")
+        raise ConnectionFailed(f"the reply holds two different {name[2:-1].decode()} headers")
     return value
 
 
@@ -75,11 +80,13 @@ class Connection(asyncio.BufferedProtocol):
         "_encoding",
         "_future",
         "_head",
+        "_late",
         "_left",
         "_loop",
         "_lost",
         "_method",
         "_pending",
+        "_ready",
         "_sink",
         "_status",
         "closed",
@@ -100,17 +107,25 @@ class Connection(asyncio.BufferedProtocol):
     # -- the requester's side -------------------------------------------------------------------------
 
     def request(
-        self, data: bytes, *, method: str = "POST", sink: Sink | None = None
+        self,
+        data: bytes,
+        *,
+        method: str = "POST",
+        sink: Sink | None = None,
+        ready: Callable[[Reply], None] | None = None,
     ) -> asyncio.Future[Reply]:
         """Write a whole request.
 
         Args:
+            ready: called with a whole 2xx reply before anything else is read, so that its body is parsed while it
+                is in the cache and freed before the next one comes; what it raises fails the request.
             method: the reply to HEAD, and 2xx to CONNECT, have no body whatever their headers say.
             sink: receives the pieces of a 2xx body as they come; the Reply's body is then empty.
         """
         self._future = future = self._loop.create_future()
         self._method = method
         self._sink = sink
+        self._ready = ready
         self._head = b""
         self._pending = b""
         self._chunks: list[bytes] = []
@@ -177,15 +192,15 @@ class Connection(asyncio.BufferedProtocol):
     def _frame(self, head: bytes, status: int) -> None:
         """Where does the body end (RFC 9112, 6.3), and does the connection stay?"""
         lower = head.lower()
-        persistent = b"close" not in _field(lower, b"connection")
-        if head[7:8] == b"0":
-            persistent = b"keep-alive" in _field(lower, b"connection")
-        self._encoding = _field(lower, b"content-encoding")
-        length = _field(lower, b"content-length")
+        persistent = b"close" not in _field(lower, _CONNECTION)
+        if head.startswith(b"HTTP/1.0"):
+            persistent = b"keep-alive" in _field(lower, _CONNECTION)
+        self._encoding = _field(lower, _ENCODING)
+        length = _field(lower, _LENGTH)
         bodiless = self._method == "HEAD" or (self._method == "CONNECT" and status < 300)
         if bodiless or status in (204, 304):
             self._left = 0
-        elif b"chunked" in _field(lower, b"transfer-encoding"):
+        elif b"chunked" in _field(lower, _TRANSFER):
             self._left = _CHUNKED
         elif length:
             if not length.isdigit():
@@ -195,8 +210,11 @@ class Connection(asyncio.BufferedProtocol):
             self._left = _TO_THE_END
             persistent = False
         self._close_after = not persistent
+        self._late = None
         if self._sink is not None and not (200 <= status < 300):
             self._sink = None  # an error's body is kept whole
+        elif self._encoding not in (b"", b"identity"):
+            self._late, self._sink = self._sink, None  # it gets the body when it is whole and decoded
 
     def _take_body(self, data: bytes) -> None:
         left = self._left
@@ -257,10 +275,16 @@ class Connection(asyncio.BufferedProtocol):
             try:
                 if self._encoding not in (b"", b"identity"):
                     body = _decode(self._encoding, body)
+                    if self._late is not None:
+                        self._late(body)
+                        body = b""
+                reply = Reply(self._status, self._head, body)
+                if self._ready is not None and reply.ok:
+                    self._ready(reply)
             except Exception as error:
                 future.set_exception(error)
                 return
-            future.set_result(Reply(self._status, self._head, body))
+            future.set_result(reply)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
@@ -279,11 +303,28 @@ class Connection(asyncio.BufferedProtocol):
 
 
 def _decode(encoding: bytes, body: bytes) -> bytes:
-    if encoding in (b"gzip", b"x-gzip", b"deflate"):
-        try:
-            return zlib.decompress(body, wbits=47 if encoding != b"deflate" else 15)
-        except zlib.error as error:
-            raise BadReply(f"the reply's {encoding.decode()} body does not decompress: {error}") from None
+    """Undo a content-encoding. Raises BadReply."""
+    try:
+        if encoding in (b"gzip", b"x-gzip"):
+            return zlib.decompress(body, wbits=47)
+        if encoding == b"deflate":
+            return zlib.decompress(body)
+        if encoding == b"zstd":
+            return _unzstd(body)
+    except Exception as error:  # each library has an exception of its own
+        raise BadReply(f"the reply's {encoding.decode()} body does not decompress: {error}") from None
     raise BadReply(
-        f"the reply is encoded as {encoding.decode('latin-1')!r}; the client reads gzip and deflate"
+        f"the reply is encoded as {encoding.decode('latin-1')!r}; the client reads gzip, deflate and zstd"
     )
+
+
+def _unzstd(body: bytes) -> bytes:
+    try:
+        import zstandard
+    except ImportError:
+        raise BadReply("zstd needs a package: pip install 'headrace[zstd]'") from None
+    decompressor = zstandard.ZstdDecompressor().decompressobj()
+    data: bytes = decompressor.decompress(body)
+    if not decompressor.eof:
+        raise ValueError("it is cut short")
+    return data

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["BatchCounts", "BatchMethods", "errors_path"]
 
 
-@dataclass
-class BatchCounts:
+class BatchCounts(msgspec.Struct):
     """How far a job is. ``resumed`` of the completed and failed requests were there before this run."""
 
     total: int = 0
@@ -109,24 +107,24 @@ class BatchMethods(Core):
             headers = {"accept": "application/json", **(headers or {})}
             operation = Operation(self._target, preference, total - run.counts.resumed, headers, limit)
             jobs = run.jobs(input_path)
-            answers = operation.stream(
-                jobs, run.answer, width=width, ahead=64 * width, in_thread=True, on_error=run.failure
-            )
-            async for _ in answers:
-                pass
+            await operation.each(jobs, run.answer, width=width, in_thread=True, on_error=run.failure)
             return run.counts
 
     run_batch = sync_face(_run_batch)
     async_run_batch = async_face(_run_batch)
 
 
-@dataclass
 class _Run:
-    output: Ledger
-    errors: Ledger
-    counts: BatchCounts
-    on_progress: Callable[[BatchCounts], object] | None
-    _ids: dict[int, str] = field(default_factory=dict)  # of the requests in flight
+    def __init__(
+        self,
+        output: Ledger,
+        errors: Ledger,
+        counts: BatchCounts,
+        on_progress: Callable[[BatchCounts], object] | None,
+    ) -> None:
+        self.output, self.errors = output, errors
+        self.counts, self.on_progress = counts, on_progress
+        self._ids: dict[int, str] = {}  # of the requests in flight
 
     def load(self) -> None:
         from headrace.client.ledger import IdSet

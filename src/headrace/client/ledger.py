@@ -15,8 +15,19 @@ from typing import Any
 import msgspec
 
 from headrace.client.exceptions import InvalidArgument
+from headrace.client.lines import full_lines
 
-__all__ = ["BatchLine", "IdSet", "Ledger", "read_lines", "scan"]
+__all__ = ["BadLine", "BatchLine", "IdSet", "Ledger", "read_lines", "scan"]
+
+
+class BadLine(InvalidArgument):
+    """A line of an input file is no request. ``line`` counts from 1; ``text`` says why, without the file."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], line: int, text: str, *, param: str | None = None
+    ) -> None:
+        super().__init__(f"{path}, line {line}: {text}", param=param)
+        self.line, self.text = line, text
 
 
 class BatchLine(msgspec.Struct):
@@ -70,42 +81,33 @@ def _hash(name: str) -> int:
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, BatchLine]]:
-    """(line number from 1, line) of a batch input file; empty lines are skipped. Raises InvalidArgument."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                line = _line.decode(raw)
-            except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-                raise InvalidArgument(f"{path}, line {number}: {error}") from None
-            if not line.custom_id:
-                raise InvalidArgument(f"{path}, line {number}: custom_id is empty", param="custom_id")
-            if line.method != "POST":
-                raise InvalidArgument(
-                    f"{path}, line {number}: method is {line.method!r}; expected POST", param="method"
-                )
-            if not line.url.startswith("/") or line.url.startswith("//"):
-                raise InvalidArgument(
-                    f"{path}, line {number}: url is {line.url!r}; expected a path such as /v1/chat/completions",
-                    param="url",
-                )
-            yield number, line
+    """(line number from 1, line) of a batch input file; empty lines are skipped. Raises BadLine."""
+    for number, raw in full_lines(path):
+        try:
+            line = _line.decode(raw)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise BadLine(path, number, str(error)) from None
+        if not line.custom_id:
+            raise BadLine(path, number, "custom_id is empty", param="custom_id")
+        if line.method != "POST":
+            raise BadLine(path, number, f"method is {line.method!r}; expected POST", param="method")
+        if not line.url.startswith("/") or line.url.startswith("//"):
+            said = f"url is {line.url!r}; expected a path such as /v1/chat/completions"
+            raise BadLine(path, number, said, param="url")
+        yield number, line
 
 
 def scan(path: str | os.PathLike[str], urls: frozenset[str] | None = None) -> int:
     """Check a whole input file before anything is sent. The number of its requests.
 
-    Raises InvalidArgument that names the line: no JSON, a missing field, a url outside ``urls``, a custom_id that
+    Raises BadLine: no JSON, a missing field, a url outside ``urls``, a custom_id that
     an earlier line has.
     """
     seen = IdSet()
     for number, line in read_lines(path):
         if urls is not None and line.url not in urls:
-            raise InvalidArgument(
-                f"{path}, line {number}: url is {line.url!r}; expected {' or '.join(sorted(urls))}",
-                param="url",
-            )
+            said = f"url is {line.url!r}; expected {' or '.join(sorted(urls))}"
+            raise BadLine(path, number, said, param="url")
         seen.add(line.custom_id)
     if not len(seen):
         raise InvalidArgument(f"{path} holds no requests")
@@ -113,9 +115,7 @@ def scan(path: str | os.PathLike[str], urls: frozenset[str] | None = None) -> in
     if twice is not None:
         lines = [(n, one.custom_id) for n, one in read_lines(path) if _hash(one.custom_id) == twice]
         (first, name), (second, _) = lines[:2]
-        raise InvalidArgument(
-            f"{path}: lines {first} and {second} have the same custom_id {name!r}", param="custom_id"
-        )
+        raise BadLine(path, second, f"custom_id is {name!r}, as in line {first}", param="custom_id")
     return len(seen)
 
 

@@ -10,16 +10,22 @@ import math
 import os
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import msgspec
 
 from headrace.client.endpoints import Endpoint, EndpointPool
 from headrace.client.exceptions import Cancelled, ConnectionFailed, ErrorResponse, InvalidArgument
+from headrace.client.expiry import Expiry, TimedOut
 from headrace.client.flow import Flow
 from headrace.client.http1 import Reply
 from headrace.client.limiter import AdaptiveLimit
+from headrace.client.logs import log
 from headrace.client.preference import RequestProcessingPreference
+from headrace.client.redirects import SECRETS, Hop, follow
 from headrace.client.transport import HttpClientWrapper, Origin, split_url
 
 __all__ = ["Job", "Operation", "StreamSink", "Target"]
@@ -39,8 +45,7 @@ class StreamSink(Protocol):
     def feed(self, data: bytes) -> None: ...
 
 
-@dataclass(slots=True)
-class Job:
+class Job(msgspec.Struct):
     """One request. ``items`` of the caller's inputs from ``offset`` on travel in it."""
 
     index: int
@@ -52,18 +57,13 @@ class Job:
     sink: Callable[[], StreamSink] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """Where a client's requests go: one base URL or a pool."""
 
     base_url: str
     wrapper: HttpClientWrapper
     api_key: str
     pool: EndpointPool | None = None
-
-
-class _TimedOut(Exception):
-    """One attempt was not answered in ``timeout_s``."""
 
 
 class _Budget:
@@ -113,6 +113,8 @@ class Operation:
         self._hedges = _Budget(preference.hedge_budget_pct, 0, total)
         self._retries = _Budget(preference.retry_budget_pct, 2, total)
         self._started = 0
+        self._hedged = preference.hedge_delay is not None
+        self._expiry = Expiry()
         self._deadline: float | None = None
         self._pinned: Endpoint | None = None
         if target.pool is not None:
@@ -122,7 +124,7 @@ class Operation:
 
     # -- many -----------------------------------------------------------------------------------------
 
-    def stream(
+    async def stream(
         self,
         jobs: Iterable[Job],
         parse: Callable[[Job, Reply], R],
@@ -142,11 +144,39 @@ class Operation:
 
         Raises: the first failure of any job, at once; then nothing is left running.
         """
-        flow = Flow(jobs, parse, self._admitted, ahead=ahead, in_thread=in_thread, on_error=on_error)
-        return self._limited(flow, width)
+        flow = Flow(jobs, self._worker(parse), ahead=ahead, in_thread=in_thread, on_error=on_error)
+        async with self._bounded(flow):
+            async for result in flow.run(width):
+                yield result
 
-    async def _limited(self, flow: Flow[Job, Reply, R], width: int) -> AsyncGenerator[R, None]:
-        """The flow under the preference's token and total time limit."""
+    async def each(
+        self,
+        jobs: Iterable[Job],
+        take: Callable[[Job, Reply], object],
+        *,
+        width: int,
+        in_thread: bool = False,
+        on_error: Callable[[Job, Exception], object] | None = None,
+    ) -> None:
+        """``take`` every reply, in the order of arrival. Arguments and errors are those of ``stream``."""
+        flow = Flow(jobs, self._worker(take), in_thread=in_thread, on_error=on_error)
+        async with self._bounded(flow):
+            await flow.drain(width)
+
+    def _worker(self, parse: Callable[[Job, Reply], R]) -> Callable[[Job], Awaitable[R]]:
+        limit = self._limit
+        if limit is None:
+            return partial(self.send, parse)
+
+        async def admitted(job: Job) -> R:
+            async with limit:
+                return await self.send(parse, job)
+
+        return admitted
+
+    @asynccontextmanager
+    async def _bounded(self, flow: Flow[Job, Any]) -> AsyncIterator[None]:
+        """A flow under the preference's token and total time limit; it has ended afterwards."""
         loop = asyncio.get_running_loop()
         token, total_s = self.preference.cancel_token, self.preference.total_timeout_s
         if token is not None and token.is_cancelled():
@@ -167,10 +197,10 @@ class Operation:
         if token is not None:
             token._subscribe(on_cancel)
         try:
-            async for result in flow.run(width):
-                yield result
+            yield
         finally:
             await flow.close()
+            self._expiry.close()
             if timer is not None:
                 timer.cancel()
             if token is not None:
@@ -178,30 +208,36 @@ class Operation:
 
     # -- one ------------------------------------------------------------------------------------------
 
-    async def _admitted(self, job: Job) -> Reply:
-        if self._limit is None:
-            return await self.send(job)
-        async with self._limit:
-            return await self.send(job)
-
-    async def send(self, job: Job) -> Reply:
-        """One job to its 2xx reply, through retries. Raises HTTPError, Timeout, ConnectionFailed."""
+    async def send(self, parse: Callable[[Job, Reply], R], job: Job) -> R:
+        """One job to its parsed 2xx reply, through retries. Raises HTTPError, Timeout, ConnectionFailed."""
         preference = self.preference
         begun = time.perf_counter()
         self._started += 1
         backoff = preference.initial_backoff_ms / 1000.0
-        retries = connect_retries = network_faults = 0
+        retries = connect_retries = 0
         stale = False
         endpoint: Endpoint | None = None
+
+        def ready(reply: Reply) -> None:
+            reply.seconds = time.perf_counter() - begun
+            reply.value = parse(job, reply)
+
         while True:
             reply: Reply | None = None
-            fault: ConnectionFailed | _TimedOut | None = None
+            fault: ConnectionFailed | TimedOut | None = None
             endpoint = self._choose(endpoint)
             try:
-                reply = await self._race(job, endpoint, retries)
+                if not self._hedged and job.sink is None:
+                    reply = await self._attempt(job, endpoint, retries, ready)
+                else:  # which of two racers is parsed, or whether a stream is whole, is known afterwards
+                    run = self._attempt if job.sink is not None else self._race
+                    reply = await run(job, endpoint, retries)
+                    if reply.ok:
+                        ready(reply)
                 if reply.ok:
-                    reply.seconds = time.perf_counter() - begun
-                    return reply
+                    value: R = reply.value
+                    reply.value = None  # it may hold the reply: a cycle would live until the next collection
+                    return value
                 again = self._retryable(reply.status)
                 patient = self._limit is not None and reply.status == 429 and again
                 if patient and time.perf_counter() - begun < preference.timeout_s:
@@ -213,16 +249,23 @@ class Operation:
                     stale = True  # an idle connection died under us: not the server's answer to this request
                     continue
                 fault = error
-                network_faults += 1
                 connect_retries += error.connecting
                 again = connect_retries <= _CONNECT_RETRIES and (
-                    network_faults == 1 or self._retries.take(self._started)
+                    retries == 0 or self._retries.take(self._started)
                 )
-            except _TimedOut as error:
+            except TimedOut as error:
                 fault = error
                 again = self._retries.take(self._started)
             if not again or retries >= preference.max_retries:
                 raise self._verdict(job, reply, fault, retries)
+            log.debug(
+                "request %s-%d: retry %d of %d after %s",
+                self.request_id,
+                job.index,
+                retries + 1,
+                preference.max_retries,
+                repr(fault) if reply is None else f"status {reply.status}",
+            )
             await asyncio.sleep(_pause(backoff, reply))
             backoff = min(backoff * 4, _MAX_BACKOFF_S)
             retries += 1
@@ -241,7 +284,7 @@ class Operation:
 
             url = self.target.base_url + job.path
             return HTTPError(ErrorResponse(reply.status, reply.headers, reply.body, url))
-        if isinstance(fault, _TimedOut):
+        if isinstance(fault, TimedOut):
             from headrace.client.exceptions import Timeout
 
             limit = f"{self.preference.timeout_s:g} s"
@@ -254,13 +297,11 @@ class Operation:
 
     async def _race(self, job: Job, first: Endpoint | None, retry: int) -> Reply:
         """One attempt; after ``hedge_delay`` a copy races it. A failed racer leaves the race to the other."""
-        delay = self.preference.hedge_delay
-        if delay is None or job.sink is not None:
-            return await self._attempt(job, first, retry)
         racers = [asyncio.ensure_future(self._attempt(job, first, retry))]
         try:
-            await asyncio.wait(racers, timeout=delay)
+            await asyncio.wait(racers, timeout=self.preference.hedge_delay)
             if not racers[0].done() and self._hedges.take(self._started):
+                log.info("request %s-%d: a second copy is sent", self.request_id, job.index)
                 other = self.target.pool.pick(avoid=first) if self.target.pool else None
                 racers.append(asyncio.ensure_future(self._attempt(job, other, retry)))
             pending = set(racers)
@@ -284,23 +325,30 @@ class Operation:
             return self._pinned
         return pool.pick(avoid=failed)
 
-    async def _attempt(self, job: Job, endpoint: Endpoint | None, retry: int) -> Reply:
+    async def _attempt(
+        self,
+        job: Job,
+        endpoint: Endpoint | None,
+        retry: int,
+        ready: Callable[[Reply], None] | None = None,
+        hop: Hop | None = None,
+    ) -> Reply:
         loop = asyncio.get_running_loop()
         timeout = self.preference.timeout_s
-        origin, head = self._lane(job, endpoint)
-        if self._deadline is not None:
-            timeout = max(0.001, min(timeout, self._deadline - loop.time()))
+        origin, head = self._lane(job, endpoint) if hop is None else self._detour(job, hop)
+        due = self._deadline if hop is None else hop.due
+        if due is not None:
+            timeout = max(0.001, min(timeout, due - loop.time()))
         milliseconds = int(timeout * 1000)
-        body = job.body
-        data = b"%b%b-%d-%d\r\nrequest-timeout-ms: %d\r\nrequest-deadline-ms: %d\r\n" % (
+        data = b"%b%b-%d-%d\r\nrequest-timeout-ms: %d\r\nrequest-deadline-ms: %d\r\n%b" % (
             head,
             self._id,
             job.index,
             retry,
             milliseconds,
             int(time.time() * 1000) + milliseconds,
+            b"\r\n" if job.body is None else b"content-length: %d\r\n\r\n%b" % (len(job.body), job.body),
         )
-        data += b"\r\n" if body is None else b"content-length: %d\r\n\r\n%b" % (len(body), body)
         began = loop.time()
         connection = self.wrapper.take(origin)
         if connection is None:
@@ -308,24 +356,33 @@ class Operation:
                 async with asyncio.timeout(timeout):
                     connection = await self.wrapper.connect(origin)
             except TimeoutError:
-                raise _TimedOut from None
-        timer = loop.call_at(began + timeout, connection.abort, _TimedOut())
+                raise TimedOut from None
+        self._expiry.add(connection, began + timeout)
         sink = job.sink() if job.sink is not None else None
         try:
             reply = await connection.request(
-                data, method=job.method, sink=None if sink is None else sink.feed
+                data, method=job.method, sink=None if sink is None else sink.feed, ready=ready
             )
         except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                connection.abort()
-            elif self._limit is not None:
+            connection.abort()
+            if self._limit is not None and isinstance(error, (ConnectionFailed, TimedOut)):
                 self._limit.saw(0, loop.time() - began)
             raise
         finally:
-            timer.cancel()
+            self._expiry.remove(connection)
         self.wrapper.give_back(origin, connection)
         if self._limit is not None:
             self._limit.saw(reply.status, loop.time() - began)
+        if 300 <= reply.status < 400:
+            base = self.target.base_url if endpoint is None else endpoint.base_url
+            url = base + job.path if hop is None else hop.url
+            onwards = follow(reply, url, hop, began + timeout)
+            if onwards is not None:
+                if not onwards.keeps:
+                    job = msgspec.structs.replace(
+                        job, method="HEAD" if job.method == "HEAD" else "GET", body=None
+                    )
+                return await self._attempt(job, endpoint, retry, ready, onwards)
         if sink is not None and reply.ok:
             if not sink.complete:
                 raise ConnectionFailed("the stream ended before its last event")
@@ -340,17 +397,26 @@ class Operation:
         key = (base, job.path, job.method)
         lane = self._lanes.get(key)
         if lane is None:
-            origin, path = split_url(base + job.path)
-            target, extra = self.wrapper.target(origin, path)
-            lines = "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
-            if job.body is None:
-                lines = lines.replace("content-type: application/json\r\n", "")
-            head = (
-                f"{job.method} {target} HTTP/1.1\r\nhost: {origin.netloc}\r\n{extra}{lines}"
-                "x-baseten-customer-request-id: "
-            )
-            lane = self._lanes[key] = origin, head.encode("latin-1")
+            lane = self._lanes[key] = self._head(job, base + job.path, self._headers)
         return lane
+
+    def _detour(self, job: Job, hop: Hop) -> tuple[Origin, bytes]:
+        headers = self._headers
+        if not hop.trusted:
+            headers = {name: value for name, value in headers.items() if name not in SECRETS}
+        return self._head(job, hop.url, headers)
+
+    def _head(self, job: Job, url: str, headers: dict[str, str]) -> tuple[Origin, bytes]:
+        origin, path = split_url(url)
+        target, extra = self.wrapper.target(origin, path)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        if job.body is None:
+            lines = lines.replace("content-type: application/json\r\n", "")
+        head = (
+            f"{job.method} {target} HTTP/1.1\r\nhost: {origin.netloc}\r\n{extra}{lines}"
+            "x-baseten-customer-request-id: "
+        )
+        return origin, head.encode("latin-1")
 
     def _common_headers(self, more: dict[str, str]) -> dict[str, str]:
         from headrace import __version__

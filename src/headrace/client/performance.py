@@ -12,11 +12,13 @@ from headrace.client import responses
 from headrace.client.background import async_face, sync_face
 from headrace.client.exceptions import InvalidArgument
 from headrace.client.generation import GenerationMethods
+from headrace.client.http1 import Reply
 from headrace.client.jobs import BatchMethods
 from headrace.client.operation import Job
 from headrace.client.payloads import check_texts, encode, split
 from headrace.client.preference import RequestProcessingPreference, check_headers
 from headrace.client.pump import async_iterator, sync_iterator
+from headrace.client.vectors import Vectors
 
 __all__ = ["PerformanceClient"]
 
@@ -64,15 +66,14 @@ class PerformanceClient(GenerationMethods, BatchMethods):
         preference = preference or RequestProcessingPreference()
         preference.check()
         groups = list(split(texts, preference.batch_size, preference.max_chars_per_request))
+        vectors = Vectors(len(texts))
         if self._helpers is not None and len(groups) >= _MIN_SHARED:
             from headrace.client.processes import embed_blocks
 
-            blocks = await embed_blocks(self, self._helpers, groups, fields, preference)
+            replies = await embed_blocks(self, self._helpers, groups, fields, preference, vectors)
         else:
-            blocks = [await self.embed_block(groups, fields, preference)]
-        replies = list(itertools.chain.from_iterable(replies for _, replies in blocks))
-        took = time.perf_counter() - begun
-        return responses.OpenAIEmbeddingsResponse(took, [vectors for vectors, _ in blocks], replies)
+            replies = await self.embed_block(groups, fields, preference, vectors)
+        return responses.OpenAIEmbeddingsResponse(time.perf_counter() - begun, vectors, replies)
 
     async def _rerank(
         self,
@@ -196,12 +197,16 @@ class PerformanceClient(GenerationMethods, BatchMethods):
         Indices count over all inputs. The texts are taken from the iterable in a thread, as they are needed.
         """
         fields = _embedding_fields(model, encoding_format, dimensions, user)
-        parts = self._flow(
-            "/v1/embeddings", input, lambda b: {"input": b, **fields}, responses.parse_embeddings, preference
-        )
+
+        def parse(job: Job, reply: Reply) -> responses.OpenAIEmbeddingsResponse:
+            vectors = Vectors(job.items, job.offset)
+            vectors.take(job, reply)
+            return responses.OpenAIEmbeddingsResponse(reply.seconds, vectors, [reply])
+
+        parts = self._flow("/v1/embeddings", input, lambda b: {"input": b, **fields}, parse, preference)
         async with aclosing(parts):
-            async for vectors, reply in parts:
-                yield responses.OpenAIEmbeddingsResponse(reply.seconds, [vectors], [reply])
+            async for part in parts:
+                yield part
 
     async def _classify_stream(
         self,

@@ -68,7 +68,7 @@ class RequestProcessingPreference:
         total_timeout_s: seconds for the whole operation; None: no limit.
         hedge_budget_pct: copies at most: 1 + this share of the operation's requests, rounded up; 0: none.
         retry_budget_pct: retries after network faults at most: the larger of 2 and 1 + this share, rounded
-            up, beside a first free one for each request.
+            up, beside a free one for each request whose first attempt meets such a fault.
         max_retries: retries of one request at most, 0 to 6.
         initial_backoff_ms: wait before the first retry, 50 to 45000; the next waits are each 4 times longer,
             up to 45 s, plus 0 to 99 ms.

@@ -7,6 +7,7 @@ module is not imported again, and a child ends when its parent does.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import pickle
 import sys
@@ -19,7 +20,8 @@ import msgspec
 from headrace.client.exceptions import Cancelled, ConnectionFailed
 from headrace.client.http1 import Reply
 from headrace.client.preference import RequestProcessingPreference
-from headrace.client.responses import OpenAIEmbeddingData, OpenAIUsage, Vectors
+from headrace.client.replies import OpenAIUsage
+from headrace.client.vectors import Vectors
 
 if TYPE_CHECKING:
     from headrace.client.core import Core
@@ -41,13 +43,17 @@ class _Work(msgspec.Struct, array_like=True):
 
 
 class _Done(msgspec.Struct, array_like=True):
-    """Rows as bytes (float32) or text (base64); seconds and heads of the replies; or a pickled error."""
+    """The fields of Vectors; seconds and heads of the replies; or a pickled error."""
 
-    rows: list[Any] = []
+    count: int = 0
+    size: int = -1
+    as_text: bool = False
+    table: Any = b""
+    odd: dict[int, Any] = {}
+    named: dict[int, str] = {}
     model: str = ""
     object: str = "list"
-    prompt_tokens: int = 0
-    total_tokens: int = 0
+    usage: OpenAIUsage | None = None
     seconds: list[float] = []
     heads: list[bytes] = []
     error: bytes = b""
@@ -56,7 +62,6 @@ class _Done(msgspec.Struct, array_like=True):
 _encoder = msgspec.msgpack.Encoder()
 _work = msgspec.msgpack.Decoder(_Work)
 _done = msgspec.msgpack.Decoder(_Done)
-Block = tuple[Vectors, list[Reply]]
 
 
 class Helpers:
@@ -103,11 +108,13 @@ async def embed_blocks(
     groups: list[list[str]],
     fields: dict[str, Any],
     preference: RequestProcessingPreference,
-) -> list[Block]:
-    """Vectors of all groups, in order: this process and the helpers each take the next block when free."""
+    into: Vectors,
+) -> list[Reply]:
+    """Vectors of all groups: this process and the helpers each take the next block when free."""
     size = min(_BLOCK, -(-len(groups) // (4 * (helpers.count + 1))))
     blocks = [groups[i : i + size] for i in range(0, len(groups), size)]
-    results: list[Block | None] = [None] * len(blocks)
+    offsets = [0, *itertools.accumulate(sum(map(len, block)) for block in blocks)]
+    replies: list[list[Reply]] = [[]] * len(blocks)
     turns = iter(range(len(blocks)))
     share = _share(preference, helpers.count + 1)
     frame = _Work(
@@ -122,13 +129,14 @@ async def embed_blocks(
 
     async def here() -> None:
         for turn in turns:
-            results[turn] = await core.embed_block(blocks[turn], fields, share)
+            replies[turn] = await core.embed_block(blocks[turn], fields, share, into, offsets[turn])
 
     async def there() -> None:
         child = await helpers.take()
         try:
             for turn in turns:
-                results[turn] = await _ask(child, msgspec.structs.replace(frame, groups=blocks[turn]))
+                work = msgspec.structs.replace(frame, groups=blocks[turn])
+                replies[turn] = await _ask(child, work, into, offsets[turn])
         except BaseException:
             if child.returncode is None:
                 child.kill()
@@ -136,15 +144,7 @@ async def embed_blocks(
         helpers.give_back(child)
 
     await _together([here(), *(there() for _ in range(helpers.count))], preference)
-    offset = 0
-    done: list[Block] = []
-    for block in results:
-        assert block is not None
-        for row in block[0].rows:
-            row.index += offset
-        offset += len(block[0].rows)
-        done.append(block)
-    return done
+    return list(itertools.chain.from_iterable(replies))
 
 
 async def _together(works: Sequence[Any], preference: RequestProcessingPreference) -> None:
@@ -206,7 +206,7 @@ def _trace(preference: RequestProcessingPreference) -> tuple[str, str | None] | 
     return None if context is None else (context.traceparent, context.tracestate)
 
 
-async def _ask(child: asyncio.subprocess.Process, work: _Work) -> Block:
+async def _ask(child: asyncio.subprocess.Process, work: _Work, into: Vectors, offset: int) -> list[Reply]:
     assert child.stdin is not None and child.stdout is not None
     try:
         data = _encoder.encode(work)
@@ -221,8 +221,12 @@ async def _ask(child: asyncio.subprocess.Process, work: _Work) -> Block:
     replies = [Reply(200, head, b"") for head in done.heads]
     for reply, seconds in zip(replies, done.seconds):
         reply.seconds = seconds
-    rows = [OpenAIEmbeddingData(i, raw) for i, raw in enumerate(done.rows)]
-    return Vectors(rows, done.model, OpenAIUsage(done.prompt_tokens, done.total_tokens), done.object), replies
+    found = Vectors(done.count)
+    for name in ("size", "as_text", "odd", "named", "model", "object", "usage"):
+        setattr(found, name, getattr(done, name))
+    found.table = memoryview(done.table)
+    into.merge(offset, found)
+    return replies
 
 
 # -- the child ---------------------------------------------------------------------------------------------
@@ -248,16 +252,21 @@ def _answer(work: _Work) -> _Done:
     if client is None:
         client = PerformanceClient(work.base_url, work.api_key, proxy=work.proxy)
         _clients[work.base_url, work.api_key, work.proxy] = client
+    found = Vectors(sum(map(len, work.groups)))
     try:
-        vectors, replies = run(client.embed_block(work.groups, work.fields, preference))
+        replies = run(client.embed_block(work.groups, work.fields, preference, found))
     except Exception as error:
         return _Done(error=_pickled(error))
     return _Done(
-        [bytes(row._raw) if isinstance(row._raw, memoryview) else row._raw for row in vectors.rows],
-        vectors.model,
-        vectors.object,
-        vectors.usage.prompt_tokens,
-        vectors.usage.total_tokens,
+        found.count,
+        found.size,
+        found.as_text,
+        found.table,
+        found.odd,
+        found.named,
+        found.model,
+        found.object,
+        found.usage,
         [reply.seconds for reply in replies],
         [reply.head for reply in replies],
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import AsyncGenerator, Callable, Generator
-from typing import Concatenate, Generic, ParamSpec, TypeVar
+import inspect
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from contextlib import aclosing
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from headrace.client import background
 
-__all__ = ["async_iterator", "sync_iterator"]
+__all__ = ["async_iterator", "collected", "sync_iterator"]
 
 S = TypeVar("S")
 P = ParamSpec("P")
@@ -97,4 +99,20 @@ def async_iterator(
             await asyncio.wrap_future(background.start(pump.close()))
 
     background.describe(face, method, "async_")
+    return face
+
+
+def collected(
+    method: Callable[Concatenate[S, P], AsyncGenerator[R, None]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, list[R]]]:
+    """The coroutine that gives all items of ``_name_stream`` as a list; its faces are called ``name``."""
+
+    async def face(self: S, /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
+        async with aclosing(method(self, *args, **kwargs)) as items:
+            return [item async for item in items]
+
+    background.describe(face, method, "")
+    face.__name__ = method.__name__.removesuffix("_stream")
+    shown: Any = face
+    shown.__signature__ = inspect.signature(method).replace(return_annotation=list)
     return face

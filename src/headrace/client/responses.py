@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import binascii
-import itertools
-import struct
-import sys
-from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,6 +10,8 @@ import msgspec
 from headrace.client.exceptions import BadReply
 from headrace.client.http1 import Reply
 from headrace.client.operation import Job
+from headrace.client.replies import OpenAIUsage, in_order, kind_of, unreadable
+from headrace.client.vectors import OpenAIEmbeddingData, Vectors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,13 +29,6 @@ __all__ = [
 ]
 
 
-class OpenAIUsage(msgspec.Struct, gc=False):
-    """Tokens, summed over the requests of an operation."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
 class RerankResult(msgspec.Struct, gc=False):
     """The score of the text at ``index`` of the caller's list."""
 
@@ -52,36 +42,6 @@ class ClassificationResult(msgspec.Struct, gc=False):
 
     label: str
     score: float
-
-
-class _Row(msgspec.Struct, gc=False):
-    index: int
-    embedding: list[float] | str
-    object: str = "embedding"
-
-
-class _PackedRow(msgspec.Struct, gc=False):
-    index: int
-    embedding: Any  # list of floats, base64 string, or little-endian float32 bytes
-    object: str = "embedding"
-
-
-class _Embeddings(msgspec.Struct, gc=False):
-    data: list[_Row]
-    model: str
-    usage: OpenAIUsage
-    object: str = "list"
-
-
-class _PackedEmbeddings(msgspec.Struct, gc=False):
-    data: list[_PackedRow]
-    model: str
-    usage: OpenAIUsage
-    object: str = "list"
-
-
-_embeddings = msgspec.json.Decoder(_Embeddings)
-_packed_embeddings = msgspec.msgpack.Decoder(_PackedEmbeddings)
 
 
 class Timed:
@@ -100,96 +60,6 @@ class Timed:
         return [reply.headers for reply in self._heads]
 
 
-class OpenAIEmbeddingData(msgspec.Struct, gc=False):
-    """One vector, kept as float32 bytes (or as the base64 text that was asked for) until it is looked at.
-
-    Attributes:
-        index: position in the caller's list.
-        object: ``embedding``.
-    """
-
-    index: int
-    _raw: Any  # str, bytes or memoryview
-    object: str = "embedding"
-
-    @property
-    def embedding(self) -> list[float] | str:
-        """The vector as a list of floats, rounded to float32; or the base64 text if asked for."""
-        raw = self._raw
-        return raw if isinstance(raw, str) else list(struct.unpack(f"<{len(raw) // 4}f", raw))
-
-    def __repr__(self) -> str:
-        return f"OpenAIEmbeddingData(index={self.index})"
-
-
-class Vectors:
-    """The vectors of one reply, in the order of its inputs."""
-
-    __slots__ = ("model", "object", "offset", "rows", "usage")
-
-    def __init__(self, rows: list[OpenAIEmbeddingData], model: str, usage: OpenAIUsage, object: str) -> None:
-        self.rows = rows
-        self.model = model
-        self.usage = usage
-        self.object = object
-
-
-def joined(parts: list[Vectors]) -> Vectors:
-    """All rows in one; usage summed."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    usage = OpenAIUsage(
-        sum(part.usage.prompt_tokens for part in parts), sum(part.usage.total_tokens for part in parts)
-    )
-    return Vectors([row for part in parts for row in part.rows], first.model, usage, first.object)
-
-
-def parse_embeddings(job: Job, reply: Reply) -> tuple[Vectors, Reply]:
-    """Check one reply of ``/v1/embeddings``. Raises BadReply unless each input has exactly one vector."""
-    kind = _kind(reply)
-    offset = job.offset
-    try:
-        if kind == "raw":
-            decoded = _raw_floats(job, reply)
-        else:
-            decoded = (_embeddings if kind == "json" else _packed_embeddings).decode(reply.body)
-        rows = [
-            OpenAIEmbeddingData(
-                row.index + offset,
-                # packed at once: float32 takes a quarter of JSON, and keeping JSON costs more than packing it
-                row.embedding if type(row.embedding) is str else float32_bytes(row.embedding, row.index),
-                row.object,
-            )
-            for row in in_order(job, decoded.data)
-        ]
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise error if isinstance(error, BadReply) else _unreadable(reply, error) from None
-    reply.body = b""
-    return Vectors(rows, decoded.model, decoded.usage, decoded.object), reply
-
-
-def _raw_floats(job: Job, reply: Reply) -> Any:
-    """``application/octet-stream``: float32, little-endian, row-major; usage and model in a JSON header.
-
-    The header is ``metadata`` (the form of vLLM's ``encoding_format: bytes``); its ``data`` list may be left
-    out when all rows have one length and stand in order.
-    """
-    metadata = msgspec.json.decode(reply.headers.get("metadata", "{}"))
-    width, over = divmod(len(reply.body), 4 * job.items)
-    if over or not width:
-        raise ValueError(f"{len(reply.body)} bytes are not {job.items} rows of float32")
-    view = memoryview(reply.body)  # the rows are slices of it: no copy
-    rows = [_PackedRow(i, view[i * width * 4 : (i + 1) * width * 4]) for i in range(job.items)]
-    for row, entry in zip(rows, metadata.get("data", ())):
-        if entry.get("embed_dtype", "float32") != "float32" or entry.get("endianness", "little") == "big":
-            raise ValueError("raw embeddings must be little-endian float32")
-        if [entry["start"], entry["end"]] != [row.index * width * 4, (row.index + 1) * width * 4]:
-            raise ValueError("raw embeddings must stand in order, without gaps")
-    usage = msgspec.convert(metadata.get("usage"), OpenAIUsage)
-    return _PackedEmbeddings(rows, str(metadata.get("model", "")), usage)
-
-
 class OpenAIEmbeddingsResponse(Timed):
     """Vectors in the order of the inputs.
 
@@ -202,75 +72,24 @@ class OpenAIEmbeddingsResponse(Timed):
         response_headers: one dict a request, names in lower case.
     """
 
-    def __init__(self, total_time: float, parts: list[Vectors], replies: list[Reply]) -> None:
+    def __init__(self, total_time: float, vectors: Vectors, replies: list[Reply]) -> None:
         super().__init__(total_time, replies)
-        self._parts = parts
-        self.object = self._parts[0].object
-        self.model = self._parts[0].model
-        self.usage = OpenAIUsage(
-            sum(part.usage.prompt_tokens for part in self._parts),
-            sum(part.usage.total_tokens for part in self._parts),
-        )
+        self._vectors = vectors
+        self.object = vectors.object
+        self.model = vectors.model
+        self.usage = vectors.usage
 
     @cached_property
     def data(self) -> list[OpenAIEmbeddingData]:
-        return [row for part in self._parts for row in part.rows]
+        return self._vectors.rows()
 
     def numpy(self) -> NDArray[np.float32]:
         """All vectors as float32 [inputs, dimensions]; base64 and raw floats too, not only JSON numbers.
 
-        Raises ValueError when the vectors have different lengths, ImportError without numpy.
+        The array is the response's own memory, not a copy of it. Raises ValueError when the vectors have different
+        lengths, ImportError without numpy.
         """
-        return to_numpy(row for part in self._parts for row in part.rows)
-
-
-def to_numpy(rows: Iterator[OpenAIEmbeddingData]) -> NDArray[np.float32]:
-    import numpy as np
-
-    chunks: list[Any] = []
-    expected = -1
-    for i, row in enumerate(rows):
-        chunk = float32_bytes(row._raw, i)
-        if len(chunk) != expected:
-            if expected >= 0:
-                raise ValueError(
-                    f"all embeddings must have the same dimension: expected {expected // 4}, "
-                    f"got {len(chunk) // 4} at index {i}"
-                )
-            expected = len(chunk)
-        chunks.append(chunk)
-    if not chunks:
-        raise ValueError("there are no embeddings to convert")
-    out = np.empty((len(chunks), expected // 4), dtype=np.float32)
-    flat = out.reshape(-1).view(np.uint8).data if out.size else memoryview(b"")
-    for i, chunk in enumerate(chunks):
-        flat[i * expected : (i + 1) * expected] = chunk
-        chunks[i] = None
-    return out if sys.byteorder == "little" else out.byteswap()
-
-
-def float32_bytes(raw: Any, index: int) -> Any:
-    """Little-endian float32 bytes of one vector in any of its forms. Raises ValueError."""
-    if isinstance(raw, list):
-        try:
-            return _pack(len(raw))(*raw)
-        except (OverflowError, struct.error) as error:
-            raise ValueError(f"the embedding at index {index} is not float32 numbers: {error}") from None
-    if isinstance(raw, str):
-        try:
-            raw = binascii.a2b_base64(raw, strict_mode=True)
-        except (binascii.Error, ValueError) as error:
-            raise ValueError(f"the embedding at index {index} is not base64: {error}") from None
-    if not isinstance(raw, (bytes, memoryview)):
-        raise ValueError(f"the embedding at index {index} is {type(raw).__name__}, not a vector")
-    if len(raw) % 4:
-        raise ValueError(f"the embedding at index {index} has {len(raw)} bytes, not a multiple of 4")
-    return raw
-
-
-@lru_cache(maxsize=64)
-def _pack(count: int) -> Any:
-    return struct.Struct(f"<{count}f").pack  # 5 times faster than numpy.array(list)
+        return self._vectors.numpy()
 
 
 class RerankResponse(Timed):
@@ -356,39 +175,10 @@ _anything_packed = msgspec.msgpack.Decoder()
 
 
 def _decode(reply: Reply, json: Any, packed: Any) -> Any:
-    decoder = packed if _kind(reply) == "msgpack" else json
+    decoder = packed if kind_of(reply) == "msgpack" else json
     try:
         value = decoder.decode(reply.body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise _unreadable(reply, error) from None
+        raise unreadable(reply, error) from None
     reply.body = b""
     return value
-
-
-def _kind(reply: Reply) -> str:
-    lower = reply.head.lower()
-    if b"msgpack" in lower:
-        content_type = reply.headers.get("content-type", "")
-        if content_type.split(";")[0].strip() in ("application/msgpack", "application/x-msgpack"):
-            return "msgpack"
-    if b"octet-stream" in lower and "octet-stream" in reply.headers.get("content-type", ""):
-        return "raw"
-    return "json"
-
-
-def _unreadable(reply: Reply, error: Exception) -> BadReply:
-    start = bytes(reply.body[:80])
-    return BadReply(f"cannot read the {reply.status} reply: {error}; it begins {start!r}")
-
-
-def in_order(job: Job, rows: list[Any]) -> list[Any]:
-    """Rows sorted by index. Raises BadReply unless the indices are exactly those of the inputs sent."""
-    if len(rows) != job.items:
-        raise BadReply(f"the server answered {len(rows)} inputs of {job.items}")
-    if all(row.index == i for i, row in zip(itertools.count(), rows)):
-        return rows
-    ordered = sorted(rows, key=lambda row: row.index)
-    if any(row.index != i for i, row in enumerate(ordered)):
-        wrong = sorted(row.index for row in rows)[:8]
-        raise BadReply(f"the reply's indices are {wrong}; expected each of 0 to {job.items - 1} once")
-    return ordered

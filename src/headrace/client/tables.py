@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -12,12 +13,13 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from headrace.client.exceptions import InvalidArgument
+from headrace.client.lines import full_lines
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["JsonlWriter", "NpyWriter", "ParquetWriter", "Writer", "count_rows", "open_writer", "read_column"]
+__all__ = ["JsonlWriter", "NpyWriter", "ParquetWriter", "Writer", "open_writer", "read_column"]
 
 _json = msgspec.json.Decoder()
 _encoder = msgspec.json.Encoder()
@@ -35,7 +37,7 @@ def read_column(path: str | os.PathLike[str], name: str) -> Iterator[Any]:
     elif kind == ".parquet":
         yield from _parquet_column(path, name)
     elif kind == ".txt":
-        with open(path, encoding="utf-8") as file:
+        with _utf8(path), open(path, encoding="utf-8-sig") as file:
             yield from (line.rstrip("\n") for line in file)
     elif kind in (".jsonl", ".ndjson"):
         yield from _jsonl_column(path, name)
@@ -44,29 +46,35 @@ def read_column(path: str | os.PathLike[str], name: str) -> Iterator[Any]:
 
 
 def _jsonl_column(path: str | os.PathLike[str], name: str) -> Iterator[Any]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = _json.decode(line)
-            except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-                raise InvalidArgument(f"{path}, line {number} is not JSON: {error}") from None
-            if isinstance(value, dict):
-                if name not in value:
-                    raise InvalidArgument(
-                        f"{path}, line {number} has no {name!r}; it has {', '.join(value) or 'nothing'}"
-                    )
-                value = value[name]
-            yield value
+    for number, line in full_lines(path):
+        try:
+            value = _json.decode(line)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise InvalidArgument(f"{path}, line {number} is not JSON: {error}") from None
+        if isinstance(value, dict):
+            if name not in value:
+                raise InvalidArgument(
+                    f"{path}, line {number} has no {name!r}; it has {', '.join(value) or 'nothing'}"
+                )
+            value = value[name]
+        yield value
+
+
+@contextmanager
+def _utf8(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"{path} is not UTF-8: {error}") from None
 
 
 def _csv_column(path: str | os.PathLike[str], name: str) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with _utf8(path), open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True)
-        if name not in (rows.fieldnames or ()):
-            raise InvalidArgument(f"{path} has no column {name!r}; it has {', '.join(rows.fieldnames or ())}")
         try:
+            if name not in (rows.fieldnames or ()):
+                names = ", ".join(rows.fieldnames or ()) or "nothing"
+                raise InvalidArgument(f"{path} has no column {name!r}; it has {names}")
             for row in rows:
                 if row[name] is None:
                     raise InvalidArgument(f"{path}, line {rows.line_num} is too short for column {name!r}")
@@ -76,23 +84,19 @@ def _csv_column(path: str | os.PathLike[str], name: str) -> Iterator[str]:
 
 
 def _parquet_column(path: str | os.PathLike[str], name: str) -> Iterator[Any]:
-    parquet = _pyarrow().parquet
-    file = parquet.ParquetFile(path)
+    file = _parquet_file(path)
     if name not in file.schema_arrow.names:
         raise InvalidArgument(f"{path} has no column {name!r}; it has {', '.join(file.schema_arrow.names)}")
     for batch in file.iter_batches(batch_size=4096, columns=[name]):
         yield from batch.column(0).to_pylist()
 
 
-def count_rows(path: str | os.PathLike[str]) -> int | None:
-    """How many rows there are, where that is cheap to know; for the progress bar."""
-    kind = Path(path).suffix.lower()
-    if kind == ".parquet":
-        return int(_pyarrow().parquet.ParquetFile(path).metadata.num_rows)
-    if kind == ".csv":
-        return None
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip() or kind == ".txt")
+def _parquet_file(path: str | os.PathLike[str]) -> Any:
+    arrow = _pyarrow()
+    try:
+        return arrow.parquet.ParquetFile(path)
+    except arrow.ArrowInvalid as error:
+        raise InvalidArgument(f"{path} is not a Parquet file: {error}") from None
 
 
 def _pyarrow() -> Any:
@@ -113,7 +117,8 @@ class Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def rows(self, rows: Sequence[dict[str, Any]]) -> None:
-        raise InvalidArgument(f"{self.path.name}: this format holds vectors only; write .jsonl or .parquet")
+        """Objects with the same fields."""
+        raise NotImplementedError
 
     def vectors(self, first: int, table: NDArray[np.float32]) -> None:
         """Rows ``first`` and on: float32 [rows, dimensions]."""
@@ -223,9 +228,19 @@ class ParquetWriter(Writer):
         super().discard()
 
 
-def open_writer(path: str | os.PathLike[str]) -> Writer:
-    """The writer for a name's ending. Raises InvalidArgument for an unknown one."""
-    kinds = {".jsonl": JsonlWriter, ".ndjson": JsonlWriter, ".npy": NpyWriter, ".parquet": ParquetWriter}
+def open_writer(path: str | os.PathLike[str], *, vectors: bool = True) -> Writer:
+    """The writer for a name's ending. Raises InvalidArgument for an unknown one.
+
+    Args:
+        vectors: there will be vectors, not rows; npy holds nothing else.
+    """
+    kinds: dict[str, type[Writer]] = {
+        ".jsonl": JsonlWriter,
+        ".ndjson": JsonlWriter,
+        ".parquet": ParquetWriter,
+    }
+    if vectors:
+        kinds[".npy"] = NpyWriter
     kind = kinds.get(Path(path).suffix.lower())
     if kind is None:
         raise InvalidArgument(f"{path}: expected a name that ends in {', '.join(kinds)}")

@@ -9,8 +9,8 @@ import ssl
 import time
 import warnings
 import weakref
-from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from headrace.client import background
@@ -24,8 +24,7 @@ _RESOLVE_S = 60.0
 _CONNECT_S = 30.0
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """Where to connect. ``host`` without brackets; ``netloc`` as the Host header wants it."""
 
     scheme: str

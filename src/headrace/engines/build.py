@@ -28,6 +28,7 @@ from headrace.execution.runner import Runner
 from headrace.execution.threads import ThreadGovernor
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
+from headrace.layers.eight_bits import EightBitLinear
 from headrace.layers.linear import FixedLinear, Linear
 from headrace.layers.packed import LayerCache
 from headrace.messages import Ready
@@ -89,11 +90,6 @@ def _encodes(spec: EngineSpec, checkpoint: Checkpoint) -> bool:
 def _build_encode(
     spec: EngineSpec, checkpoint: Checkpoint, device: torch.device
 ) -> tuple[EncodeCore[EncodeRunner], Ready]:
-    if spec.quantization:
-        raise ConfigError(
-            f"quantization is {spec.quantization!r}; encoders are not quantized yet: leave it out",
-            param="quantization",
-        )
     dtype = choose_encode_dtype(spec, checkpoint, device)
     core, ready = build_encode(spec, checkpoint, device, dtype)
     ready.summary.update(_summary(checkpoint, core.runner.model, device, dtype))
@@ -105,7 +101,11 @@ def _summary(
 ) -> dict[str, Any]:
     """Facts for people and logs."""
     tensors = [*model.parameters(), *model.buffers()]
-    packed = [module for module in model.modules() if isinstance(module, (PackedLinear, ScaledLinear))]
+    packed = [
+        module
+        for module in model.modules()
+        if isinstance(module, (PackedLinear, ScaledLinear, EightBitLinear))
+    ]
     return {
         "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
         "device": str(device),

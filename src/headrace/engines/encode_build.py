@@ -15,6 +15,7 @@ from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.execution.encode_runner import EncodeRunner
 from headrace.messages import Ready
 from headrace.models.encode_card import read_encode_card
+from headrace.models.encode_eight_bits import EightBits
 from headrace.models.encode_model import EncodeModel, load_encode_model
 from headrace.models.loading import Transform
 from headrace.quantization.registry import load_time
@@ -37,13 +38,20 @@ def build_encode(
         raise UnsupportedCheckpoint(
             f"{path}: embedders are read from folders with config.json and safetensors"
         )
-    transform = _transform(spec, device)
+    eight_bits, transform = _quantization(spec, device)
     yes_no = None
     card = read_encode_card(path, pooling=spec.pooling)
     if card.kind == "yes_no" and card.yes_no is None:
         yes_no = _answers(Tokenizer.from_path(path))
     model = load_encode_model(
-        path, checkpoint, dtype=dtype, device=device, pooling=spec.pooling, yes_no=yes_no, transform=transform
+        path,
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        pooling=spec.pooling,
+        yes_no=yes_no,
+        transform=transform,
+        eight_bits=eight_bits,
     )
     model.max_tokens = _max_tokens(spec, model)
     batch_tokens = spec.max_num_batched_tokens or (
@@ -63,10 +71,10 @@ def build_encode(
     return core, Ready(engine, model.max_tokens, spec.max_num_seqs, model.vocab_size, summary)
 
 
-def _transform(spec: EngineSpec, device: torch.device) -> Transform | None:
-    """Quantization of a causal embedder's decoder; its head, if it has one, stays as it is."""
+def _quantization(spec: EngineSpec, device: torch.device) -> tuple[EightBits | None, Transform | None]:
+    """Weights and activations in eight bits where the device multiplies them, else weights alone (decoders only)."""
     if not spec.quantization:
-        return None
+        return None, None
     kind = quantization_type(spec.quantization)
     if kind.kv_cache != "auto":
         raise ConfigError(
@@ -74,8 +82,19 @@ def _transform(spec: EngineSpec, device: torch.device) -> Transform | None:
             f"{spec.quantization.removesuffix('_kv')!r}",
             param="quantization",
         )
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    if kind.weights == "fp8" and kind.activations and hopper:
+        return EightBits("fp8", kind.layers == "mlp"), None
+    if kind.weights == "int8" and device.type == "cpu":
+        if not torch.cpu._is_vnni_supported():
+            raise ConfigError(
+                "quantization is 'int8', and this CPU has no VNNI instructions: it would be slower than float32; "
+                "leave it out",
+                param="quantization",
+            )
+        return EightBits("int8"), None
     swap = load_time(kind, device)
-    return lambda path, linear: linear if path == "head" else swap(path, linear)
+    return None, lambda path, linear: linear if path == "head" else swap(path, linear)
 
 
 def _answers(tokenizer: Tokenizer) -> tuple[int, int]:

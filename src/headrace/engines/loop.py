@@ -5,6 +5,7 @@ It knows neither HTTP nor tensors: a `Core` turns requests into outputs, a `Tran
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections import defaultdict
@@ -87,6 +88,7 @@ class CoreLoop:
     def run(self) -> None:
         """Turn until Shutdown; drains first if that asks for it."""
         core = self.core
+        gc.freeze()  # what was loaded stays: no collection walks over it while requests wait
         while True:
             busy = core.has_work()
             for client, message in self.transport.receive(0.0 if busy else HEARTBEAT_SECONDS):

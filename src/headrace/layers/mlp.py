@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from headrace.kernels.activation import activate, gelu_mul, gelu_tanh_mul, silu_mul
+from headrace.layers.linear import Linear
 
 __all__ = ["GATES", "MLP", "GatedMLP"]
 
@@ -17,10 +18,12 @@ class GatedMLP(nn.Module):
     def __init__(self, gate_up: nn.Module, down: nn.Module, activation: str) -> None:
         super().__init__()
         self.gate_up, self.down = gate_up, down
-        self.gate = GATES[activation]
+        self.activation, self.gate = activation, GATES[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
+        if isinstance(self.gate_up, Linear):  # quantized ones have another product
+            return self.down(self.gate_up.gated(x, self.activation))  # type: ignore[no-any-return]
         return self.down(self.gate(self.gate_up(x)))  # type: ignore[no-any-return]
 
 

@@ -13,6 +13,7 @@ import msgspec
 
 from headrace.engines.client import EngineClient
 from headrace.errors import InvalidRequest, Unprocessable
+from headrace.llm.tokenizing import TokenizeQueue
 from headrace.text.encoding import Encoded, EncodeText, Truncate
 from headrace.text.rerank import RerankTemplate
 from headrace.types import EncodeOutput, EncodeParams, EncodeTask, Request, Usage
@@ -53,6 +54,7 @@ class Encoder:
         self.client, self.text, self.template = client, text, template
         self.card = text.card
         self._threads = threads
+        self._queue = TokenizeQueue(text.encodings, threads)
 
     @property
     def auto_truncate(self) -> Truncate | None:
@@ -88,6 +90,16 @@ class Encoder:
         param: str = "input",
     ) -> list[Encoded]:
         """Tokenize texts; take token ids as they are. Raises: see EncodeText.texts."""
+        if not details and all(isinstance(item, str) for item in inputs):
+            whole = self.text.prepared(inputs, prompt)  # type: ignore[arg-type]
+            try:
+                found = await self._queue.encode(whole, add_special_tokens)
+            except (TypeError, UnicodeEncodeError):
+                self.text.check_unicode(whole, param)
+                raise
+            return self.text.finished(
+                whole, found, truncate=truncate, add_special_tokens=add_special_tokens, param=param
+            )
         size = sum(len(item) for item in inputs if isinstance(item, str))
         work = partial(self._texts, inputs, prompt, truncate, add_special_tokens, details, param)
         return await self.offload(size, work)

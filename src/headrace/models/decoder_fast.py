@@ -1,8 +1,10 @@
 """The decode step of a DecoderModel in few kernels, equal to its plain forward.
 
-Up to SMALL_ROWS sequences a layer is five kernels: [norm, qkv] [norm of heads, rotary, cache write, attention]
+Up to STREAM_ROWS sequences a layer is five kernels: [norm, qkv] [norm of heads, rotary, cache write, attention]
 [o, residual] [norm, gate and up, activation] [down, residual], each of which may start while the one before it
-ends. Above, the products are cuBLAS's and the rest is fused around them. Imported on GPUs only.
+ends. For one sequence, and up to SMALL_ROWS of quantized layers or on GPUs without a copy engine, the norm is taken
+in the loop of the product that follows it; else by the product before it (kernels/linear/triton_stream.py). Above,
+the products are cuBLAS's and the rest is fused around them. Imported on GPUs only.
 """
 
 from __future__ import annotations
@@ -17,6 +19,14 @@ from headrace.kernels.activation.triton import gelu_mul, gelu_tanh_mul, silu_mul
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
 from headrace.kernels.linear import GATES, MAX_ROWS
 from headrace.kernels.linear.triton import argmax_linear, small_linear
+from headrace.kernels.linear.triton_stream import (
+    Stream,
+    add_linear,
+    begin_stream,
+    stream_argmax,
+    stream_covers,
+    stream_linear,
+)
 from headrace.kernels.norm.triton import add_rms_norm, rms_norm
 from headrace.kernels.step.triton import reduce_best
 from headrace.layers.attention import HeadNorm
@@ -32,6 +42,7 @@ from headrace.quantization.scaled import ScaledLinear
 __all__ = ["DecodeBatch", "FastDecoder", "reason_against"]
 
 SMALL_ROWS = MAX_ROWS
+STREAM_ROWS = 64
 _GATE_MUL = {"silu": silu_mul, "gelu": gelu_mul, "gelu_tanh": gelu_tanh_mul}
 
 
@@ -125,6 +136,7 @@ class FastDecoder:
             assert isinstance(layer, DecoderLayer)
             tables = full if config.windows[i] is None else local
             self.layers.append(_read_layer(layer, None if i in config.no_rope_layers else tables))
+        self.streams = stream_covers(self.head) and all(_streams(layer) for layer in self.layers)
 
     def workspace(self, num_seqs: int) -> DecodeWorkspace:
         """Scratch for steps of up to ``num_seqs`` sequences."""
@@ -133,6 +145,14 @@ class FastDecoder:
 
     def tokens(self, batch: DecodeBatch, last_tokens: Tensor) -> Tensor:
         """The most likely next tokens, int64 [B] (-1: not finite), also written to last_tokens[rows]."""
+        if self._takes_stream(batch):
+            return stream_argmax(
+                self._stream(batch),
+                self.head,
+                eps=self.final_norm[1],
+                last_tokens=last_tokens,
+                rows=batch.rows,
+            )
         if batch.embedded.shape[0] <= SMALL_ROWS:
             x = self._small(batch)
             return argmax_linear(x, self.head, norm=self.final_norm, last_tokens=last_tokens, rows=batch.rows)
@@ -141,6 +161,11 @@ class FastDecoder:
 
     def logits(self, batch: DecodeBatch) -> Tensor:
         """float32 [B, V], as DecoderModel.logits."""
+        if self._takes_stream(batch):
+            logits = stream_linear(
+                self._stream(batch), self.head, eps=self.final_norm[1], out_dtype=torch.float32
+            )
+            return self.model.adjust_logits(logits)
         if batch.embedded.shape[0] <= SMALL_ROWS:
             logits = small_linear(
                 self._small(batch), self.head, norm=self.final_norm, out_dtype=torch.float32
@@ -159,6 +184,26 @@ class FastDecoder:
             rows=batch.rows, new_k=k, new_v=v, fused=layer.heads,
         )  # fmt: skip
         return out.flatten(1)
+
+    def _takes_stream(self, batch: DecodeBatch) -> bool:
+        return self.streams and 1 < batch.embedded.shape[0] <= STREAM_ROWS
+
+    def _stream(self, batch: DecodeBatch) -> Stream:
+        """The residual stream before the last norm."""
+        stream = begin_stream(batch.embedded, self.layers[0].attention_norm[0])
+        for i, layer in enumerate(self.layers):
+            qkv, o, gate_up, down = layer.qkv, layer.o, layer.gate_up, layer.down
+            assert isinstance(qkv, Linear) and isinstance(o, Linear)
+            assert isinstance(gate_up, Linear) and isinstance(down, Linear)
+            heads = stream_linear(stream, qkv.weight, eps=layer.attention_norm[1], bias=qkv.bias)
+            out = self._attend(heads, layer, i, batch)
+            stream = add_linear(out, o.weight, stream, layer.mlp_norm[0], bias=o.bias)
+            inner = stream_linear(
+                stream, gate_up.weight, eps=layer.mlp_norm[1], bias=gate_up.bias, gate=self.config.activation
+            )
+            following = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.final_norm
+            stream = add_linear(inner, down.weight, stream, following[0], bias=down.bias)
+        return stream
 
     def _small(self, batch: DecodeBatch) -> Tensor:
         """Residual stream before the last norm, [B, D]."""
@@ -183,6 +228,11 @@ class FastDecoder:
             following = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.final_norm
             x, residual = add_rms_norm(x, residual, *following)
         return x
+
+
+def _streams(layer: _Layer) -> bool:
+    linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    return all(isinstance(linear, Linear) and stream_covers(linear.weight) for linear in linears)
 
 
 def _read_layer(layer: DecoderLayer, tables: tuple[Tensor, Tensor] | None) -> _Layer:

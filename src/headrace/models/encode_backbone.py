@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.errors import UnknownArchitecture, UnsupportedCheckpoint, nearest
+from headrace.models.encode_eight_bits import EightBits, round_to_eight_bits
 from headrace.models.encoder import EncoderModel
 from headrace.models.encoder_families import ENCODER_FAMILIES, encoder_family, read_encoder_config
 from headrace.models.encoder_weights import find_prefix, load_encoder
@@ -54,26 +56,32 @@ def load_backbone(
     device: torch.device | str,
     head: bool,
     transform: Transform | None = None,
+    eight_bits: EightBits | None = None,
 ) -> Backbone:
     """Read a checkpoint's transformer.
 
     Args:
         head: keep a decoder's language-model head (for yes/no logits).
         transform: replaces each linear of a decoder as it is loaded (quantization).
+        eight_bits: weights and activations of all layers are rounded.
     Raises: UnknownArchitecture, UnsupportedCheckpoint.
     """
     if is_causal_family(checkpoint.config):
-        return _decoder(checkpoint, dtype, device, head, transform)
+        found = _decoder(checkpoint, dtype, device, head, eight_bits.transform if eight_bits else transform)
+        if eight_bits is not None:
+            round_to_eight_bits(found.module, eight_bits)
+        return found
     if transform is not None:
         raise UnsupportedCheckpoint(
-            f"{(checkpoint.config.get('architectures') or ['?'])[0]} stays in 16 or 32 bits: quantizing an encoder of "
-            "this kind is not built, and would save little; leave quantization out",
+            f"{(checkpoint.config.get('architectures') or ['?'])[0]} keeps its weights in 16 or 32 bits, or with its "
+            "activations in 8: formats of weights alone save little here and are not built",
             param="quantization",
         )
     family = encoder_family(checkpoint.config)
     config = read_encoder_config(checkpoint.config, family)
     model = EncoderModel(config, dtype=dtype, device=device)
-    prefix = load_encoder(model, family, checkpoint)
+    convert = None if eight_bits is None else partial(round_to_eight_bits, how=eight_bits)
+    prefix = load_encoder(model, family, checkpoint, convert)
     return Backbone(
         model,
         config.vocab_size,

@@ -20,6 +20,7 @@ from headrace.layers.pooling import pool
 from headrace.models.decoder import DecoderModel
 from headrace.models.encode_backbone import Backbone, load_backbone
 from headrace.models.encode_card import EncodeCard, read_encode_card
+from headrace.models.encode_eight_bits import EightBits
 from headrace.models.encode_heads import HeadBuilder, classifier_steps, mlm_steps, token_classifier_steps
 from headrace.models.encoder import EncoderModel
 from headrace.models.loading import Transform
@@ -165,12 +166,14 @@ def load_encode_model(
     pooling: str | None = None,
     yes_no: tuple[int, int | None] | None = None,
     transform: Transform | None = None,
+    eight_bits: EightBits | None = None,
 ) -> EncodeModel:
     """Read a checkpoint folder.
 
     Args:
         yes_no: token ids of a generative reranker's answers, where the checkpoint does not say.
         transform: replaces each linear of a causal embedder's decoder as it is loaded (quantization).
+        eight_bits: weights and activations of all layers are rounded.
 
     Raises MissingFile, UnsupportedCheckpoint or UnknownArchitecture, naming what is at fault.
     """
@@ -178,7 +181,12 @@ def load_encode_model(
     if card.yes_no is None and yes_no is not None:
         card = replace(card, yes_no=yes_no)
     backbone = load_backbone(
-        checkpoint, dtype=dtype, device=device, head=card.kind == "yes_no", transform=transform
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        head=card.kind == "yes_no",
+        transform=transform,
+        eight_bits=eight_bits,
     )
     model = EncodeModel(card, backbone)
     model.pad_id = checkpoint.config.get("pad_token_id")

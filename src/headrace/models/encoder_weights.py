@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,16 @@ __all__ = ["find_prefix", "load_encoder", "load_module", "random_encoder"]
 _OLD_LEAVES = {"weight": "gamma", "bias": "beta"}
 
 
-def load_encoder(model: EncoderModel, family: EncoderFamily, checkpoint: Checkpoint) -> str:
+def load_encoder(
+    model: EncoderModel,
+    family: EncoderFamily,
+    checkpoint: Checkpoint,
+    convert: Callable[[EncoderModel], None] | None = None,
+) -> str:
     """Read every weight of ``model`` and finish it; returns the prefix of the names.
+
+    Args:
+        convert: changes the loaded model before its weights are packed (quantization).
 
     Raises:
         UnsupportedCheckpoint: a weight is missing or has another shape; the message names it.
@@ -34,6 +42,8 @@ def load_encoder(model: EncoderModel, family: EncoderFamily, checkpoint: Checkpo
         if _generic(path)[0].rsplit(".", 1)[0] in family.halves_swapped:
             value = torch.cat(value.chunk(2)[::-1])
         _fill(path, target, value, prefix + sources[0])
+    if convert is not None:
+        convert(model)
     model.finish()
     return prefix
 

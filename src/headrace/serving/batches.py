@@ -25,6 +25,7 @@ from headrace.client import (
     RequestProcessingPreference,
 )
 from headrace.client.exceptions import Timeout
+from headrace.client.ledger import BadLine
 from headrace.errors import HeadraceError, InvalidRequest, NotFound, Overloaded
 from headrace.serving.files import FileStore, save
 
@@ -172,13 +173,11 @@ class BatchJobs:
             status = "expired"
         except (InvalidArgument, NotFound) as error:
             status = "failed"
-            row = {"code": error.code, "message": error.message, "param": error.param, "line": None}
-            batch.errors = {"object": "list", "data": [row]}
+            batch.errors = _told(error, str(self.files.path(batch.input_file_id)), batch.input_file_id)
         except (HeadraceError, OSError) as error:
             log.exception("batch %s failed", batch.id)
             status = "failed"
-            row = {"code": "internal_error", "message": type(error).__name__, "param": None, "line": None}
-            batch.errors = {"object": "list", "data": [row]}
+            batch.errors = _told(HeadraceError(type(error).__name__, code="internal_error"))
         self._finish(batch, status)
 
     async def _work(self, batch: Batch) -> None:
@@ -232,6 +231,15 @@ class BatchJobs:
 
     def _save(self, batch: Batch) -> None:
         save(self.folder / f"{batch.id}.json", msgspec.json.encode(batch))
+
+
+def _told(error: HeadraceError, path: str = "/", name: str = "/") -> dict[str, Any]:
+    """OpenAI's list of a batch's errors; the input file goes by its id, not by where it lies."""
+    line, message = None, error.message.replace(path, name)
+    if isinstance(error, BadLine):
+        line, message = error.line, error.text
+    row = {"code": error.code, "message": message, "param": error.param, "line": line}
+    return {"object": "list", "data": [row]}
 
 
 def new_batch(input_file_id: str, endpoint: str, metadata: dict[str, str] | None, owner: str) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from aiohttp import web
 from headrace.errors import InvalidRequest
 from headrace.types import EncodeOutput
 
-__all__ = ["Array", "array", "reply", "vectors"]
+__all__ = ["RAW", "Array", "array", "reply", "vectors"]
 
 Array = npt.NDArray[np.float32]
 _json = msgspec.json.Encoder()
@@ -49,14 +50,21 @@ def form_of(request: web.Request) -> str:
 
 
 def vectors(
-    request: web.Request, outputs: tuple[EncodeOutput, ...], wrap: Callable[[list[Any]], Any]
+    request: web.Request,
+    outputs: tuple[EncodeOutput, ...],
+    wrap: Callable[[list[Any]], Any],
+    form: str | None = None,
 ) -> web.Response:
     """Reply with vectors: ``wrap`` makes the body of them.
 
     JSON holds numbers; MessagePack float32 as bytes, little-endian; raw is nothing but these bytes, one vector
-    after another, with the header X-Shape (``2,384``).
+    after another, with the header X-Shape (``2,384``), and ``metadata``: as JSON, what ``wrap`` makes of no
+    vectors, if that is an object (as vLLM's ``encoding_format: bytes`` has it).
+
+    Args:
+        form: a media type that wins over the request's Accept.
     """
-    form = form_of(request)
+    form = form or form_of(request)
     if form == RAW:
         shapes = {output.shape for output in outputs}
         if len(shapes) != 1:
@@ -65,7 +73,11 @@ def vectors(
             )
         shape = ",".join(map(str, (len(outputs), *shapes.pop())))
         body = b"".join(output.data for output in outputs)
-        return web.Response(body=body, content_type=RAW, headers={"X-Shape": shape})
+        headers = {"X-Shape": shape}
+        about = msgspec.to_builtins(wrap([]))
+        if isinstance(about, dict):
+            headers["metadata"] = json.dumps(about | {"data": []})  # in ASCII
+        return web.Response(body=body, content_type=RAW, headers=headers)
     if form == MSGPACK:
         return web.Response(
             body=_msgpack.encode(wrap([output.data for output in outputs])), content_type=MSGPACK

@@ -90,19 +90,43 @@ class EncodeText:
             InvalidRequest: an unknown prompt, text that is no valid Unicode, or a text without tokens.
             ContextLengthExceeded: a text has too many. ``param`` names which.
         """
-        before = self.prompt(prompt)
-        whole = [self._prepare(before + text) for text in texts]
+        whole = self.prepared(texts, prompt)
         encode = self.tokenizer.backend.encode_batch if details else self.tokenizer.backend.encode_batch_fast
         found = self._batch(encode, whole, add_special_tokens, param)
+        return self.finished(
+            whole,
+            found,
+            truncate=truncate,
+            add_special_tokens=add_special_tokens,
+            details=details,
+            param=param,
+        )
+
+    def prepared(self, texts: Sequence[str], prompt: str | None) -> list[str]:
+        """What the tokenizer is given: prompts before, and lower case where the checkpoint says so."""
+        before = self.prompt(prompt)
+        return [self._prepare(before + text) for text in texts]
+
+    def finished(
+        self,
+        whole: Sequence[str],
+        found: Sequence[tokenizers.Encoding],
+        *,
+        truncate: Truncate | None,
+        add_special_tokens: bool = True,
+        details: bool = False,
+        param: str = "input",
+    ) -> list[Encoded]:
+        """Check and cut what the tokenizer made of prepared texts. Raises: see `texts`."""
         out = []
         for place, encoding in enumerate(found):
             limit = self._limit(truncate)
             if len(encoding) > limit:
-                name = _place(param, place, len(texts))
+                name = _place(param, place, len(whole))
                 if truncate is None:
                     raise self._too_long(len(encoding), name)
                 encoding = self._shorter(whole[place], None, limit, truncate.direction, add_special_tokens)
-            out.append(self._encoded(encoding, details, _place(param, place, len(texts))))
+            out.append(self._encoded(encoding, details, _place(param, place, len(whole))))
         return out
 
     def pairs(
@@ -174,13 +198,22 @@ class EncodeText:
         try:
             return encode(texts, add_special_tokens=special)
         except (TypeError, UnicodeEncodeError):
-            for place, text in enumerate(texts):
-                if not all(_is_unicode(part) for part in ((text,) if isinstance(text, str) else text)):
-                    name = _place(param, place, len(texts))
-                    raise InvalidRequest(
-                        f"{name} is no valid Unicode: it holds half of a surrogate pair", param=name
-                    ) from None
+            self.check_unicode(texts, param)
             raise
+
+    def encodings(self, texts: list[str], add_special_tokens: bool) -> list[tokenizers.Encoding]:
+        """Of prepared texts, on all cores, outside Python's lock; raises TypeError for what is no valid Unicode."""
+        return self.tokenizer.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+    @staticmethod
+    def check_unicode(texts: Sequence[Any], param: str) -> None:
+        """Raise InvalidRequest naming the text (or pair) that is no valid Unicode, if one is."""
+        for place, text in enumerate(texts):
+            if not all(_is_unicode(part) for part in ((text,) if isinstance(text, str) else text)):
+                name = _place(param, place, len(texts))
+                raise InvalidRequest(
+                    f"{name} is no valid Unicode: it holds half of a surrogate pair", param=name
+                ) from None
 
     def _shorter(
         self, first: str, second: str | None, limit: int, direction: Direction, special: bool

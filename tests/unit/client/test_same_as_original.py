@@ -13,27 +13,14 @@ from typing import Any
 import pytest
 import requests
 
-from support.scripted_server import Recorded, Reply, ScriptedServer, embeddings, free_port
-
-QUICK = {"timeout_s": 5.0, "initial_backoff_ms": 50}
-
-
-def client(lib: ModuleType, server: ScriptedServer) -> Any:
-    return lib.PerformanceClient(server.url, "KEY")
-
-
-def preference(lib: ModuleType, **fields: Any) -> Any:
-    return lib.RequestProcessingPreference(**{**QUICK, **fields})
+from support.clients import batch_number, client, preference
+from support.scripted_server import Recorded, Reply, ScriptedServer, embeddings
 
 
 def texts(server: ScriptedServer) -> list[list[str]]:
     """Inputs of the requests, in the order of the caller's list (by batch number)."""
     ordered = sorted(server.requests, key=batch_number)
     return [request.json["input"] for request in ordered]
-
-
-def batch_number(request: Recorded) -> int:
-    return int(request.headers["x-baseten-customer-request-id"].split("-")[2])
 
 
 def test_embed_request_and_result(lib: ModuleType) -> None:
@@ -257,98 +244,6 @@ def test_status_retries_are_not_in_the_retry_budget(lib: ModuleType) -> None:
         response = client(lib, server).embed(["a"] * 10, "m", preference=wanted)
         assert len(server.requests) == 20
     assert len(response.data) == 10
-
-
-@pytest.mark.parametrize("fault", ["reset", "close"])
-def test_network_fault_once(lib: ModuleType, fault: str) -> None:
-    def handler(request: Recorded) -> Reply:
-        return embeddings(request) if request.number else Reply(fault=fault)
-
-    with ScriptedServer(handler) as server:
-        response = client(lib, server).embed(["a"], "m", preference=preference(lib))
-        assert len(server.requests) == 2
-    assert len(response.data) == 1
-
-
-def test_network_faults_spend_the_budget(lib: ModuleType) -> None:
-    """One request: the first retry is free, then the least budget of 2; so 4 attempts."""
-    with ScriptedServer(lambda request: Reply(fault="reset")) as server:
-        with pytest.raises(ValueError):
-            client(lib, server).embed(["a"], "m", preference=preference(lib))
-        assert len(server.requests) == 4
-
-
-def test_nobody_listens(lib: ModuleType) -> None:
-    nobody = lib.PerformanceClient(f"http://127.0.0.1:{free_port()}", "KEY")
-    with pytest.raises(ValueError):
-        nobody.embed(["a"], "m", preference=preference(lib))
-
-
-def test_timeout_is_retried_then_raised(lib: ModuleType) -> None:
-    with ScriptedServer(lambda request: Reply(fault="silent")) as server:
-        with pytest.raises(requests.exceptions.Timeout) as caught:
-            client(lib, server).embed(["a"], "m", preference=preference(lib, timeout_s=0.2))
-        assert len(server.requests) == 3
-        assert server.wait_for(lambda: all(request.gone for request in server.requests))
-    assert caught.value.args[0] == 408
-    assert caught.value.args[1].startswith("Remote timeout")
-
-
-def test_timeout_once(lib: ModuleType) -> None:
-    def handler(request: Recorded) -> Reply:
-        return embeddings(request) if request.number else Reply(fault="silent")
-
-    with ScriptedServer(handler) as server:
-        wanted = preference(lib, timeout_s=0.2, batch_size=1)
-        assert len(client(lib, server).embed(["a", "b"], "m", preference=wanted).data) == 2
-
-
-def test_total_timeout(lib: ModuleType) -> None:
-    with ScriptedServer(lambda request: Reply(embeddings(request).body, delay=0.15)) as server:
-        wanted = preference(lib, timeout_s=0.3, total_timeout_s=0.5, batch_size=1, max_concurrent_requests=1)
-        begun = time.monotonic()
-        with pytest.raises(requests.exceptions.Timeout) as caught:
-            client(lib, server).embed(["a"] * 10, "m", preference=wanted)
-        assert 0.45 < time.monotonic() - begun < 0.9
-        assert len(server.requests) == 4
-    assert caught.value.args[0] == 408
-    assert caught.value.args[1].startswith("Local timeout")
-
-
-def slow_first(count: int, seconds: float) -> Any:
-    def handler(request: Recorded) -> Reply:
-        return Reply(embeddings(request).body, delay=seconds if request.number < count else 0)
-
-    return handler
-
-
-def test_hedge_wins(lib: ModuleType) -> None:
-    with ScriptedServer(slow_first(1, 3.0)) as server:
-        begun = time.monotonic()
-        response = client(lib, server).embed(["a"], "m", preference=preference(lib, hedge_delay=0.1))
-        assert time.monotonic() - begun < 1.0
-        first, copy = server.requests
-        assert first.body == copy.body
-        assert 0.09 < copy.at - first.at < 0.4
-        assert server.wait_for(lambda: first.gone)  # the loser is cancelled
-    assert len(response.data) == 1
-
-
-@pytest.mark.parametrize(("share", "copies"), [(0.1, 2), (0.0, 0), (0.35, 5)])
-def test_hedge_budget(lib: ModuleType, share: float, copies: int) -> None:
-    assert copies == (1 + math.ceil(10 * share) if share else 0)
-    with ScriptedServer(slow_first(10, 0.5)) as server:
-        wanted = preference(lib, batch_size=1, hedge_delay=0.1, hedge_budget_pct=share)
-        response = client(lib, server).embed(["a"] * 10, "m", preference=wanted)
-        assert len(server.requests) == 10 + copies
-    assert [row.index for row in response.data] == list(range(10))
-
-
-def test_concurrency_is_bounded(lib: ModuleType) -> None:
-    with ScriptedServer(slow_first(100, 0.02)) as server:
-        wanted = preference(lib, batch_size=1, max_concurrent_requests=7)
-        client(lib, server).embed(["a"] * 40, "m", preference=wanted)
-        assert server.peak == 7
 
 
 def test_connections_are_kept(lib: ModuleType) -> None:

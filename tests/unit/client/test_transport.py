@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
+import textwrap
 import threading
+import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from headrace.client import (
+    BadReply,
     ConnectionFailed,
     HttpClientWrapper,
     InvalidArgument,
@@ -21,7 +29,7 @@ from headrace.client import (
     RequestProcessingPreference,
 )
 from headrace.client.transport import split_url
-from support.scripted_server import ScriptedServer, embeddings
+from support.scripted_server import Recorded, Reply, ScriptedServer, embeddings
 
 NO_RETRY = RequestProcessingPreference(max_retries=0, timeout_s=5.0)
 
@@ -175,3 +183,74 @@ def test_http_versions() -> None:
         HttpClientWrapper(http_version=2)
     with pytest.raises(InvalidArgument):
         HttpClientWrapper(http_version=3)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "zstd"])
+def test_encoded_bodies(encoding: str) -> None:
+    """Whole, cut short, and as a stream of events."""
+    if encoding == "zstd":
+        pytest.importorskip("zstandard")
+
+    def encode(body: bytes) -> bytes:
+        if encoding == "zstd":
+            import zstandard
+
+            done: bytes = zstandard.ZstdCompressor().compress(body)
+            return done
+        return gzip.compress(body) if encoding == "gzip" else zlib.compress(body)
+
+    events = b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\ndata: [DONE]\n\n'
+
+    def handler(request: Recorded) -> Reply:
+        whole = events if "chat" in request.path else json.dumps(embeddings(request).body).encode()
+        packed = encode(whole)
+        packed = packed[:-9] if request.number == 1 else packed
+        return Reply(packed, headers={"content-encoding": encoding})
+
+    asking = RequestProcessingPreference(extra_headers={"accept-encoding": encoding}, max_retries=0)
+    with ScriptedServer(handler) as server:
+        client = PerformanceClient(server.url, "k")
+        assert client.embed(["abc"], "m", preference=asking).numpy()[0, 0] == 3
+        assert server.requests[0].headers["accept-encoding"] == encoding
+        with pytest.raises(BadReply, match="decompress"):
+            client.embed(["abc"], "m", preference=asking)
+        assert [a.text for a in client.chat(["a"], "m", asking, stream=True)] == ["Hi"]
+    with (
+        ScriptedServer(lambda request: Reply(b"x", headers={"content-encoding": "br"})) as server,
+        pytest.raises(BadReply, match="'br'"),
+    ):
+        PerformanceClient(server.url, "k").embed(["abc"], "m", preference=asking)
+
+
+@pytest.mark.parametrize(("level", "lines"), [(None, 0), ("", 0), ("off", 0), ("info", 1), ("DEBUG", 2)])
+def test_log_level_of_the_environment(level: str | None, lines: int) -> None:
+    """One retry (debug) and one hedge (info), told on standard error."""
+    code = """
+        import sys, headrace.client as h
+        wanted = h.RequestProcessingPreference(batch_size=1, hedge_delay=0.1, initial_backoff_ms=50)
+        h.PerformanceClient(sys.argv[1], "k").embed(["a"], "m", preference=wanted)
+    """
+
+    def handler(request: Recorded) -> Reply:
+        if request.number == 0:
+            return Reply(status=503)
+        return Reply(embeddings(request).body, delay=0.4 if request.number == 1 else 0)
+
+    with ScriptedServer(handler) as server:
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        env.pop("PERFORMANCE_CLIENT_LOG_LEVEL", None)
+        if level is not None:
+            env["PERFORMANCE_CLIENT_LOG_LEVEL"] = level
+        command = [sys.executable, "-c", textwrap.dedent(code), server.url]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60)
+    assert len(done.stderr.splitlines()) == lines, done.stderr
+
+
+def test_http_2_is_told_once() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            PerformanceClient("http://x", "k", 2)
+    (warning,) = caught
+    assert "HTTP/1.1" in str(warning.message)
+    assert warning.filename == __file__

@@ -89,9 +89,14 @@ def test_a_bad_file_fails_with_its_line(tmp_path: Path) -> None:
         user = client(server)
         batch = wait(user, begin(user, lines(2) + lines(1)), "completed", "failed")
         assert batch.status == "failed"
-        assert "lines 1 and 3 have the same custom_id" in batch.errors.data[0].message
+        (error,) = batch.errors.data
+        assert (error.line, error.param) == (3, "custom_id")
+        assert error.message == "custom_id is 'r-0', as in line 1"
         batch = wait(user, begin(user, lines(1).replace(b"/v1/chat", b"/v1/other")), "completed", "failed")
-        assert "line 1" in batch.errors.data[0].message
+        assert batch.errors.data[0].line == 1
+        batch = wait(user, begin(user, b"\r\n"), "completed", "failed")
+        assert batch.errors.data[0].message == f"{batch.input_file_id} holds no requests"
+        assert str(tmp_path) not in str(batch.errors)
 
 
 def test_cancel_keeps_what_is_answered(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
+from headrace.kernels.attention.triton_fresh import fresh_attention, fresh_covers
 from headrace.kernels.attention.triton_packed import packed_attention
 from headrace.kernels.attention.triton_prefill import prefill_attention
 from headrace.kernels.launch import launch_options
@@ -72,14 +73,22 @@ def attention(
     write_cache(k, v, cache.k, cache.v, batch.slots)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch.max_query_len > 1 or batch.fixed:
-        # Keys that all lie in this batch are read there: the same numbers without the way through the table.
-        # Not in a fixed order: lone new tokens, whose earlier keys are in the cache, come here too then.
-        fresh = batch.fresh and not batch.fixed and k.dtype == cache.k.dtype and k.stride() == v.stride()
-        prefill_attention(
-            q, k if fresh else cache.k, v if fresh else cache.v, batch.query_starts, batch.seq_lens, scale=scale,
-            causal=batch.causal, window=window, soft_cap=soft_cap, tables=None if fresh else batch.block_tables,
-            skip_single=not batch.fixed, fixed=batch.fixed, out=out,
-        )  # fmt: skip
+        # Keys that lie in this batch are read there: the same numbers without the way through the table.
+        here = k.dtype == cache.k.dtype and k.stride() == v.stride()
+        whole = here and batch.causal and not batch.fixed and fresh_covers(q, k, v)
+        if whole:
+            fresh_attention(
+                q, k, v, batch.query_starts, batch.seq_lens, scale=scale, window=window, soft_cap=soft_cap,
+                skip_single=True, out=out,
+            )  # fmt: skip
+        if not (whole and batch.fresh):
+            # Not in a fixed order: lone new tokens, whose earlier keys are in the cache, come here too then.
+            here = here and batch.fresh and not batch.fixed
+            prefill_attention(
+                q, k if here else cache.k, v if here else cache.v, batch.query_starts, batch.seq_lens, scale=scale,
+                causal=batch.causal, window=window, soft_cap=soft_cap, tables=None if here else batch.block_tables,
+                skip_single=not batch.fixed, skip_fresh=whole, fixed=batch.fixed, out=out,
+            )  # fmt: skip
     if not batch.fixed and (batch.decode_only or batch.some_single):
         decode_attention(
             q, cache.k, cache.v, batch.block_tables, batch.seq_lens, _workspace(batch, q, k), scale=scale,

@@ -40,6 +40,8 @@ class DecodeShape(NamedTuple):
         min_split: keys of the smallest piece.
         programs: on each multiprocessor.
         registers: of a thread at most; None: the compiler decides.
+        one_loop: the last tile, which may not be full, takes its turn in the loop: all tiles are masked, and none
+            waits outside of the pipeline. Else it goes first, before the wait for the kernel before.
     """
 
     tile: int
@@ -48,6 +50,7 @@ class DecodeShape(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+    one_loop: bool = False
 
 
 def padded_dim(head_dim: int) -> int:
@@ -65,10 +68,10 @@ def decode_shape(num_heads: int, padded: int) -> DecodeShape:
     if padded > 128:
         return DecodeShape(32, 128, 1, 4, 3)
     if num_heads <= 32:
-        return DecodeShape(64, 64, 1, 4, 3)
+        return DecodeShape(16, 64, 8, 1, 4)
     if num_heads <= 128:
-        return DecodeShape(64, 256, 2, 4, 4)
-    return DecodeShape(64, 1024, 2, 4, 4)
+        return DecodeShape(32, 512, 6, 1, 3)
+    return DecodeShape(16, 1024, 8, 1, 4)
 
 
 @dataclass(slots=True)
@@ -251,7 +254,8 @@ def _decode(
     G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, WIDE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, ONE_LOOP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # Lengths, tables and older keys are written by no kernel that may still run (kernels/step), so a fused step
     # reads them before it waits for the projection. A program without work leaves at once, to make room for the
@@ -300,10 +304,12 @@ def _decode(
         if FUSED:
             hi = tl.minimum(hi, length - 1)
         # The last tile, which may not be full, goes first: the others need no masks.
-        tail = lo + tl.maximum(hi - lo - 1, 0) // TILE * TILE
-        blocks = _blocks(table_ptr, tail, hi, BLOCK, TILE)
-        k, v = _load_tile(k_cache, v_cache, blocks, tail, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                          TILE, D, DP, WIDE, True)  # fmt: skip
+        tail = hi
+        if not ONE_LOOP:
+            tail = lo + tl.maximum(hi - lo - 1, 0) // TILE * TILE
+            blocks = _blocks(table_ptr, tail, hi, BLOCK, TILE)
+            k, v = _load_tile(k_cache, v_cache, blocks, tail, hi, cache_block, cache_token, head * cache_head, BLOCK,
+                              TILE, D, DP, WIDE, True)  # fmt: skip
         # Blocks are always read one tile ahead: were they read with their keys, the software pipeline would have
         # to empty itself for each tile.
         blocks = _blocks(table_ptr, lo, tail, BLOCK, TILE)
@@ -365,13 +371,14 @@ def _decode(
             acc += new_v.to(tl.float32)
         else:
             q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
-        acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, hi - tail, scale, soft_cap, CAPPED, True)
+        if not ONE_LOOP:
+            acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, hi - tail, scale, soft_cap, CAPPED, True)
         for key in range(lo, tail, TILE):
             following = _blocks(table_ptr, key + TILE, tail, BLOCK, TILE)
             k, v = _load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                              TILE, D, DP, WIDE, False)  # fmt: skip
+                              TILE, D, DP, WIDE, ONE_LOOP)  # fmt: skip
             blocks = following
-            acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, TILE, scale, soft_cap, CAPPED, False)
+            acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, hi - key, scale, soft_cap, CAPPED, ONE_LOOP)
 
         o_at = token * num_heads * D
         if count == 1:
@@ -463,7 +470,7 @@ def decode_attention(
         BLOCK=block_size, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
         STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
-        MIN_SPLIT=shape.min_split,
+        MIN_SPLIT=shape.min_split, ONE_LOOP=shape.one_loop,
         CHUNK=max(1, min(8, 2048 // (merged * padded))), **options,
     )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headrace.kernels.launch import INTERPRETED, launch_options
 
@@ -50,10 +51,14 @@ def _tile_map(starts_ptr, map_ptr, num_seqs, num_tiles, G, ROWS: tl.constexpr, T
 
 
 @triton.jit
-def _keys(acc, peak, norm, q, k_ptr, v_ptr, key_row, bias_at, reach, lo, hi, length, position, scale, soft_cap,
+def _keys(acc, peak, norm, q, k_ptr, v_ptr, k_desc, v_desc, row, column, key_row, bias_at, reach, lo, hi, length,
+          position, scale, soft_cap,
           D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-          CAUSAL: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Online softmax over the keys [lo, hi) of a sequence. ``position`` int32 [M]: of each query row."""
+          CAUSAL: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """Online softmax over the keys [lo, hi) of a sequence. ``position`` int32 [M]: of each query row.
+
+    TMA: whole tiles come through descriptors, at (row + key, column).
+    """
     d = tl.arange(0, DP)
     n = tl.arange(0, TILE)
     for key in range(lo, hi, TILE):
@@ -63,6 +68,9 @@ def _keys(acc, peak, norm, q, k_ptr, v_ptr, key_row, bias_at, reach, lo, hi, len
             ok = (at < length)[:, None] & (d[None, :] < D)
             k = tl.load(k_ptr + rows, mask=ok, other=0.0)
             v = tl.load(v_ptr + rows, mask=ok, other=0.0)
+        elif TMA:
+            k = k_desc.load([row + key, column])
+            v = v_desc.load([row + key, column])
         elif D == DP:
             k = tl.load(k_ptr + rows)
             v = tl.load(v_ptr + rows)
@@ -98,15 +106,21 @@ def _keys(acc, peak, norm, q, k_ptr, v_ptr, key_row, bias_at, reach, lo, hi, len
 
 
 @triton.jit
-def _packed(q_ptr, q_row, q_head, k_ptr, v_ptr, key_row, kv_head, out_ptr, map_ptr, bias_ptr, reach, num_heads,
-            scale, soft_cap, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+def _packed(q_ptr, q_row, q_head, k_ptr, v_ptr, k_desc, v_desc, key_row, kv_head, out_ptr, map_ptr, bias_ptr,
+            reach, num_heads, scale, soft_cap, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
             TILE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr,
-            BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            BIAS: tl.constexpr, TMA: tl.constexpr, HEADS_FIRST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    tile_at = map_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)) * 4
-    head = tl.program_id(1)
+    kv_heads = num_heads // G
+    if HEADS_FIRST:
+        head = tl.program_id(0) % kv_heads
+        tile_at = map_ptr + (tl.num_programs(0) // kv_heads - 1 - tl.program_id(0) // kv_heads) * 4
+    else:
+        tiles = tl.num_programs(0) // kv_heads
+        head = tl.program_id(0) // tiles
+        tile_at = map_ptr + (tiles - 1 - tl.program_id(0) % tiles) * 4
     start = tl.load(tile_at).to(tl.int64)
     length = tl.load(tile_at + 1)
     tile = tl.load(tile_at + 2)
@@ -138,10 +152,12 @@ def _packed(q_ptr, q_row, q_head, k_ptr, v_ptr, key_row, kv_head, out_ptr, map_p
             full = lo
             hi = tl.minimum(hi, last + WINDOW)
         if WINDOW == 0:
-            acc, peak, norm = _keys(acc, peak, norm, q, k_at, v_at, key_row, bias_at, reach, lo, full, length, position,
-                                    scale, soft_cap, D, DP, TILE, 0, CAPPED, CAUSAL, BIAS, False)  # fmt: skip
-        acc, peak, norm = _keys(acc, peak, norm, q, k_at, v_at, key_row, bias_at, reach, full, hi, length, position,
-                                scale, soft_cap, D, DP, TILE, WINDOW, CAPPED, CAUSAL, BIAS, True)  # fmt: skip
+            acc, peak, norm = _keys(acc, peak, norm, q, k_at, v_at, k_desc, v_desc, start.to(tl.int32), head * D,
+                                    key_row, bias_at, reach, lo, full, length, position,
+                                    scale, soft_cap, D, DP, TILE, 0, CAPPED, CAUSAL, BIAS, False, TMA)  # fmt: skip
+        acc, peak, norm = _keys(acc, peak, norm, q, k_at, v_at, k_desc, v_desc, start.to(tl.int32), head * D,
+                                    key_row, bias_at, reach, full, hi, length, position,
+                                scale, soft_cap, D, DP, TILE, WINDOW, CAPPED, CAUSAL, BIAS, True, TMA)  # fmt: skip
         acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
         tl.store(out_ptr + (at * num_heads + heads[:, None]) * D + d[None, :], acc.to(q.dtype), mask=ok)
 
@@ -177,13 +193,26 @@ def packed_attention(
     rows, tile, warps, stages = _shape(padded, num_tokens * group // num_seqs, q.element_size())
     tiles = _tiles(batch, num_tokens, group, rows)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _packed[(tiles.shape[0], k.shape[1])](
-        q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), out, tiles, tiles if bias is None else bias,
-        0 if bias is None else bias.shape[1] // 2, num_heads, scale, soft_cap or 0.0,
+    tma = _TMA and dim == padded and k.stride(0) * k.itemsize % 16 == 0 and k.stride(1) == dim
+    descriptors = [_descriptor(x, tile) if tma else x for x in (k, v)]
+    _packed[(tiles.shape[0] * k.shape[1],)](
+        q, q.stride(0), q.stride(1), k, v, *descriptors, k.stride(0), k.stride(1), out, tiles,
+        tiles if bias is None else bias, 0 if bias is None else bias.shape[1] // 2, num_heads, scale, soft_cap or 0.0,
         G=group, D=dim, DP=padded, ROWS=rows, TILE=tile, WINDOW=window or 0, CAPPED=soft_cap is not None,
-        CAUSAL=batch.causal, BIAS=bias is not None, **launch_options(q.device, warps, stages),
+        CAUSAL=batch.causal, BIAS=bias is not None, TMA=tma, HEADS_FIRST=_HEADS_FIRST,
+        **launch_options(q.device, warps, stages),
     )  # fmt: skip
     return out
+
+
+_TMA = False
+_HEADS_FIRST = True
+
+
+def _descriptor(x: Tensor, tile: int) -> TensorDescriptor:
+    """Of [T, H, D] as [T, H * D], in pieces of ``tile`` rows and one head."""
+    tokens, heads, dim = x.shape
+    return TensorDescriptor(x, [tokens, heads * dim], [x.stride(0), 1], [tile, dim])
 
 
 def _tiles(batch: AttentionBatch, num_tokens: int, group: int, rows: int) -> Tensor:

@@ -84,7 +84,7 @@ def _prefill(
     tables_ptr, table_row, starts_ptr, lens_ptr, num_seqs, num_heads, scale, soft_cap,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr,
-    PAGED: tl.constexpr, SKIP_SINGLE: tl.constexpr, PDL: tl.constexpr,
+    PAGED: tl.constexpr, SKIP_SINGLE: tl.constexpr, SKIP_FRESH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -96,6 +96,8 @@ def _prefill(
     new_all = tl.load(starts_ptr + s_all + 1, mask=s_all < num_seqs, other=0) - start_all
     if SKIP_SINGLE:
         new_all = tl.where(new_all == 1, 0, new_all)
+    if SKIP_FRESH:
+        new_all = tl.where(new_all == tl.load(lens_ptr + s_all, mask=s_all < num_seqs, other=0), 0, new_all)
     tiles_all = (new_all * G + ROWS - 1) // ROWS
     ends = tl.cumsum(tiles_all, 0)
     if tile < tl.max(ends, 0):
@@ -158,6 +160,7 @@ def prefill_attention(
     soft_cap: float | None = None,
     tables: Tensor | None = None,
     skip_single: bool = False,
+    skip_fresh: bool = False,
     fixed: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -170,6 +173,7 @@ def prefill_attention(
         seq_lens: int32 [S], keys of each sequence.
         tables: int32 [S, B].
         skip_single: leave sequences of one new token to decode_attention.
+        skip_fresh: leave sequences without earlier keys to fresh_attention.
         fixed: tiles of one size whatever the batch.
         out: [T, Hq, D] contiguous.
 
@@ -193,7 +197,8 @@ def prefill_attention(
         num_seqs, num_heads, scale, soft_cap or 0.0,
         G=group, D=head_dim, DP=padded, BLOCK=k.shape[1] if paged else 1, ROWS=rows, TILE=tile,
         SEQS=sequence_lanes(num_seqs), WINDOW=window or 0, CAPPED=soft_cap is not None,
-        CAUSAL=causal, PAGED=paged, SKIP_SINGLE=skip_single, **launch_options(q.device, warps, stages),
+        CAUSAL=causal, PAGED=paged, SKIP_SINGLE=skip_single, SKIP_FRESH=skip_fresh,
+        **launch_options(q.device, warps, stages),
     )  # fmt: skip
     return out
 

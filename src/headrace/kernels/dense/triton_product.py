@@ -1,10 +1,13 @@
-"""Large products with what follows them done before they are written: bias and activation, or a gate.
+"""Large products on Hopper with what follows them done before they are written: bias, activation, gate.
 
-Tiles are loaded by the tensor memory accelerator through descriptors; a program takes tiles one after another
-(persistent), so that the loads of the next tile run while this one is finished and written.
+Tiles come through the tensor memory accelerator. A program takes tiles one after another (persistent), so that the
+loads of its next tile run while it finishes and writes the last one. cuBLAS is a little faster at the product alone;
+what is won is one pass over its result.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,61 +15,99 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headrace.kernels.launch import INTERPRETED, num_multiprocessors
+from headrace.kernels.activation.triton import ACTIVATION_CODES, activated
+from headrace.kernels.launch import INTERPRETED, num_multiprocessors, supports_pdl
 
-__all__ = ["Shape", "fused_product"]
+__all__ = ["MIN_ROWS", "Shape", "fused_product", "takes"]
 
-_NAMES = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "tanh": 5}
-Shape = tuple[
-    int, int, int, int, int, int, int
-]  # rows, columns, depth of a tile, group, programs an SM, warps, stages
+MIN_ROWS = 2048  # with fewer there are too few tiles to keep every multiprocessor busy
 
 
-@triton.jit
-def _activated(x, NAME: tl.constexpr):
-    if NAME == 1:
-        x = x * tl.sigmoid(x)
-    elif NAME == 2:
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif NAME == 3:
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif NAME == 4:
-        x = tl.where(x > 0.0, x, x * 0.0)
-    elif NAME == 5:
-        x = 2.0 * tl.sigmoid(2.0 * x) - 1.0
-    return x
+class Shape(NamedTuple):
+    """A tile's rows, columns and depth; tiles in a column of the walk; programs a multiprocessor; warps; stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    group: int = 8
+    programs: int = 1
+    warps: int = 8
+    stages: int = 3
+    halves: bool = True  # writes a tile in two halves, which takes half the shared memory
 
 
 @triton.jit
-def _product(x_desc, w_desc, out_desc, bias_ptr, M, N, K, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-             BK: tl.constexpr, GROUP: tl.constexpr, NAME: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
-             FLATTEN: tl.constexpr):  # fmt: skip
-    """out = act(x @ w.T + bias); SPLIT writes a tile in two halves, which takes half the shared memory."""
+def _finish(acc, xs_ptr, ws_ptr, bias_ptr, m, n, M, N, NAME: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
+            HIGH: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """act(acc * scale of its row * scale of its column + bias), float32 [HIGH, WIDE]."""
+    at = n + tl.arange(0, WIDE)
+    if SCALED:
+        rows = m + tl.arange(0, HIGH)
+        acc = acc.to(tl.float32) * tl.load(xs_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        acc = acc * tl.load(ws_ptr + at, mask=at < N, other=0.0)[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + at, mask=at < N, other=0.0).to(tl.float32)[None, :]
+    return activated(acc, NAME)
+
+
+@triton.jit
+def _product(x_desc, w_desc, out_desc, xs_ptr, ws_ptr, bias_ptr, M, N, K, BM: tl.constexpr, BN: tl.constexpr,
+             BK: tl.constexpr, GROUP: tl.constexpr, NAME: tl.constexpr, SUM: tl.constexpr, SCALED: tl.constexpr,
+             BIAS: tl.constexpr, HALVES: tl.constexpr):  # fmt: skip
+    """out = act(x @ w.T * scales + bias)."""
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         first = tile // (GROUP * tiles_n) * GROUP
-        rows = tl.minimum(tiles_m - first, GROUP)
+        high = tl.minimum(tiles_m - first, GROUP)
         within = tile % (GROUP * tiles_n)
-        m = (first + within % rows) * BM
-        n = (within // rows) * BN
-        acc = tl.zeros([BM, BN], tl.float32)
+        m = (first + within % high) * BM
+        n = (within // high) * BN
+        acc = tl.zeros([BM, BN], SUM)
         for k in range(0, K, BK):
-            acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
-        if SPLIT:
-            left, right = tl.split(tl.permute(tl.reshape(acc, [BM, 2, BN // 2]), [0, 2, 1]))
-            if BIAS:
-                at = n + tl.arange(0, BN // 2)
-                left += tl.load(bias_ptr + at, mask=at < N, other=0.0).to(tl.float32)[None, :]
-                at += BN // 2
-                right += tl.load(bias_ptr + at, mask=at < N, other=0.0).to(tl.float32)[None, :]
-            out_desc.store([m, n], _activated(left, NAME).to(out_desc.dtype))
-            out_desc.store([m, n + BN // 2], _activated(right, NAME).to(out_desc.dtype))
+            acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc, out_dtype=SUM)
+        if HALVES:
+            HALF: tl.constexpr = BN // 2
+            left, right = tl.split(tl.permute(tl.reshape(acc, [BM, 2, HALF]), [0, 2, 1]))
+            left = _finish(left, xs_ptr, ws_ptr, bias_ptr, m, n, M, N, NAME, SCALED, BIAS, BM, HALF)
+            out_desc.store([m, n], left.to(out_desc.dtype))
+            right = _finish(right, xs_ptr, ws_ptr, bias_ptr, m, n + HALF, M, N, NAME, SCALED, BIAS, BM, HALF)
+            out_desc.store([m, n + HALF], right.to(out_desc.dtype))
         else:
-            if BIAS:
-                at = n + tl.arange(0, BN)
-                acc += tl.load(bias_ptr + at, mask=at < N, other=0.0).to(tl.float32)[None, :]
-            out_desc.store([m, n], _activated(acc, NAME).to(out_desc.dtype))
+            acc = _finish(acc, xs_ptr, ws_ptr, bias_ptr, m, n, M, N, NAME, SCALED, BIAS, BM, BN)
+            out_desc.store([m, n], acc.to(out_desc.dtype))
+
+
+@triton.jit
+def _gated(x_desc, w_desc, out_desc, xs_ptr, ws_ptr, bias_ptr, M, N, K, BM: tl.constexpr, BN: tl.constexpr,
+           BK: tl.constexpr, GROUP: tl.constexpr, NAME: tl.constexpr, SUM: tl.constexpr, SCALED: tl.constexpr,
+           BIAS: tl.constexpr, HALVES: tl.constexpr):  # fmt: skip
+    """out = act(gate) * up, of the first N and the other N columns; a tile has BN / 2 of both."""
+    WIDE: tl.constexpr = BN // 2
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, WIDE)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        first = tile // (GROUP * tiles_n) * GROUP
+        high = tl.minimum(tiles_m - first, GROUP)
+        within = tile % (GROUP * tiles_n)
+        m = (first + within % high) * BM
+        n = (within // high) * WIDE
+        gate = tl.zeros([BM, WIDE], SUM)
+        up = tl.zeros([BM, WIDE], SUM)
+        for k in range(0, K, BK):
+            x = x_desc.load([m, k])
+            gate = tl.dot(x, w_desc.load([n, k]).T, gate, out_dtype=SUM)
+            up = tl.dot(x, w_desc.load([N + n, k]).T, up, out_dtype=SUM)
+        gate = _finish(gate, xs_ptr, ws_ptr, bias_ptr, m, n, M, N, NAME, SCALED, BIAS, BM, WIDE)
+        up = _finish(up, xs_ptr, ws_ptr + N, bias_ptr + N, m, n, M, N, 0, SCALED, BIAS, BM, WIDE)
+        out_desc.store([m, n], (gate * up).to(out_desc.dtype))
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether `fused_product` multiplies these, and is the faster way."""
+    device = supports_pdl(x.device) or INTERPRETED  # Hopper has both
+    even = x.shape[1] % 8 == 0 and weight.shape[0] % 16 == 0
+    return device and x.shape[0] >= MIN_ROWS and x.itemsize == 2 and even and x.is_contiguous()
 
 
 def fused_product(
@@ -75,27 +116,43 @@ def fused_product(
     bias: Tensor | None,
     activation: str | None = None,
     *,
+    gated: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None,
+    out_dtype: torch.dtype | None = None,
     shape: Shape | None = None,
-    split: bool = True,
-    flatten: bool = True,
 ) -> Tensor:
-    """``activation(x @ weight.T + bias)``, x [M, K], weight [N, K], both with rows of a multiple of 16 bytes."""
+    """``activation(x @ weight.T + bias)``; gated: its first half of columns, times the second without activation.
+
+    Args:
+        x: [M, K], contiguous, K a multiple of 8.
+        weight: [N, K], contiguous, N a multiple of 16.
+        bias: [N].
+        scales: of rows (float32 [M]) and columns ([N]) of 8-bit numbers, int8 or float8_e4m3fn.
+    Returns:
+        [M, N], or [M, N / 2] if gated, of ``out_dtype``, or else of x's type.
+    """
     rows, inner = x.shape
-    columns = weight.shape[0]
-    bm, bn, bk, group, per_sm, warps, stages = shape or _shape()
-    out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
-    tiles = triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
-    programs = min(tiles, num_multiprocessors(x.device) * per_sm)
-    _product[(programs,)](
+    columns = weight.shape[0] // (2 if gated else 1)
+    given = shape or _shape(gated)
+    bm, bn, bk = given.rows, given.columns, given.depth
+    out = torch.empty(rows, columns, dtype=out_dtype or x.dtype, device=x.device)
+    xs, ws = scales if scales is not None else (x, x)
+    wide = bn // 2 if gated else bn
+    tiles = triton.cdiv(rows, bm) * triton.cdiv(columns, wide)
+    kernel = _gated if gated else _product
+    kernel[(min(tiles, num_multiprocessors(x.device) * given.programs),)](
         TensorDescriptor.from_tensor(x, [bm, bk]),
-        TensorDescriptor.from_tensor(weight, [bn, bk]),
-        TensorDescriptor.from_tensor(out, [bm, bn // 2 if split else bn]),
-        weight if bias is None else bias, rows, columns, inner, PROGRAMS=programs, BM=bm, BN=bn, BK=bk, GROUP=group,
-        NAME=_NAMES[activation], BIAS=bias is not None, SPLIT=split, FLATTEN=flatten, num_warps=warps,
-        num_stages=stages,
+        TensorDescriptor.from_tensor(weight, [wide, bk]),
+        TensorDescriptor.from_tensor(out, [bm, bn // 2 if gated or given.halves else bn]),
+        xs, ws, weight if bias is None else bias, rows, columns, inner, BM=bm, BN=bn, BK=bk, GROUP=given.group,
+        NAME=ACTIVATION_CODES[activation] if activation else 0, SCALED=scales is not None,
+        SUM=tl.int32 if x.dtype is torch.int8 else tl.float32, BIAS=bias is not None, HALVES=given.halves,
+        num_warps=given.warps, num_stages=given.stages,
     )  # fmt: skip
     return out
 
 
-def _shape() -> Shape:
-    return (16, 32, 16, 4, 1, 4, 1) if INTERPRETED else (128, 256, 64, 8, 1, 8, 3)
+def _shape(gated: bool) -> Shape:
+    if INTERPRETED:
+        return Shape(16, 32, 16, 4, 1, 4, 1)
+    return Shape(128, 256, 64)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["GemvShape", "Shape", "SkinnyShape", "gemv_shape", "skinny_shape"]
+__all__ = ["GemvShape", "Shape", "SkinnyShape", "StreamShape", "gemv_shape", "skinny_shape", "stream_shape"]
 
 
 class GemvShape(NamedTuple):
@@ -34,6 +34,24 @@ class SkinnyShape(NamedTuple):
     splits: int
     warps: int
     stages: int
+
+
+class StreamShape(NamedTuple):
+    """Tiles of ``bm`` rows and ``bn`` outputs, ``bk`` columns a load, K split over ``splits`` programs.
+
+    Attributes:
+        x_first: rows are the first operand of the product, and weights, perhaps few of them, the second.
+        ahead: loads of weights asked for before the wait for the kernel before.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    splits: int
+    warps: int
+    stages: int
+    x_first: bool = False
+    ahead: int = 4
 
 
 Shape = GemvShape | SkinnyShape
@@ -63,12 +81,27 @@ def skinny_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -
     return SkinnyShape(bm, 64, bk, splits, 4, 3 if bm == 64 and not gated else 4)
 
 
+def stream_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> StreamShape:
+    """For x [rows, k], any number of rows, and weight [n, k]."""
+    bm = next((size for size in (16, 32, 64, 128) if rows <= size), 256)
+    found = _tuned(device).get("s" + _key(bm, n, k, gated))
+    if found is not None:
+        return StreamShape(*found)
+    bm = min(bm, 128)
+    bn = 64 if bm <= 64 or gated else 128
+    tiles = -(-n // (bn * (2 if gated else 1))) * -(-rows // bm)
+    splits = 1
+    while tiles * splits < 100 and splits < 8 and k // (splits * 2 * 64) >= 4:
+        splits *= 2
+    return StreamShape(bm, bn, 64 if k < 1024 or bm > 64 else 128, splits, 4 if bm <= 64 else 8, 4)
+
+
 def _key(rows: int, n: int, k: int, gated: bool) -> str:
     return f"{rows}:{n}x{k}{'g' if gated else ''}"
 
 
 @functools.cache
-def _tuned(device: torch.device) -> dict[str, list[int]]:
+def _tuned(device: torch.device) -> dict[str, list[Any]]:
     """The measurements for this GPU, or none."""
     if device.type != "cuda":
         return {}
@@ -76,5 +109,5 @@ def _tuned(device: torch.device) -> dict[str, list[int]]:
     path = Path(__file__).parent / "tuned" / f"{name}.json"
     if not path.exists():
         return {}
-    table: dict[str, list[int]] = json.loads(path.read_text())
+    table: dict[str, list[Any]] = json.loads(path.read_text())
     return table

@@ -47,6 +47,33 @@ def _norm_rope(x_ptr, x_row, x_head, gain_ptr, cos_ptr, sin_ptr, H, eps,
     tl.store(at + d, x.to(x_ptr.dtype.element_ty), mask=ok)
 
 
+@triton.jit
+def _norm_rope_whole(x_ptr, x_row, x_head, gain_ptr, cos_ptr, sin_ptr, H, eps, HEADS: tl.constexpr,
+                     HALF: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The same where all of a head turns: its halves are read once each, by the threads that write them."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    d = tl.arange(0, HALF)[None, :]
+    ok = h < H
+    at = x_ptr + token * x_row + h * x_head + d
+    a = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    b = tl.load(at + HALF, mask=ok, other=0.0).to(tl.float32)
+    angle = token * (2 * HALF) + d
+    cos_a, cos_b = tl.load(cos_ptr + angle), tl.load(cos_ptr + angle + HALF)
+    sin_a, sin_b = tl.load(sin_ptr + angle), tl.load(sin_ptr + angle + HALF)
+    dtype = x_ptr.dtype.element_ty
+    if NORM:
+        rs = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+        gains = gain_ptr + h * (2 * HALF) + d
+        a = (a * rs * tl.load(gains, mask=ok, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        b = (b * rs * tl.load(gains + HALF, mask=ok, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+    tl.store(at, (a * cos_a + b * sin_a).to(dtype), mask=ok)
+    tl.store(at + HALF, (b * cos_b + a * sin_b).to(dtype), mask=ok)
+
+
 def _launch(qk: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     tokens, heads, dim = qk.shape
     if qk.stride(2) != 1:
@@ -54,7 +81,14 @@ def _launch(qk: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, s
     width = 0 if cos is None else cos.shape[-1]
     padded = triton.next_power_of_2(dim)
     block = max(1, min(triton.next_power_of_2(heads), 4096 // padded))
-    _norm_rope[(tokens, triton.cdiv(heads, block))](
+    grid = (tokens, triton.cdiv(heads, block))
+    if cos is not None and sin is not None and width == dim == padded:
+        _norm_rope_whole[grid](
+            qk, qk.stride(0), qk.stride(1), qk if weight is None else weight, cos, sin, heads, eps, HEADS=block,
+            HALF=dim // 2, NORM=weight is not None, **launch_options(qk.device, 4, 1),
+        )  # fmt: skip
+        return qk
+    _norm_rope[grid](
         qk, qk.stride(0), qk.stride(1), qk if weight is None else weight, qk if cos is None else cos,
         qk if sin is None else sin, heads, eps, HEADS=block, D=dim, DP=padded, R=width, NORM=weight is not None,
         **launch_options(qk.device, 4, 1),

@@ -60,7 +60,7 @@ class Scores(NamedTuple):
     Attributes:
         own: float32 [P], of the row's token.
         ranks: int64 [P], 1 for the most likely token.
-        ids, values: int64 and float32 [P, k], the most likely tokens, the lower id first among equals.
+        ids, values: int64 and float32 [P, k], the most likely tokens; among equals always the same ones.
     """
 
     own: Tensor

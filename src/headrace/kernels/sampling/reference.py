@@ -10,7 +10,6 @@ from headrace.kernels.sampling import Draws, Edits, Scores
 __all__ = ["draw_rows", "edit_rows", "forbid_rows", "race_times", "score_rows", "scores"]
 
 _GOLDEN = -1640531535  # 2^32 over the golden ratio, as int32
-_MAX_ID = (1 << 32) - 1
 _AT_ONCE = 1 << 23  # logits that are filtered and drawn from at once
 _CANDIDATES = 512  # most likely tokens looked at before a full sort is paid for
 
@@ -38,9 +37,11 @@ def forbid_rows(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
 def draw_rows(
     logits: Tensor, draws: Draws, *, last_tokens: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
-    tokens = _argmax(logits)
-    for some in draws.temperature.nonzero()[:, 0].split(max(1, _AT_ONCE // logits.shape[1])):
-        scaled = logits[some] / draws.temperature[some].clamp(min=1e-5)[:, None]
+    drawn = draws.temperature.nonzero()[:, 0]
+    tokens = _argmax(logits) if len(drawn) < len(logits) else torch.empty_like(drawn)
+    for some in drawn.split(max(1, _AT_ONCE // logits.shape[1])) if len(drawn) else ():
+        scaled = logits if len(some) == len(logits) else logits[some]
+        scaled = scaled / draws.temperature[some].clamp(min=1e-5)[:, None]
         if draws.any_top_k or draws.any_top_p or draws.any_min_p:
             floor = _floor(scaled, draws.top_k[some], draws.top_p[some], draws.min_p[some])
             scaled.masked_fill_(scaled < floor[:, None], -torch.inf)
@@ -52,19 +53,18 @@ def draw_rows(
 
 
 def score_rows(logits: Tensor, tokens: Tensor, k: int) -> Scores:
-    return scores(logits, torch.logsumexp(logits, -1), tokens, k)
+    return scores(logits, torch.logsumexp(logits, -1), tokens, torch.topk(logits, k).indices)
 
 
-def scores(logits: Tensor, norms: Tensor, tokens: Tensor, k: int) -> Scores:
-    """See score_rows; ``norms`` float32 [P], the logarithm of each row's sum of exponentials."""
+def scores(logits: Tensor, norms: Tensor, tokens: Tensor, ids: Tensor) -> Scores:
+    """See score_rows.
+
+    Args:
+        norms: float32 [P], the logarithm of each row's sum of exponentials.
+        ids: int64 [P, k], the most likely tokens.
+    """
     own = logits.gather(1, tokens.clamp(min=0)[:, None])
     ranks = (logits > own).sum(-1) + 1
-    # One order of all tokens, so that equal ones do not come out by chance: the logit, then the lower id.
-    bits = logits.view(torch.int32)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    best = torch.topk((bits.long() << 32) + (_MAX_ID - ids), k, dim=-1).values
-    ids = _MAX_ID - (best & _MAX_ID)
     return Scores(own[:, 0] - norms, ranks, ids, logits.gather(1, ids) - norms[:, None])
 
 
@@ -108,7 +108,9 @@ def _floor(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tenso
             best = torch.sort(logits, dim=-1, descending=True).values
     columns = torch.arange(best.shape[1], device=logits.device)
     kept = best.masked_fill(columns >= k[:, None], -torch.inf)
-    norm = torch.where(k >= vocab, logits.logsumexp(-1), kept.logsumexp(-1))
+    norm = kept.logsumexp(-1)
+    if not limited:
+        norm = torch.where(k >= vocab, logits.logsumexp(-1), norm)
     probs = torch.exp(kept - norm[:, None])
     before = probs.cumsum(-1) - probs
     kept = kept.masked_fill((before >= top_p[:, None]) & (top_p < 1.0)[:, None], -torch.inf)

@@ -25,6 +25,7 @@ __all__ = ["draw_rows", "edit_rows", "forbid_rows", "score_rows"]
 
 _CHUNK = 256 if INTERPRETED else 4096  # tokens of one program
 _LEVELS = 7
+_MAX_ID = (1 << 32) - 1
 _FARTHEST = tl.constexpr(
     16**7 - 1
 )  # the distance of all tokens with less than e^-32 of the best one's probability
@@ -354,4 +355,9 @@ def score_rows(logits: Tensor, tokens: Tensor, k: int) -> Scores:
     options = launch_options(logits.device, 4, 1)
     _sums[(num, chunks)](logits, logits.stride(0), peaks, norms, vocab, CHUNK=_CHUNK, **options)
     _log_sum[(num,)](peaks, norms, out, chunks, LANES=triton.next_power_of_2(chunks), **options)
-    return scores(logits, out, tokens, k)
+    # One order of all tokens, so that equal ones do not come out by chance: the logit, then the lower id.
+    bits = logits.view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    order = (bits.long() << 32) + (_MAX_ID - torch.arange(vocab, device=logits.device))
+    ids = _MAX_ID - (torch.topk(order, k, dim=-1).values & _MAX_ID)
+    return scores(logits, out, tokens, ids)

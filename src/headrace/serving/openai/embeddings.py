@@ -12,7 +12,7 @@ from headrace.serving.body import read
 from headrace.serving.call import open_call
 from headrace.serving.openai.completions import inputs_of
 from headrace.serving.openai.schemas import EmbeddingRequest
-from headrace.serving.vectors import reply, vectors
+from headrace.serving.vectors import RAW, reply, vectors
 from headrace.types import EncodeParams
 
 __all__ = ["embeddings"]
@@ -67,4 +67,4 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
         if body.encoding_format == "base64":
             rows = [base64.b64encode(output.data).decode("ascii") for output in result.outputs]
             return reply(request, wrap(rows))
-        return vectors(request, result.outputs, wrap)
+        return vectors(request, result.outputs, wrap, RAW if body.encoding_format == "bytes" else None)

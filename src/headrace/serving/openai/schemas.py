@@ -219,7 +219,9 @@ class EmbeddingRequest(ApiModel):
         description=f"Text, token ids, or a list of up to {MAX_INPUTS} of either.",
         json_schema_extra={"effect": "acted on"},
     )
-    encoding_format: Literal["float", "base64"] | None = acts(None, "`base64`: float32, little-endian.")
+    encoding_format: Literal["float", "base64", "bytes"] | None = acts(
+        None, "`base64`: float32, little-endian; `bytes`: the same as the whole body, without JSON."
+    )
     dimensions: int | None = acts(
         None, "Keep the leading dimensions, normalized again (Matryoshka).", ge=1, le=INT32
     )

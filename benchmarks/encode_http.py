@@ -1,0 +1,248 @@
+"""Embeddings counted at the client: our server, our bulk client, random weights of a real shape on this machine.
+
+    python -m benchmarks.encode_http --shapes bge-large qwen3-embedding-0.6b --record
+
+A checkpoint folder with random weights and a small trained tokenizer is written, and served by `headrace serve` as a
+user would. Every text has about 400 tokens. ``engine_embeddings_s`` is the loop alone over the same token ids, in a
+process of its own before the server starts; ``start_s`` runs from the start of the server's process to the first
+embedding over HTTP (``cold``: the first start of this run, ``warm``: the second one). A case is items a request x
+requests in flight. The client has processes of its own, so that parsing numbers is not what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Recorder, arguments, model_config
+
+WORDS = [
+    a + b + c
+    for a in ("ka", "lo", "mi", "tu", "re", "so")
+    for b in ("n", "r", "st", "l")
+    for c in ("a", "e", "o")
+]
+CASES = [(16, 64), (16, 256), (1, 256)]
+
+
+def texts_of(count: int, tokens: int, seed: int) -> list[str]:
+    """Texts of so many words, each of them one token."""
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=tokens)) for _ in range(count)]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A WordPiece vocabulary that knows the words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    letters = sorted(set("".join(WORDS)))
+    pieces = [*special, *WORDS, *letters, *(f"##{letter}" for letter in letters)]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**names, "tokenizer_class": "BertTokenizer"}))
+
+
+def write_checkpoint(folder: Path, name: str) -> None:
+    """Random weights under the names of the published checkpoint, with its pooling."""
+    import torch
+    import transformers
+
+    config = {key: value for key, value in model_config(name).items() if key != "architectures"}
+    bert = config.pop("model_type", "") == "bert"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = (
+        (transformers.BertConfig, transformers.BertModel)
+        if bert
+        else (transformers.Qwen3Config, transformers.Qwen3Model)
+    )
+    with torch.device(device):
+        model: Any = kind[1](kind[0](**config))
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.normal_(0.0, 0.02)
+    model.to(torch.float16 if bert else torch.bfloat16).save_pretrained(folder)
+    names = ("Transformer", "Pooling", "Normalize")
+    paths = ("", "1_Pooling", "2_Normalize")
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{word}"}
+        for i, (word, path) in enumerate(zip(names, paths))
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    pooling = {
+        "word_embedding_dimension": config["hidden_size"],
+        "pooling_mode": "cls" if bert else "lasttoken",
+    }
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    write_tokenizer(folder)
+
+
+def engine_rate(folder: str, name: str, count: int, tokens: int, queue: Any) -> None:
+    """Of the encode loop alone over the texts' token ids; best of three runs."""
+    import torch
+
+    from benchmarks.encode_random import Case
+    from headrace.checkpoints.resolve import open_checkpoint
+    from headrace.config.spec import EngineSpec
+    from headrace.engines.encode_build import build_encode
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.float32 if not cuda else torch.float16 if name.startswith("bge") else torch.bfloat16
+    spec = EngineSpec(model=folder, path=Path(folder))
+    core, _ = build_encode(spec, open_checkpoint(Path(folder)), device, dtype)
+    case = Case(core, [tokens + 2] * count)
+    case.seconds()
+    queue.put(count / min(case.seconds() for _ in range(3)))
+
+
+class Server:
+    """`headrace serve` of one folder."""
+
+    def __init__(self, folder: Path, extra: list[str]) -> None:
+        began = time.perf_counter()
+        command = [
+            sys.executable,
+            "-m",
+            "headrace.cli.main",
+            "serve",
+            f"m={folder}",
+            "--port",
+            "0",
+            "--max-queue",
+            "16384",
+        ]
+        self.process = subprocess.Popen(
+            [*command, *extra],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        assert self.process.stdout is not None
+        found = None
+        for line in self.process.stdout:
+            found = re.search(r"on (http://\S+)", line)
+            if found:
+                break
+        if found is None:
+            raise RuntimeError(f"the server ended with {self.process.wait()}")
+        self.url = found[1]
+        self._first(began + 180)
+        self.start_seconds = time.perf_counter() - began
+
+    def _first(self, deadline: float) -> None:
+        body = json.dumps({"model": "m", "input": WORDS[0]}).encode()
+        ask = urllib.request.Request(f"{self.url}/v1/embeddings", body, {"Content-Type": "application/json"})
+        while time.perf_counter() < deadline and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(ask, timeout=60) as reply:
+                    assert len(json.load(reply)["data"][0]["embedding"]) > 1
+                    return
+            except (urllib.error.HTTPError, OSError):
+                time.sleep(0.02)
+        raise RuntimeError("the server gave no embedding")
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+def drive(url: str, count: int, tokens: int, batch: int, at_once: int, processes: int, queue: Any) -> None:
+    """The client's side: seconds for all texts, best of two."""
+    from headrace.client import PerformanceClient, RequestProcessingPreference
+
+    client = PerformanceClient(url, api_key="none", processes=processes)
+    how = RequestProcessingPreference(
+        max_concurrent_requests=at_once, batch_size=batch, max_chars_per_request=1_000_000, max_retries=0
+    )
+    client.embed(texts_of(max(64, count // 8), tokens, 1), "m", preference=how)
+    texts = texts_of(count, tokens, 2)
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        response = client.embed(texts, "m", preference=how)
+        seconds.append(time.perf_counter() - began)
+        assert len(response.data) == count
+    queue.put(min(seconds))
+
+
+def in_process(work: Any, *args: Any) -> Any:
+    """What it puts into a queue."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=work, args=(*args, queue))
+    process.start()
+    while process.is_alive() and queue.empty():
+        time.sleep(0.05)
+    if queue.empty():
+        raise RuntimeError(f"{work.__name__} failed")
+    result = queue.get()
+    process.join()
+    return result
+
+
+def measure(record: Recorder, name: str, folder: Path, args: Any) -> None:
+    write_checkpoint(folder, name)
+    common: dict[str, Any] = {"model": name, "precision": args.precision}
+    engine = in_process(engine_rate, str(folder), name, args.texts, args.tokens)
+    record.row(**common, case=f"{args.texts}x{args.tokens + 2}", metric="engine_embeddings_s", value=engine)
+    for kind in ("cold", "warm"):
+        server = Server(folder, args.serve or [])
+        record.row(**common, case=kind, metric="start_s", value=server.start_seconds)
+        if kind == "cold":
+            server.close()
+    try:
+        for batch, at_once in CASES:
+            seconds = in_process(
+                drive, server.url, args.texts, args.tokens, batch, at_once, args.client_processes
+            )
+            rate = args.texts / seconds
+            record.row(
+                **common, case=f"{batch}x{at_once}", metric="client_embeddings_s", value=rate, floor=engine,
+                of_engine=round(rate / engine, 3), tokens=args.tokens + 2,
+            )  # fmt: skip
+    finally:
+        server.close()
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["bge-large", "qwen3-embedding-0.6b"])
+    parser.add_argument("--texts", type=int, default=4096)
+    parser.add_argument(
+        "--tokens", type=int, default=398, help="words of a text; two special tokens are added"
+    )
+    parser.add_argument("--client-processes", type=int, default=4)
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, help="more flags for headrace serve (last)")
+    args = parser.parse_args()
+    record = Recorder("encode_http", args)
+    args.precision = "float32" if record.common["device"] == "cpu" else "float16 or bfloat16"
+    for name in args.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(record, name, Path(folder), args)
+
+
+if __name__ == "__main__":
+    main()
