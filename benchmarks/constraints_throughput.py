@@ -190,9 +190,9 @@ def main() -> None:
         core.runner.warm_up([args.requests])
     recorder = Recorder("constraints", args)
     for temperature in args.temperatures:
-        for turn, follow in enumerate((specs(f"{temperature} graphs"), [])):
+        for turn, follow in enumerate((specs(f"graphs-{temperature}"), [])):
             run(core, case, follow, 1000 + turn, temperature)
-        known = specs(f"{temperature} known")
+        known = specs(f"known-{temperature}")
         first = run(core, case, known, 2000, temperature)["tok_s"]
         free, bound = [], []
         _Timed.advanced.clear()
