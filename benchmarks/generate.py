@@ -8,14 +8,19 @@ step at the larger of bytes and arithmetic (headrace/engines/bench/floors.py). `
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import Recorder, arguments, ceilings, model_config
+from benchmarks.common import Recorder, arguments, ceilings, device_name, model_config
 from headrace.engines.bench.cases import Measurement, measure, parse_case
 from headrace.engines.bench.cores import build_core, random_model
 from headrace.engines.bench.floors import Work
+from headrace.engines.bench.profile import WindowProfiler
+from headrace.engines.bench.report import summary
+from headrace.engines.generate import GenerateCore
 from headrace.execution.constraints.table import PendingMasks
 from headrace.layers.linear import FixedLinear
 from headrace.scheduling.plan import StepPlan
@@ -60,6 +65,9 @@ def main() -> None:
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help="as in SamplingParams")
     parser.add_argument("--masked", action="store_true", help="forbid half of the tokens to every row")
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument(
+        "--profile", metavar="DIR", help="write a page about each case (headrace bench --profile)"
+    )
     parser.add_argument("--repeat", type=int, default=1)
     args = parser.parse_args()
     recorder = Recorder("generate", args)
@@ -94,6 +102,29 @@ def main() -> None:
             found = measure(core, case, vocab, seed=2 + again, **sampling)
             about = {"sampling": sampling, "masked": args.masked, "deterministic": args.deterministic}
             record(recorder, args.model, precision, found, work, rates, **about)
+        if args.profile:
+            title = f"{args.model} in {precision} on {device_name()}"
+            page(core, found, title, Path(args.profile), work, rates, sampling, vocab)
+
+
+def page(
+    core: GenerateCore,
+    found: Measurement,
+    title: str,
+    folder: Path,
+    work: Work,
+    rates: tuple[float, float] | None,
+    sampling: dict[str, Any],
+    vocab: int,
+) -> None:
+    """Profile the case once more and write its page to ``folder``."""
+    case = found.case
+    with tempfile.TemporaryDirectory() as traces:
+        profiler = WindowProfiler(core, Path(traces), limit=6, case=case)
+        measure(core, case, vocab, seed=3, on_step=profiler.on_step, **sampling)
+        profiler.close()
+    text = summary(title, found, profiler.windows, work, rates)
+    (folder / f"{title.split()[0]}-{str(case).replace('/', '-')}.txt").write_text(text)
 
 
 def record(

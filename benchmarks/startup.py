@@ -40,29 +40,31 @@ def child(name: str, began: float) -> None:
     print(json.dumps(stages))
 
 
+def measured(model: str, cache: str | None) -> dict[str, float]:
+    """Stages of a process of its own; ``cache``: folder of compiled kernels, None: the usual one."""
+    began = repr(time.time())
+    command = [sys.executable, "-m", "benchmarks.startup", "--model", model, "--child", began]
+    environment = {**os.environ, **({} if cache is None else {"TRITON_CACHE_DIR": cache})}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    stages: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return stages
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="qwen3-0.6b")
+    parser.add_argument("--warm", action="store_true", help="only with the kernels that are compiled already")
     parser.add_argument("--child", type=float, help="internal")
     args = parser.parse_args()
     if args.child is not None:
         child(args.model, args.child)
         return
     rows = []
-    with tempfile.TemporaryDirectory() as cache:
-        for case in ("cold kernels", "warm kernels"):
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.startup",
-                "--model",
-                args.model,
-                "--child",
-                repr(time.time()),
-            ]
-            environment = {**os.environ, "TRITON_CACHE_DIR": cache}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            rows.append((case, json.loads(done.stdout.splitlines()[-1])))
+    with tempfile.TemporaryDirectory() as empty:
+        kept = os.environ.get("TRITON_CACHE_DIR")
+        cold = {} if args.warm else {"cold kernels": empty}
+        for case, cache in {**cold, "warm kernels": kept if args.warm else empty}.items():
+            rows.append((case, measured(args.model, cache)))
     recorder = Recorder("startup", args)  # imports torch: after the measurements
     for case, stages in rows:
         recorder.row(

@@ -140,7 +140,7 @@ class _Clock:
             ("pack", runner, "prepare"),
             ("launch", runner, "run"),
             ("sample", runner, "sample"),
-            ("finish", core, "_finish"),
+            ("wait", core, "_wait"),
             ("settle", core, "_settle"),
         ):
             self._time(name, owner, method)
@@ -166,9 +166,8 @@ class _Clock:
     def parts(self, total: float, steps: int) -> dict[str, float]:
         """Milliseconds a step. ``other`` is what no part covers: the loop itself and whoever calls it."""
         found = dict(self.seconds)
-        found["wait"] = found.pop("finish", 0.0) - found.get("settle", 0.0)
         found["other"] = total - sum(found.values())
-        wait = found.pop("wait")
+        wait = found.pop("wait", 0.0)
         host = {name: seconds * 1e3 / steps for name, seconds in found.items()}
         return {"total": sum(host.values()), **host, "wait": wait * 1e3 / steps}
 
