@@ -98,7 +98,8 @@ def _plain_capture() -> None:
 
 def generate(args: argparse.Namespace, meter: Meter) -> None:
     from benchmarks.generate import build_core, quantize, run_case
-    from headrace.execution.graphs import _DECODE, _MIXED_TOKENS, GraphRunner, _Key
+    from headrace.execution.graph_input import DECODE, MIXED_TOKENS, GraphKey
+    from headrace.execution.graphs import GraphRunner
     from headrace.models.loading import random_weights
     from headrace.models.registry import read_config
 
@@ -127,7 +128,7 @@ def generate(args: argparse.Namespace, meter: Meter) -> None:
     del plain
     torch.cuda.empty_cache()
     meter.mark("empty_cache")
-    sizes = [size for size in _DECODE if size < rows] + [rows]
+    sizes = [size for size in DECODE if size < rows] + [rows]
     try:
         runner.warm_up([rows])
     except Exception:
@@ -142,11 +143,11 @@ def generate(args: argparse.Namespace, meter: Meter) -> None:
     for size in (rows, max(1, rows // 2), 1):
         with torch.inference_mode():
             size = min(s for s in sizes if s >= size)
-            runner._graph(_Key(size, size, "logits"))
+            runner._graph(GraphKey(size, size, "logits"))
         meter.mark(f"logits graph {size}")
-    for size in (_MIXED_TOKENS[-1], 4096, 1024, 512, 256, 128, 64, 32, 16):
+    for size in (MIXED_TOKENS[-1], 4096, 1024, 512, 256, 128, 64, 32, 16):
         with torch.inference_mode():
-            runner._graph(_Key(size, runner._seq_sizes[-1], "mixed"))
+            runner._graph(GraphKey(size, runner._seq_sizes[-1], "mixed"))
         meter.mark(f"mixed graph {size}")
     run_case(core, (2, 8000, 2), vocab, 3)
     meter.mark("run 2x8000/2")
