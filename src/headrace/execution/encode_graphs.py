@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headrace.config.plan.scratch import ENCODE_FULL_GRAPHS, ENCODE_GRAPH_WASTE
 from headrace.execution.capture import GraphMemory, borrowed
 from headrace.execution.encode_batch import buffer_size, fill, view
 from headrace.layers.packed import PackedBatch
@@ -26,10 +27,9 @@ from headrace.types import Request
 __all__ = ["TOKENS", "EncodeGraphs", "GraphPass", "capturable"]
 
 TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-LARGE = (8192, 16384)
+LARGE = ENCODE_FULL_GRAPHS
 _SEQS = 64  # at most, beside the padding
 _LARGE_SEQS = 256
-_WASTE = 16  # of a large batch at most one part in so many is padding
 _STAGES = 4  # host buffers in turn; two passes at most are under way
 
 
@@ -96,7 +96,7 @@ class EncodeGraphs:
         """Whether a batch of this size has a graph."""
         if tokens <= TOKENS[-1]:
             return seqs <= _SEQS
-        return seqs <= _LARGE_SEQS and any(0 <= size - tokens <= size // _WASTE for size in LARGE)
+        return seqs <= _LARGE_SEQS and any(0 <= size - tokens <= size // ENCODE_GRAPH_WASTE for size in LARGE)
 
     def run(self, requests: list[Request], tokens: int) -> GraphPass:
         """A pass over these; its tensors hold until the next one."""
