@@ -65,12 +65,16 @@ class GraphKey(NamedTuple):
     fresh: bool = False
 
     @property
+    def lanes(self) -> int:
+        """Sequences, rounded up so that tensors are aligned to 16 bytes: Triton compiles anew for others."""
+        return -(-self.seqs // 4) * 4
+
+    @property
     def size(self) -> int:
         """int32 values that the host sends: packed [4, tokens]; query_starts, seq_lens and rows of a mixed step;
-        the tensors of Draws."""
-        return (
-            4 * self.tokens + (3 * self.seqs + 1 if self.kind == "mixed" else 0) + 6 * self.seqs * self.draws
-        )
+        the tensors of Draws in ``lanes``."""
+        size = 4 * self.tokens + (3 * self.seqs + 1 if self.kind == "mixed" else 0)
+        return size + (6 * self.lanes if self.draws else 0)
 
     @property
     def draws(self) -> bool:
@@ -128,7 +132,7 @@ def fill_draws(flat: np.ndarray, key: GraphKey, arrays: list[np.ndarray]) -> Non
     """Write the tensors of Draws, [S] and [S, 2] of four bytes a value, behind the rest of ``flat``."""
     at = 4 * key.tokens
     for array in arrays:
-        end = at + key.seqs * (array.size // len(array))
+        end = at + key.lanes * (array.size // len(array))
         flat[at : at + array.size], flat[at + array.size : end] = array.reshape(-1).view(np.int32), 0
         at = end
 

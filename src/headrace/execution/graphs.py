@@ -344,7 +344,7 @@ class GraphRunner(Runner):
 
 def _draws(given: Tensor, key: GraphKey) -> Draws:
     """What fill_draws wrote."""
-    numbers = given[4 * key.tokens :].split([key.seqs] * 4 + [2 * key.seqs])
+    numbers = given[4 * key.tokens :].split([key.lanes] * 4 + [2 * key.lanes])
     temperature, top_k, top_p, min_p, keys = numbers
     return Draws(
         temperature.view(torch.float32),
