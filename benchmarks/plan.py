@@ -3,7 +3,8 @@
     python -m benchmarks.plan --models qwen3-0.6b llama-3.2-1b --record
 
 Each model is written as a folder of random weights, planned, built as `headrace serve` builds it, and driven with
-full steps of prompts and of decode. `used_bytes` is what the driver says is gone then; `floor` is the plan's figure.
+full steps of prompts and of decode, greedy and drawn. `used_bytes` is what the driver says is gone then; `planned`
+is the plan's figure and `ratio` planned over used. Run alone on the device: the driver counts everybody.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,18 @@ _LLAMA = {
 }
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3-0.6b": (SHAPES["qwen3-0.6b"], {}),
-    "qwen3-0.6b small pool": (SHAPES["qwen3-0.6b"], {"kv_cache_bytes": 4 << 30}),
-    "qwen3-0.6b half the card": (SHAPES["qwen3-0.6b"], {"memory_fraction": 0.5, "max_num_seqs": 1024}),
-    "qwen3-0.6b fp8": (SHAPES["qwen3-0.6b"], {"quantization": "fp8", "kv_cache_bytes": 8 << 30}),
+    "qwen3-0.6b, pool of 4 GiB": (SHAPES["qwen3-0.6b"], {"kv_cache_bytes": 4 << 30}),
+    "qwen3-0.6b, half the card, 1024 rows": (
+        SHAPES["qwen3-0.6b"], {"memory_fraction": 0.5, "max_num_seqs": 1024}
+    ),
+    "qwen3-0.6b, fp8": (SHAPES["qwen3-0.6b"], {"quantization": "fp8", "kv_cache_bytes": 8 << 30}),
+    "qwen3-0.6b, fp8 cache, 16 rows": (
+        SHAPES["qwen3-0.6b"], {"kv_cache_dtype": "fp8", "max_num_seqs": 16, "kv_cache_bytes": 8 << 30}
+    ),
+    "qwen3-0.6b, eager": (SHAPES["qwen3-0.6b"], {"eager": True, "kv_cache_bytes": 8 << 30}),
+    "bge-large": (SHAPES["bge-large"], {"pooling": "cls"}),
+    "qwen3-embedding-0.6b": (SHAPES["qwen3-embedding-0.6b"], {"pooling": "last"}),
+    "qwen3-1.7b, pool of 4 GiB": (SHAPES["qwen3-1.7b"], {"kv_cache_bytes": 4 << 30, "max_num_seqs": 64}),
     "llama-3.2-1b": (
         {**_LLAMA, "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
@@ -54,78 +65,95 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def write_folder(folder: Path, config: dict[str, Any]) -> None:
-    """config.json and random bfloat16 weights under their Hugging Face names."""
+    """config.json and random bfloat16 weights under their Hugging Face names. Runs in a process of its own."""
     import torch
     from safetensors.torch import save_file
 
-    from headrace.models.loading import _Loader, random_weights
-    from headrace.models.registry import family_of, read_config
+    from headrace.config.plan.facts import Facts
+    from headrace.config.plan.shape import ENCODER_TYPES, read_shape
+    from headrace.config.plan.weights import expected_tensors
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
-    model = random_weights(read_config(config), dtype=torch.bfloat16, device="cuda")
-    family, architecture = family_of(config)
-
-    class Names:
-        def names(self) -> list[str]:
-            return ["model.embed_tokens.weight", "lm_head.weight"]
-
-    sources = _Loader(model, Names(), family.names, architecture, torch.device("cpu")).sources
+    facts = Facts(where=str(folder), config=config, container="config")
+    encodes = config.get("model_type") in ENCODER_TYPES or config["architectures"][0].endswith("Model")
+    sizes = {
+        name: found.shape for name, found in expected_tensors(read_shape(facts, encoder=encodes), 2).items()
+    }
+    if config["architectures"][0].startswith("Gemma2"):
+        for layer in range(config["num_hidden_layers"]):
+            for place in ("pre", "post"):
+                sizes[f"model.layers.{layer}.{place}_feedforward_layernorm.weight"] = (config["hidden_size"],)
     tensors = {}
-    for path, names in sources.items():
-        if path == "head.weight" and config.get("tie_word_embeddings"):
-            continue
-        tensor = model.get_parameter(path).data
-        owner = model.get_submodule(path.rpartition(".")[0])
-        parts = tensor.split(list(owner.parts)) if len(names) > 1 else (tensor,)
-        tensors.update({name: part.contiguous().cpu() for name, part in zip(names, parts, strict=True)})
+    for name, size in sizes.items():
+        tensor = torch.empty(size, dtype=torch.bfloat16, device="cuda")
+        tensors[name] = (tensor.fill_(1.0) if len(size) == 1 else tensor.normal_(0.0, 0.02)).cpu()
     save_file(tensors, folder / "model.safetensors")
-    del model
-    torch.cuda.empty_cache()
 
 
-def measure(folder: Path, settings: dict[str, Any]) -> dict[str, int]:
-    """Plan, build and drive; bytes. Runs in a process of its own."""
-    import torch
+def drive(core: Any, ready: Any, max_num_seqs: int) -> None:
+    """Steps of every kind that serving takes."""
+    from headrace.types import EncodeParams, EncodeTask, Request, SamplingParams
 
-    from headrace.config.spec import EngineSpec
-    from headrace.engines.build import build
-    from headrace.engines.plan import plan_for
-    from headrace.types import Request, SamplingParams
-
-    free_before, total = torch.cuda.mem_get_info()  # creates this process's context
-    spec = EngineSpec(model=str(folder), path=folder, **settings)
-    plan = plan_for(spec)
-    core, ready = build(spec)
     rng = random.Random(0)
-    params = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.0)
-    vocab = ready.vocab_size
-    for count, length in ((1, 30), (8, 900), (spec.max_num_seqs, 40)):
+    encodes = ready.engine in ("bert", "embed")
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1.0},
+    ]
+    longest = ready.max_model_len - 30
+    for count, length in ((1, 30), (8, 900), (3, 9000), (max_num_seqs, 40)):
+        length = min(length, longest)
         core.add(
             Request(
                 id=f"{count}-{i}",
-                token_ids=tuple(rng.randrange(vocab) for _ in range(length)),
-                sampling=params,
+                token_ids=tuple(rng.randrange(ready.vocab_size) for _ in range(length)),
+                sampling=None if encodes else SamplingParams(max_tokens=20, ignore_eos=True, **kinds[i % 3]),
+                encode=EncodeParams(task=EncodeTask.EMBED) if encodes else None,
             )
             for i in range(count)
         )
         while core.has_work():
             for output in core.step():
                 assert not getattr(output, "error", ""), output
+
+
+def measure(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Plan, build and drive; bytes. Runs in a process of its own."""
+    import torch
+
+    from headrace.config.spec import EngineSpec
+    from headrace.engines.build import build
+    from headrace.engines.plan import plan_for
+
+    spec = EngineSpec(model=str(folder), path=folder, **settings)
+    plan = plan_for(spec)
+    core, ready = build(spec)
     torch.cuda.synchronize()
-    free, _ = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info()
+    taken = torch.cuda.memory_stats()["segment.all.allocated"]
+    drive(core, ready, spec.max_num_seqs)
+    torch.cuda.synchronize()
+    after, _ = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
     budget = plan.budget
     return {
-        "used": total - free,
-        "before": total - free_before,
+        "used": total - after,
+        "planned": budget.used,
+        "ratio": round(budget.used / (total - after), 4),
+        "used_at_start": total - free,
+        "device_allocations_later": torch.cuda.memory_stats()["segment.all.allocated"] - taken,
+        "process": total - after - reserved,
+        "planned_process": budget.process + budget.graphs,
+        "reserved": reserved,
         "peak_tensors": torch.cuda.max_memory_allocated(),
-        "planned": budget.process + budget.weights + budget.activations + budget.graphs + budget.pool,
+        "pool": int(ready.summary.get("kv_bytes", 0)),
         "planned_pool": budget.pool,
-        "pool": int(ready.summary["kv_bytes"]),
-        "planned_weights": budget.weights,
         "weights": int(ready.summary["weight_bytes"]),
+        "planned_weights": budget.weights,
         "planned_activations": budget.activations,
-        "planned_graphs": budget.graphs,
+        "build_s": ready.summary["seconds"],
     }
 
 
@@ -133,31 +161,46 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "SETTINGS"), help=argparse.SUPPRESS)
+    parser.add_argument("--write", nargs=2, metavar=("FOLDER", "NAME"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help="where models are written and kept; default: a temporary folder")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no more after so many")
     args = parser.parse_args()
+    if args.write:
+        write_folder(Path(args.write[0]), MODELS[args.write[1]][0])
+        return
     if args.one:
         print(json.dumps(measure(Path(args.one[0]), json.loads(args.one[1]))))
         return
-    recorder = Recorder("plan", args)
+    began, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models:
-            config, settings = MODELS[name]
-            folder = Path(scratch) / name.split()[0]
-            if not folder.exists():
-                write_folder(folder, config)
-            command = [sys.executable, "-m", "benchmarks.plan", "--one", str(folder), json.dumps(settings)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(name, "failed:", done.stderr[-1500:], flush=True)
+            if time.monotonic() - began > args.seconds:
+                print("no time left for", name, flush=True)
                 continue
-            found = json.loads(done.stdout.splitlines()[-1])
-            print(
-                json.dumps({"model": name, **found, "ratio": round(found["planned"] / found["used"], 4)}),
-                flush=True,
-            )
-            recorder.row(
-                model=name, precision=settings.get("quantization", "bf16"), case="plan against use",
-                metric="used_bytes", value=found["used"], floor=found["planned"],
-            )  # fmt: skip
+            settings = MODELS[name][1]
+            folder = Path(args.folder or scratch) / name.split(",")[0]
+            # The driver counts every process: this one must not touch the GPU before the last measurement.
+            if not (folder / "model.safetensors").exists():
+                _child("--write", str(folder), name)
+            found = _child("--one", str(folder), json.dumps(settings))
+            if found:
+                rows.append((name, settings.get("quantization", "bf16"), json.loads(found)))
+                print(name, found, flush=True)
+    recorder = Recorder("plan", args)
+    for name, precision, found in rows:
+        used = found.pop("used")
+        recorder.row(
+            model=name, precision=precision, case="plan against use", metric="used_bytes", value=used, **found
+        )
+
+
+def _child(*arguments: str) -> str:
+    """The last line that this module prints when run so; nothing where it fails."""
+    command = [sys.executable, "-m", "benchmarks.plan", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(arguments, "failed:", done.stderr[-1500:], flush=True)
+    return done.stdout.splitlines()[-1] if done.stdout and not done.returncode else ""
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python scripts/config_docs.py --check  exit 1 when they lag
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -16,13 +17,15 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
+from headrace.cli import serve  # noqa: E402
 from headrace.config import env  # noqa: E402
 from headrace.config.accelerators import ACCELERATORS  # noqa: E402
 from headrace.config.foreign import TEI_FLAGS, TRT_TO_VLLM, VLLM_FLAGS, Foreign  # noqa: E402
 from headrace.config.load import RULES  # noqa: E402
-from headrace.config.schema.fields import REQUIRED, Field, Section  # noqa: E402
+from headrace.config.schema.fields import Field, Section  # noqa: E402
 from headrace.config.schema.own import OWN  # noqa: E402
 from headrace.config.schema.top import TOP  # noqa: E402
+from headrace.config.schema.types import REQUIRED  # noqa: E402
 from headrace.config.support import GAPS  # noqa: E402
 
 FILES = ("docs/config.md", "docs/migration.md")
@@ -94,11 +97,24 @@ def rules() -> str:
     return "".join(f"- {rule.doc}\n" for rule in RULES)
 
 
+def serve_flags() -> set[str]:
+    """Options of ``headrace serve``."""
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    return {option for action in parser._actions for option in action.option_strings}
+
+
 def flags(items: Iterable[Foreign]) -> str:
+    known = serve_flags()
+    missing = {gap.field: f"{'refused' if gap.blocks else 'no effect'}: {gap.why}" for gap in GAPS}
+
     def ours(item: Foreign) -> str:
-        if not item.to:
-            return ""
-        return f"`{item.to}`" if item.to.startswith("--") else f"`--{item.to.replace('_', '-')}`"
+        flag = {"model": "MODEL", "served_names": "--served-model-name"}.get(item.to)
+        flag = flag or (item.to if item.to.startswith("--") else f"--{item.to.replace('_', '-')}")
+        if flag not in known and flag != "MODEL":
+            assert not item.to or item.to in missing, f"{item.name}: headrace serve has no {flag}"
+            return missing.get(item.to, "")
+        return f"`{flag}`"
 
     return table(("there", "here", "note"), ((f"`{item.name}`", ours(item), item.note) for item in items))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,18 @@ import pytest
 import torch
 
 from headrace.checkpoints.fetch import installed
+from headrace.config.plan.shape import ENCODER_TYPES, read_shape
 from headrace.config.plan.weights import KEPT_BLOCKS
 from headrace.config.quantization import TYPES
 from headrace.config.resolve import resolve
 from headrace.config.schema.own import SCHEMES
 from headrace.config.spec import EngineSpec
 from headrace.engines.build import build
+from headrace.engines.inspect import inspect
 from headrace.engines.plan import cpu_machine, plan_for
+from headrace.models.encoder_families import ENCODER_FAMILIES, encoder_family, read_encoder_config
 from headrace.quantization.schemes.int4 import fast_on_this_cpu
+from parity.encoders import FAMILIES, add_pooling, make
 from support.tiny_folder import write_llama
 
 
@@ -72,6 +77,30 @@ def test_kept_blocks_are_those_of_the_loader() -> None:
     assert {scheme for scheme in SCHEMES if scheme.startswith("int")} == {
         t for t in TYPES if t.startswith("int")
     }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("limit", [None, 19])
+def test_encoders(family: str, limit: int | None, tmp_path: Path) -> None:
+    """Engine, dtype and context of every family, and what the plan knows of its shape."""
+    torch.set_num_threads(1)
+    make(tmp_path, family)
+    add_pooling(tmp_path)
+    if limit is not None:
+        (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": limit}))
+    same(EngineSpec(model=str(tmp_path), path=tmp_path), 0.0)
+    config = json.loads((tmp_path / "config.json").read_text())
+    declared = read_encoder_config(config, encoder_family(config))
+    shape = read_shape(inspect(tmp_path), encoder=True)
+    assert shape.bidirectional
+    assert shape.gated == declared.gated
+    assert (shape.layers, shape.hidden, shape.intermediate, shape.heads) == (
+        declared.num_layers, declared.hidden_size, declared.intermediate_size, declared.num_heads
+    )  # fmt: skip
+
+
+def test_encoder_families_are_those_of_the_models() -> None:
+    assert set(ENCODER_TYPES) == {name for family in ENCODER_FAMILIES for name in family.model_types}
 
 
 @pytest.mark.models

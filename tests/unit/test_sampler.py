@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import headrace.execution.sampler as sampler_module
 from headrace.execution.sampler import Masks, Sampler, race_keys
 from headrace.kernels.sampling import forbid_rows
 from headrace.kernels.sampling.reference import race_times
@@ -189,6 +190,21 @@ def test_many_rows_are_drawn_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     expected = sample(logits, chunks)
     monkeypatch.setattr("headrace.kernels.sampling.reference._AT_ONCE", 2 * VOCAB)
     assert sample(logits, chunks) == expected
+
+
+def test_scores_are_made_for_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(9, VOCAB, generator=torch.Generator().manual_seed(5))
+    found = []
+    for elements in (1 << 23, 4 * VOCAB):
+        monkeypatch.setattr(sampler_module, "SCORE_ELEMENTS", elements)
+        chunks = [chunk(i, SamplingParams(seed=i, logprobs=i % 3)) for i in range(9)]
+        sampler = Sampler(9, torch.device("cpu"))
+        for c in chunks:
+            sampler.admit(c.sequence)
+        sampled = sampler.sample(logits.clone(), chunks)
+        assert sampled.scores is not None
+        found.append(sampled.scores.read(sampled.tokens.tolist()))
+    assert found[0] == found[1]
 
 
 def test_a_history_follows_its_sequence() -> None:

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headrace.checkpoints.base import TensorInfo
+from headrace.config.secrets import Secret, find_secret, hide, require_secret
 from headrace.errors import MissingFile, UnsupportedCheckpoint
 
-__all__ = ["cached_snapshot", "headers", "is_hub_id", "snapshot"]
+__all__ = ["TOKEN_SECRET", "cached_snapshot", "headers", "is_hub_id", "snapshot"]
+
+TOKEN_SECRET = "hf_access_token"  # name of the secret with the hub's token; it may be absent
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.txt", "merges.txt"]
@@ -24,18 +27,34 @@ def is_hub_id(model: str) -> bool:
     return _ID.fullmatch(model) is not None and ".." not in model
 
 
-def snapshot(model: str, revision: str | None = None) -> Path:
+def snapshot(model: str, revision: str | None = None, secret: str = TOKEN_SECRET) -> Path:
     """Folder with a repository's safetensors, settings and tokenizer, cached or downloaded.
 
+    Args:
+        secret: name of the secret with the token; without it, that of `hf auth login`, if any.
+
     Raises MissingFile when there is no such repository or revision, or no network and no cached copy,
-    UnsupportedCheckpoint when huggingface_hub is not installed.
+    UnsupportedCheckpoint when huggingface_hub is not installed, ConfigError for a named secret that is missing.
     """
-    with _explained(model, revision):
+    token = _token(model, secret)
+    with _explained(model, revision, token):
         from huggingface_hub import snapshot_download
 
         return Path(
-            snapshot_download(model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNWANTED,
+                token=token.reveal() if token else None,
+            )
         )
+
+
+def _token(model: str, secret: str) -> Secret | None:
+    if secret == TOKEN_SECRET:
+        return find_secret(secret)
+    return require_secret(secret, f"downloading {model}")
 
 
 def cached_snapshot(model: str, revision: str | None = None) -> Path | None:
@@ -49,20 +68,30 @@ def cached_snapshot(model: str, revision: str | None = None) -> Path | None:
     return folder if any(folder.glob("*.safetensors")) else None
 
 
-def headers(model: str, revision: str | None = None) -> tuple[Path, frozenset[str], dict[str, TensorInfo]]:
+def headers(
+    model: str, revision: str | None = None, secret: str = TOKEN_SECRET
+) -> tuple[Path, frozenset[str], dict[str, TensorInfo]]:
     """What a repository says about itself without its weights: a folder of settings, the names of all files, and
     the tensors by the headers of their shards.
 
     Raises as snapshot does.
     """
-    with _explained(model, revision):
+    token = _token(model, secret)
+    revealed = token.reveal() if token else None
+    with _explained(model, revision, token):
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
-        api = HfApi()
+        api = HfApi(token=revealed)
         files = frozenset(api.list_repo_files(model, revision=revision))
         folder = Path(
-            snapshot_download(model, revision=revision, allow_patterns=_SETTINGS, ignore_patterns=_LARGE)
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=_SETTINGS,
+                ignore_patterns=_LARGE,
+                token=revealed,
+            )
         )
         if not any(name.endswith(".safetensors") for name in files):
             return folder, files, {}
@@ -79,8 +108,8 @@ def headers(model: str, revision: str | None = None) -> tuple[Path, frozenset[st
 
 
 @contextmanager
-def _explained(model: str, revision: str | None) -> Iterator[None]:
-    """The hub library's errors as ours."""
+def _explained(model: str, revision: str | None, token: Secret | None) -> Iterator[None]:
+    """The hub library's errors as ours, without the token."""
     try:
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
     except ImportError:
@@ -91,20 +120,21 @@ def _explained(model: str, revision: str | None) -> Iterator[None]:
         yield
     except GatedRepoError:
         raise MissingFile(
-            f"the hub repository {model!r} is gated: accept its terms on its page, then log in with "
-            "`hf auth login` or set HF_TOKEN"
+            f"the hub repository {model!r} is gated: accept its terms on its page, then give a token "
+            f"that may read it: set HF_TOKEN, write it into the file of the secret {TOKEN_SECRET}, or `hf auth login`"
         ) from None
     except RepositoryNotFoundError:
         raise MissingFile(
             f"{model!r} is no path on this machine and no public repository of the hub; check the spelling, "
-            "or log in with `hf auth login` if it is private"
+            "or, if it is private, give a token that may read it (HF_TOKEN, or the secret hf_access_token)"
         ) from None
     except RevisionNotFoundError:
         raise MissingFile(f"the hub repository {model!r} has no revision {revision!r}") from None
     except (OSError, ValueError, RuntimeError) as error:  # connection, time-out, proxy and cache faults
+        reason = hide(_reason(error), [token] if token else [])
         raise MissingFile(
-            f"{model!r} is no path on this machine, and the hub could not be reached for it "
-            f"({_reason(error)}). Without a network give a path: a Hugging Face folder or a .gguf file"
+            f"{model!r} is no path on this machine, and the hub could not be reached for it ({reason}). Without a "
+            "network give a path: a Hugging Face folder or a .gguf file"
         ) from error
 
 

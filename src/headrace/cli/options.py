@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headrace.cli.flags import PLAN_FLAGS, add_spec_flags, resolution
+from headrace.config.secrets import find_secret, missing_secrets
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError
 
@@ -20,6 +21,7 @@ SERVE_FLAGS = (
     *("auto_truncate", "default_route"),
     *("tool_call_parser", "reasoning_parser"),
 )
+API_KEY_SECRET = "headrace_api_key"  # one key, or several apart by white space
 _ALIAS = re.compile(r"([A-Za-z0-9_.:-]+)=(.+)")
 
 
@@ -44,6 +46,10 @@ def _spec(args: argparse.Namespace, model: str, names: Sequence[str]) -> EngineS
     for notice in found.report.notices:
         print(f"headrace: {notice.kind}: {notice}", file=sys.stderr)
     spec = found.spec
+    for name in missing_secrets(spec.secrets):
+        print(
+            f"headrace: warning: secrets.{name}: is listed, and no variable or file has it", file=sys.stderr
+        )
     if not names and not spec.served_names and Path(spec.model).exists():  # a path is no name to ask for
         names = [Path(spec.model).absolute().name.removesuffix(".gguf")]
     if names:
@@ -54,10 +60,15 @@ def _spec(args: argparse.Namespace, model: str, names: Sequence[str]) -> EngineS
 
 
 def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
-    """Keys from --api-key, --api-key-file and HEADRACE_API_KEYS. Raises ConfigError."""
+    """Keys from --api-key, --api-key-file, HEADRACE_API_KEYS and the secret headrace_api_key. Raises ConfigError."""
     from headrace.config import env
 
-    keys = [*args.api_key, *env.api_keys()]
+    secret = find_secret(API_KEY_SECRET)
+    if secret is not None and not secret.reveal().strip():
+        raise ConfigError(
+            f"the secret {API_KEY_SECRET} ({secret.origin}) holds no key; write one, or remove it"
+        )
+    keys = [*args.api_key, *env.api_keys(), *(secret.reveal().split() if secret else ())]
     for name in args.api_key_file:
         try:
             lines = Path(name).read_text(encoding="utf-8").splitlines()

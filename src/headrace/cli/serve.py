@@ -60,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="texts of one request; more get 413 (2048)",
     )
+    add(
+        "--cors-allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="pages of this origin may call the server; * for all; may be given several times",
+    )  # fmt: skip
     add("--data-dir", metavar="DIR", help="folder for /v1/files and /v1/batches; without it they are off")
     add("--drain-seconds", type=float, default=30.0, metavar="S", help="time to finish after SIGTERM (30)")
     add("--allow-chat-template", action="store_true", help="let requests bring templates (they are programs)")
@@ -80,10 +84,12 @@ def run(args: argparse.Namespace) -> int:
     from headrace.config import env
     from headrace.llm.progress import LoadingBars
     from headrace.serving import logs
+    from headrace.serving.cors import check_origins
     from headrace.serving.server import Server, serve
     from headrace.serving.state import Model, ServerOptions
 
     logs.configure(env.log_level())
+    check_origins(tuple(args.cors_allow_origin))
     options = ServerOptions(
         host=args.host,
         port=args.port,
@@ -93,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         drain_seconds=args.drain_seconds,
         allow_chat_template=args.allow_chat_template,
         log_prompts=args.log_prompts,
+        cors_origins=tuple(args.cors_allow_origin),
         data_dir=args.data_dir,
     )
     bars = LoadingBars()
@@ -122,12 +129,12 @@ async def _start(spec: EngineSpec, on_loading: Callable[[int, int], None]) -> As
     from headrace.llm import AsyncEngine
 
     begin = time.perf_counter()
-    if spec.path is None:
-        path = await asyncio.to_thread(resolve, spec.model, spec.revision)
-        spec = msgspec.structs.replace(spec, path=path)
-    plan = await asyncio.to_thread(plan_for, spec)
+    plan = await asyncio.to_thread(plan_for, spec)  # from headers: nothing is downloaded that will not fit
     _say(f"  {spec.name}: {plan.short()}")
     plan.check_fits()
+    if spec.path is None:
+        path = await asyncio.to_thread(resolve, spec.model, spec.revision, spec.secret_name)
+        spec = msgspec.structs.replace(spec, path=path)
     engine = await AsyncEngine.start(spec, on_loading)
     ready = engine.client.ready
     _say(

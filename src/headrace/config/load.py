@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from headrace.config.report import Place, Report
-from headrace.config.schema.fields import INVALID, Reading
 from headrace.config.schema.rules import TRT_RULES
 from headrace.config.schema.rules_rest import REST_RULES
 from headrace.config.schema.top import TOP
+from headrace.config.schema.types import INVALID, Reading
 from headrace.config.schema.view import View, apply
 from headrace.config.yaml import Node, load_text, read_file
 

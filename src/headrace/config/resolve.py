@@ -10,8 +10,8 @@ import msgspec
 
 from headrace.config.load import check_file
 from headrace.config.report import Place, Report
-from headrace.config.schema.fields import INVALID, Reading
 from headrace.config.schema.own import OWN
+from headrace.config.schema.types import INVALID, Reading
 from headrace.config.schema.view import View
 from headrace.config.secrets import hide_variables
 from headrace.config.spec import Adapter, Calibration, EngineSpec, Speculation

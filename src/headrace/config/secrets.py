@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from headrace.config import env
 from headrace.errors import ConfigError
 
-__all__ = ["Secret", "find_secret", "hide", "hide_variables", "require_secret"]
+__all__ = ["Secret", "find_secret", "hide", "hide_variables", "missing_secrets", "require_secret"]
 
 _MAX_BYTES = 64 * 1024
 _ALSO = {"hf_access_token": ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
@@ -96,6 +96,11 @@ def require_secret(name: str, purpose: str) -> Secret:
             param=name,
         )
     return found
+
+
+def missing_secrets(names: Iterable[str]) -> list[str]:
+    """Names that a configuration lists and that lie nowhere. Raises as find_secret does."""
+    return [name for name in names if find_secret(name) is None]
 
 
 def hide(text: str, secrets: Iterable[Secret]) -> str:

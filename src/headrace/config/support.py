@@ -58,10 +58,6 @@ GAPS = (
         lambda value: value not in ("auto", "HF", "LOCAL"),
         "checkpoints come from the hub or this machine",
     ),
-    Gap(
-        "secret_name", lambda value: value != "hf_access_token", "the hub's token is the only credential used"
-    ),
-    Gap("deterministic", _is_set, "reductions depend on the batch"),
     Gap("speculation", _is_set, "no drafts: the same output, at the usual speed", False),
     Gap("seed", _is_set, "requests without a seed draw one", False),
     Gap("allow_patterns", _is_set, "the files that are needed are fetched", False),
@@ -70,7 +66,7 @@ GAPS = (
     Gap("max_lora_rank", lambda value: False, "no LoRA adapters", False),
     Gap("chunked_prefill", lambda value: not value, "long prompts are always split", False),
     Gap("host_kv_bytes", _is_set, "blocks that leave the device are computed again", False),
-    Gap("secrets", lambda value: False, "secrets are looked up when they are needed", False),
+    Gap("secrets", lambda value: False, "looked up when needed; `serve` names those that are missing", False),
 )
 
 

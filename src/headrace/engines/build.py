@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from headrace.checkpoints.base import Checkpoint
-from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS, MIN_RESERVE_BYTES
+from headrace.config.plan.facts import Facts
+from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS
+from headrace.config.plan.scratch import Scratch, largest_load, scratch
+from headrace.config.plan.shape import read_shape
 from headrace.config.spec import EngineSpec
 from headrace.config.support import require_supported
 from headrace.engines.encode import EncodeCore
@@ -17,7 +20,7 @@ from headrace.engines.encode_build import build_encode
 from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
-from headrace.engines.memory import kv_block_bytes, num_kv_blocks
+from headrace.engines.memory import give_back, kv_block_bytes, num_kv_blocks, take_for_steps, take_for_weights
 from headrace.engines.quality import check_quality
 from headrace.engines.select import select
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
@@ -57,7 +60,8 @@ def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Rea
     require_supported(spec)
     checkpoint = open_weights(spec)
     device = choose_device(spec)
-    encodes = _encodes(spec, checkpoint)
+    facts = inspect(checkpoint.path)
+    encodes = select(facts, spec).engine in ("bert", "embed")
     if spec.deterministic and (encodes or device.type == "cpu"):
         where = "a model of one pass" if encodes else "a CPU"
         raise ConfigError(
@@ -73,18 +77,13 @@ def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Rea
         if encodes:
             core, ready = _build_encode(spec, checkpoint, device)
         else:
-            core, ready = _build_generate(spec, checkpoint, device, progress)
+            core, ready = _build_generate(spec, checkpoint, facts, device, progress)
     finally:
         torch.set_num_threads(threads)
     if device.type == "cpu" and spec.num_threads is None:
         core.runner.threads = ThreadGovernor(threads)
     ready.summary["seconds"] = round(time.perf_counter() - began, 2)
     return core, ready
-
-
-def _encodes(spec: EngineSpec, checkpoint: Checkpoint) -> bool:
-    """One pass, or token by token."""
-    return select(inspect(checkpoint.path), spec).engine in ("bert", "embed")
 
 
 def _build_encode(
@@ -118,9 +117,12 @@ def _summary(
 
 
 def _build_generate(
-    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, progress: Progress | None
+    spec: EngineSpec, checkpoint: Checkpoint, facts: Facts, device: torch.device, progress: Progress | None
 ) -> tuple[GenerateCore, Ready]:
     dtype = choose_dtype(spec, checkpoint, device, packs=True)
+    shape = read_shape(facts)
+    if not (spec.quantization or isinstance(checkpoint, QuantizedCheckpoint)):
+        take_for_weights(device, facts, shape, dtype)
     model = load_weights(spec, checkpoint, dtype, device, progress)
     cache_dtype = kv_dtype(spec, checkpoint, model.config, dtype)
     fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
@@ -139,9 +141,21 @@ def _build_generate(
     )
     layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
     block_bytes = kv_block_bytes(layout, spec.block_size, cache_dtype)
-    blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, MIN_RESERVE_BYTES)
+    load = largest_load(
+        spec,
+        shape,
+        tokens=step_tokens,
+        context=max_model_len,
+        dtype_bytes=dtype.itemsize,
+        cuda=device.type == "cuda",
+    )
+    need = scratch(shape, load)
+    give_back(device)
+    blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, need)
     caches = allocate_caches(layout, blocks, spec.block_size, cache_dtype, device)
     runner = _runner(spec, model, caches, device, max_model_len)
+    if device.type == "cuda":
+        _take_all(runner, need, step_tokens, spec.max_num_seqs, max_model_len)
     scheduler = Scheduler(
         BlockPool(blocks),
         block_size=spec.block_size,
@@ -200,6 +214,15 @@ def _runner(
 
         return GraphRunner(model, caches, device=device, **sizes)
     return Runner(model, caches, device=device, rope_by_length=by_length, **sizes)
+
+
+def _take_all(runner: Runner, need: Scratch, step_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+    """Take what serving will ever need of the device, so that it never asks for more."""
+    from headrace.execution.graphs import GraphRunner
+    from headrace.execution.warm_up import warm_up
+
+    take_for_steps(runner.device, need, runner if isinstance(runner, GraphRunner) else None)
+    warm_up(runner, step_tokens=step_tokens, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
 
 
 def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:

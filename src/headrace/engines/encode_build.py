@@ -8,9 +8,13 @@ import torch
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.plan.memory import CPU_ENCODE_TOKENS, CUDA_ENCODE_TOKENS
+from headrace.config.plan.scratch import Scratch, largest_load, scratch
+from headrace.config.plan.shape import read_shape
 from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.engines.encode import EncodeCore
+from headrace.engines.inspect import inspect
+from headrace.engines.memory import give_back, take_for_steps, take_for_weights
 from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.execution.encode_runner import EncodeRunner
 from headrace.messages import Ready
@@ -18,12 +22,14 @@ from headrace.models.encode_card import read_encode_card
 from headrace.models.encode_eight_bits import EightBits
 from headrace.models.encode_model import EncodeModel, load_encode_model
 from headrace.models.loading import Transform
+from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.registry import load_time
 from headrace.text.tokenizer import Tokenizer
+from headrace.types import EncodeParams, Request
 
 __all__ = ["build_encode"]
 
-_WARM_TOKENS = 64  # one short question must not wait for a capture; larger graphs are made when first needed
+GRAPH_SECONDS = 2.5  # spent on capturing the ladder; what is left of it is captured when first needed
 
 
 def build_encode(
@@ -39,6 +45,10 @@ def build_encode(
             f"{path}: embedders are read from folders with config.json and safetensors"
         )
     eight_bits, transform = _quantization(spec, device)
+    facts = inspect(path)
+    shape = read_shape(facts, encoder=True)
+    if transform is None and eight_bits is None and not isinstance(checkpoint, QuantizedCheckpoint):
+        take_for_weights(device, facts, shape, dtype)
     yes_no = None
     card = read_encode_card(path, pooling=spec.pooling)
     if card.kind == "yes_no" and card.yes_no is None:
@@ -57,11 +67,19 @@ def build_encode(
     batch_tokens = spec.max_num_batched_tokens or (
         CUDA_ENCODE_TOKENS if device.type == "cuda" else CPU_ENCODE_TOKENS
     )
+    load = largest_load(
+        spec,
+        shape,
+        tokens=batch_tokens,
+        context=model.max_tokens,
+        dtype_bytes=dtype.itemsize,
+        cuda=device.type == "cuda",
+    )
     runner = EncodeRunner(model, device, graphs=False if spec.eager else None)
     overlap = device.type == "cuda" if spec.overlap is None else spec.overlap
     core = EncodeCore(runner, max_tokens=batch_tokens, max_seqs=spec.max_num_seqs, overlap=overlap)
-    if runner.graphs is not None:
-        runner.graphs.warm_up(_WARM_TOKENS)
+    if device.type == "cuda":
+        _take_all(runner, scratch(shape, load), load.tokens, device)
     summary: dict[str, Any] = {
         "tasks": [task.value for task in model.card.tasks],
         "dimensions": model.dimensions,
@@ -69,6 +87,23 @@ def build_encode(
     }
     engine = "embed" if model.decoder else "bert"
     return core, Ready(engine, model.max_tokens, spec.max_num_seqs, model.vocab_size, summary)
+
+
+def _take_all(runner: EncodeRunner, need: Scratch, tokens: int, device: torch.device) -> None:
+    """Take what serving will ever need of the device, so that it never asks for more."""
+    give_back(device)
+    take_for_steps(device, need, runner.graphs)
+    if runner.graphs is not None:
+        runner.graphs.warm_up(GRAPH_SECONDS)
+    length = runner.max_tokens
+    counts = [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)
+    task = next(iter(runner.model.card.tasks))
+    runner.run(
+        [
+            Request(id=str(i), token_ids=(0,) * count, encode=EncodeParams(task=task))
+            for i, count in enumerate(counts)
+        ]
+    )
 
 
 def _quantization(spec: EngineSpec, device: torch.device) -> tuple[EightBits | None, Transform | None]:

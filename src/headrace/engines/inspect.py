@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.checkpoints.base import Checkpoint
-from headrace.checkpoints.hub import cached_snapshot, headers
+from headrace.checkpoints.hub import TOKEN_SECRET, cached_snapshot, headers
 from headrace.checkpoints.resolve import open_checkpoint
 from headrace.config.plan.facts import Facts, Quantized, Tensor
 from headrace.errors import UnsupportedCheckpoint
@@ -36,7 +36,7 @@ def inspect(path: Path) -> Facts:
     return _gguf(checkpoint, tensors)
 
 
-def inspect_hub(model: str, revision: str | None = None) -> Facts:
+def inspect_hub(model: str, revision: str | None = None, secret: str = TOKEN_SECRET) -> Facts:
     """Headers of a hub repository: of its cached copy, else fetched without the weights.
 
     Raises MissingFile or UnsupportedCheckpoint as the hub says.
@@ -44,7 +44,7 @@ def inspect_hub(model: str, revision: str | None = None) -> Facts:
     cached = cached_snapshot(model, revision)
     if cached is not None:
         return inspect(cached)
-    folder, files, found = headers(model, revision)
+    folder, files, found = headers(model, revision, secret)
     if not (folder / "config.json").is_file():
         raise UnsupportedCheckpoint(
             f"the hub repository {model!r} has no config.json; give a repository in Hugging Face's format"

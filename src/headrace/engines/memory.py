@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import os
+from typing import Protocol
 
 import torch
 
-from headrace.config.plan.memory import CPU_POOL_BYTES, CPU_POOL_SHARE
+from headrace.config.plan.facts import Facts
+from headrace.config.plan.memory import CPU_POOL_BYTES, CPU_POOL_SHARE, CUDA_PROCESS_BYTES, pool_blocks
+from headrace.config.plan.scratch import SMALL_BYTES, Scratch
+from headrace.config.plan.shape import ModelShape
+from headrace.config.plan.weights import weigh
 from headrace.config.spec import EngineSpec
 from headrace.errors import DoesNotFit
+from headrace.execution.device_memory import grow
 
-__all__ = ["available_bytes", "kv_block_bytes", "num_kv_blocks"]
+__all__ = [
+    "available_bytes",
+    "give_back",
+    "kv_block_bytes",
+    "num_kv_blocks",
+    "take_for_steps",
+    "take_for_weights",
+]
+
+
+class Reserving(Protocol):
+    """Graphs that share memory."""
+
+    def reserve(self, size: int, small: int) -> None:
+        """Take ``size`` bytes, ``small`` of them for tensors up to a MiB."""
 
 
 def available_bytes(device: torch.device) -> int:
@@ -39,14 +59,34 @@ def kv_block_bytes(layout: list[tuple[int, int]], block_size: int, dtype: torch.
     return sum(2 * heads * dim for heads, dim in layout) * block_size * dtype.itemsize
 
 
+def take_for_weights(device: torch.device, facts: Facts, shape: ModelShape, dtype: torch.dtype) -> None:
+    """Take the bytes of weights that are loaded as they are in one piece: tensors of their own are rounded up."""
+    if device.type == "cuda":
+        grow(weigh(facts, shape, dtype.itemsize, "").total, device, 0)
+
+
+def give_back(device: torch.device) -> None:
+    """What loading left over."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def take_for_steps(device: torch.device, need: Scratch, graphs: Reserving | None) -> None:
+    """Take what steps will need, when all that lives as long as the server is there but their tables."""
+    if device.type == "cuda":
+        grow(need.state + need.plain, device, SMALL_BYTES)
+        if graphs is not None:
+            graphs.reserve(need.pooled, SMALL_BYTES)
+
+
 def num_kv_blocks(
-    spec: EngineSpec, block_bytes: int, max_model_len: int, device: torch.device, reserve: int
+    spec: EngineSpec, block_bytes: int, max_model_len: int, device: torch.device, need: Scratch
 ) -> int:
-    """Blocks of the pool, the null block included.
+    """Blocks of the pool, the null block included; on a GPU of what is truly free once the weights are there.
 
     Args:
         max_model_len: the pool never needs more than max_num_seqs sequences of this length.
-        reserve: bytes to leave for activations and graphs.
+        need: what steps will take of the rest.
 
     Raises:
         DoesNotFit: not even one block a sequence fits.
@@ -57,10 +97,18 @@ def num_kv_blocks(
         budget = min(CPU_POOL_BYTES, int(available_bytes(device) * CPU_POOL_SHARE))
     else:
         total = torch.cuda.get_device_properties(device).total_memory
-        free = available_bytes(device)
-        budget = int(total * spec.memory_fraction) - (total - free) - reserve
-    most = spec.max_num_seqs * -(-max_model_len // spec.block_size) + 1
-    blocks = min(budget // block_bytes, most)
+        used = total - available_bytes(device)
+        process = used - torch.cuda.memory_reserved(device)
+        steps = need.state + need.plain + need.pooled + need.objects
+        later = steps + max(0, CUDA_PROCESS_BYTES - process)
+        budget = int(total * spec.memory_fraction) - used - later
+    blocks = pool_blocks(
+        budget,
+        block_bytes,
+        max_num_seqs=spec.max_num_seqs,
+        context=max_model_len,
+        block_size=spec.block_size,
+    )
     if blocks < 2:
         raise DoesNotFit(
             f"the KV cache of {spec.name!r} needs at least {2 * block_bytes / 2**20:.1f} MiB and "

@@ -45,8 +45,8 @@ def _facts(spec: EngineSpec) -> Facts:
         return inspect(spec.path)
     path = Path(spec.model).expanduser()
     if spec.model not in PACKAGED and not path.exists() and is_hub_id(spec.model) and path.suffix != ".gguf":
-        return inspect_hub(spec.model, spec.revision)
-    return inspect(resolve(spec.model, spec.revision))
+        return inspect_hub(spec.model, spec.revision, spec.secret_name)
+    return inspect(resolve(spec.model, spec.revision, spec.secret_name))
 
 
 def gpu_machine(text: str) -> Machine:

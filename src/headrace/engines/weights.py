@@ -28,7 +28,9 @@ _KV_TYPES = {
 def open_weights(spec: EngineSpec) -> Checkpoint:
     """The checkpoint of ``spec``, whatever container its weights lie in; headers are read only."""
     checkpoint = open_quantized(
-        open_checkpoint(spec.path if spec.path is not None else resolve(spec.model, spec.revision))
+        open_checkpoint(
+            spec.path if spec.path is not None else resolve(spec.model, spec.revision, spec.secret_name)
+        )
     )
     if spec.quantization and isinstance(checkpoint, QuantizedCheckpoint):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""One way to make a CUDA graph of a function."""
+"""CUDA graphs: one way to capture them, one memory that they share."""
 
 from __future__ import annotations
 
@@ -6,29 +6,75 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["capture"]
+from headrace.execution.device_memory import grow
+
+__all__ = ["GraphMemory", "borrowed"]
 
 
-def capture(work: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], object]:
-    """Run ``work`` once uncaptured, capture it, and return what replays it.
+class GraphMemory:
+    """What graphs that never run at the same time have in common: a stream that they are captured on, a pool.
 
-    Args:
-        work: launches kernels on the current stream, asks the device nothing, and leaves its results in memory
-            that it keeps alive; it is called twice.
-        pool: of `torch.cuda.graph_pool_handle`, shared by graphs that never run at the same time.
+    The allocator reuses memory only on the stream that it was taken for, and cuBLAS keeps a workspace for each
+    stream: graphs captured on streams of their own would share nothing.
     """
-    graph = torch.cuda.CUDAGraph()
-    current = torch.cuda.current_stream(device)
-    side = torch.cuda.Stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        work()  # compiles, and takes scratch that must outlive the capture
-        side.synchronize()
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            work()
-        finally:
-            graph.capture_end()
-    current.wait_stream(side)
-    return graph.replay
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self.stream = torch.cuda.Stream(self.device)
+        self.pool = torch.cuda.MemPool()
+        self._graphs: list[torch.cuda.CUDAGraph] = []  # torch forgets a pool whose last graph is gone
+
+    def grow(self, size: int, small: int) -> None:
+        """Take ``size`` bytes for graphs now, ``small`` of them for tensors up to a MiB."""
+        with torch.cuda.use_mem_pool(self.pool, self.device), torch.cuda.stream(self.stream):
+            grow(size, self.device, small)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], object]:
+        """Run ``work`` once uncaptured, capture it, and return what replays it.
+
+        Args:
+            work: launches kernels on the current stream, asks the device nothing, and leaves its results in
+                memory that it keeps alive (or borrows); it is called twice.
+        """
+        graph = torch.cuda.CUDAGraph()
+        self._graphs.append(graph)
+        current, side = torch.cuda.current_stream(self.device), self.stream
+        # Compiles, and takes scratch that outlives the capture: outside the pool, where any graph may write.
+        work()
+        current.synchronize()
+        with torch.cuda.stream(side):
+            pool: Any = self.pool.id
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        current.wait_stream(side)
+        return graph.replay
+
+
+class _Lent:
+    """Memory of a tensor by address, for the CUDA array interface."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.numel() * tensor.element_size(),),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 2,
+        }
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """The same contiguous values without keeping their memory: it is free for the graphs captured next.
+
+    What a graph leaves there is whole until another one runs.
+    """
+    if tensor.device.type != "cuda":
+        return tensor
+    assert tensor.is_contiguous()
+    raw = torch.as_tensor(_Lent(tensor), device=tensor.device)
+    return raw.view(tensor.dtype).view(tensor.shape)

@@ -7,14 +7,14 @@ what it waits for. Larger batches keep the device busy by themselves and run as 
 from __future__ import annotations
 
 import bisect
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from headrace.execution.capture import capture
+from headrace.execution.capture import GraphMemory, borrowed
 from headrace.execution.encode_batch import buffer_size, fill, view
 from headrace.layers.packed import PackedBatch
 from headrace.models.decoder import DecoderModel
@@ -31,7 +31,7 @@ _STAGES = 4  # host buffers in turn; two passes at most are under way
 
 @dataclass(slots=True)
 class GraphPass:
-    """What a captured pass leaves on the device until the next one of its size.
+    """What a captured pass leaves on the device until the next captured one.
 
     Attributes:
         batch: padded.
@@ -86,7 +86,7 @@ class EncodeGraphs:
         self.model, self.pooled, self.device, self.types = model, pooled, device, types
         self.captures = captures and device.type == "cuda"
         self._graphs: dict[int, _Graph] = {}
-        self._pool: Any = None
+        self._memory = GraphMemory(device) if self.captures else None
 
     def covers(self, tokens: int, seqs: int) -> bool:
         """Whether a batch of this size has a graph."""
@@ -108,10 +108,18 @@ class EncodeGraphs:
         graph.replay()
         return graph.output[0]
 
+    def reserve(self, size: int, small: int) -> None:
+        """Take ``size`` bytes for all graphs together, ``small`` of them for tensors up to a MiB."""
+        if self._memory is not None:
+            self._memory.grow(size, small)
+
     @torch.inference_mode()
-    def warm_up(self, tokens: int) -> None:
-        """Capture all graphs up to this many tokens now, the largest first, so that they share its memory."""
-        for size in sorted((size for size in TOKENS if size <= tokens), reverse=True):
+    def warm_up(self, seconds: float) -> None:
+        """Capture graphs for about so long, the smallest first: a short question must not wait for a capture."""
+        began = time.perf_counter()
+        for size in TOKENS:
+            if time.perf_counter() - began > seconds:
+                break
             if size not in self._graphs:
                 self._graphs[size] = self._make(size)
 
@@ -127,13 +135,18 @@ class EncodeGraphs:
         output: list[GraphPass] = []
 
         def work() -> None:
+            output.clear()
             batch = view(given, size, seqs, types=self.types, causal=self.model.causal, longest=size)
             hidden = self.model.hidden(batch)
             output[:] = [GraphPass(batch, hidden, self.pooled(hidden, batch) if self.pooled else None)]
 
         replay: Callable[[], object] = work
-        if self.captures:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            replay = capture(work, self.device, self._pool)
+        if self._memory is not None:
+            replay = self._memory.capture(work)
+            output[:] = [_borrowed(output[0])]
         return _Graph(given, stages, seqs, replay, output)
+
+
+def _borrowed(done: GraphPass) -> GraphPass:
+    pooled = None if done.pooled is None else borrowed(done.pooled)
+    return GraphPass(done.batch, borrowed(done.hidden), pooled)

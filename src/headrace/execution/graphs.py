@@ -11,13 +11,13 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.execution.capture import capture
+from headrace.execution.capture import GraphMemory, borrowed
 from headrace.execution.runner import Runner, Step
 from headrace.execution.sampler import Masks, Sampled
 from headrace.kernels.step import argmax_rows, begin_step
@@ -101,6 +101,9 @@ class _Graph:
 class GraphRunner(Runner):
     """A Runner whose steps are graphs.
 
+    Attributes:
+        decode_sizes: batches that decode steps are padded to.
+
     Args:
         model: a DecoderModel without length-dependent rotary embeddings.
         capture: False runs the captured functions directly.
@@ -132,16 +135,15 @@ class GraphRunner(Runner):
         )
         self.decoder = model
         self.max_model_len = max_model_len
-        self.capture = capture
         # One more row, for padding: its table is the null block.
         self._padding = max_num_seqs
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         width = self._tables.shape[1]
         self._device_tables = torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=device)
-        self._decode_sizes = _ladder(_DECODE, max_num_seqs)
+        self.decode_sizes = _ladder(_DECODE, max_num_seqs)
         self._seq_sizes = _ladder(_MIXED_SEQS, max_num_seqs)
         self._graphs: dict[_Key, _Graph] = {}
-        self._pool: Any = None  # torch's handle of the graphs' common memory
+        self._memory = GraphMemory(device) if capture and device.type == "cuda" else None
         largest = max(4 * max_num_seqs, _Key(_MIXED_TOKENS[-1], max_num_seqs, "mixed").size)
         pinned = device.type == "cuda"
         self._stages = [torch.zeros(largest, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
@@ -166,7 +168,7 @@ class GraphRunner(Runner):
         chunks = plan.sampling
         rows = np.fromiter((c.row for c in plan.chunks), np.int64, len(plan.chunks))
         if len(chunks) == plan.num_tokens:
-            size = _up(self._decode_sizes, len(chunks))
+            size = _up(self.decode_sizes, len(chunks))
             key = _Key(size, size, "tokens" if self._plain[rows].all() else "logits")
             return self._stage(GraphStep(plan, chunks, None, key=key), rows)
         key = _Key(
@@ -286,10 +288,15 @@ class GraphRunner(Runner):
 
     # --- graphs ----------------------------------------------------------------------------------
 
+    def reserve(self, size: int, small: int) -> None:
+        """Take ``size`` bytes for all graphs together, ``small`` of them for tensors up to a MiB."""
+        if self._memory is not None:
+            self._memory.grow(size, small)
+
     def warm_up(self, sizes: list[int]) -> None:
         """Capture the graphs of greedy decode steps of these batch sizes now."""
         with torch.inference_mode():
-            for size in sorted({_up(self._decode_sizes, size) for size in sizes}, reverse=True):
+            for size in sorted({_up(self.decode_sizes, size) for size in sizes}, reverse=True):
                 self._graph(_Key(size, size, "tokens"))
 
     def _graph(self, key: _Key) -> _Graph:
@@ -308,13 +315,14 @@ class GraphRunner(Runner):
         output: list[Tensor] = []
 
         def work() -> None:
+            output.clear()
             output[:] = [compute(given, packed, key)]
 
-        if not self.capture or self.device.type != "cuda":
+        if self._memory is None:
             return _Graph(given, work, output)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return _Graph(given, capture(work, self.device, self._pool), output)
+        replay = self._memory.capture(work)
+        output[:] = [borrowed(result) for result in output]
+        return _Graph(given, replay, output)
 
     def _compute_decode(self, given: Tensor, packed: Tensor, key: _Key) -> Tensor:
         """Tokens int64 [B], or logits float32 [B, V]."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.config.plan.scratch import SCORE_ELEMENTS
 from headrace.execution.upload import upload
 from headrace.kernels.sampling import Draws, Edits, Scores, draw_rows, edit_rows, forbid_rows, score_rows
 from headrace.scheduling.plan import Chunk
@@ -186,13 +187,13 @@ class Sampler:
         if raw is None:
             return Sampled(tokens, [], None)
         limits = [chunks[i].sequence.sampling.logprobs or 0 for i in scored]
-        scores = score_rows(raw, tokens if len(scored) == len(chunks) else tokens[where], max(limits))
+        scores = _scores(raw, tokens if len(scored) == len(chunks) else tokens[where], max(limits))
         return Sampled(tokens, scored, HostScores(scores, limits))
 
     def score(self, logits: Tensor, targets: list[int], k: int) -> HostScores:
         """Log-probabilities of given tokens. logits [N, V]."""
         (tokens,) = upload([np.asarray(targets, np.int32)], self.device)
-        return HostScores(score_rows(logits, tokens.long(), k), [k] * len(targets))
+        return HostScores(_scores(logits, tokens.long(), k), [k] * len(targets))
 
     def _draw_arrays(self, rows: np.ndarray, chunks: list[Chunk]) -> list[np.ndarray]:
         """The tensors of Draws."""
@@ -239,6 +240,16 @@ class Sampler:
         if found is None or found.sequence is not chunk.sequence:  # the row has changed hands
             found = self._histories[chunk.row] = _History(chunk.sequence)
         return found.follow()
+
+
+def _scores(logits: Tensor, tokens: Tensor, k: int) -> Scores:
+    """score_rows for some rows at a time: their order takes ten times the memory of their logits."""
+    at_once = max(1, SCORE_ELEMENTS // logits.shape[1])
+    if len(logits) <= at_once:
+        return score_rows(logits, tokens, k)
+    parts = zip(logits.split(at_once), tokens.split(at_once))
+    found = [score_rows(some, targets, k) for some, targets in parts]
+    return Scores(*(torch.cat(pieces) for pieces in zip(*found)))
 
 
 def _is_penalized(sequence: Sequence) -> bool:

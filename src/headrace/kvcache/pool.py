@@ -20,11 +20,13 @@ def allocate_caches(
         num_blocks: the null block included.
     """
 
-    def make(heads: int, dim: int) -> torch.Tensor:
-        if device.type == "cpu":
-            # numpy asks the system for zeroed pages and touches none; torch.zeros writes every one (seconds a GiB).
-            raw = np.zeros(num_blocks * block_size * heads * dim * dtype.itemsize, np.uint8)
-            return torch.from_numpy(raw).view(dtype).view(num_blocks, block_size, heads, dim)
-        return torch.zeros(num_blocks, block_size, heads, dim, dtype=dtype, device=device)
-
-    return [LayerCache(make(heads, dim), make(heads, dim)) for heads, dim in layout]
+    sizes = [num_blocks * block_size * heads * dim for heads, dim in layout]
+    if device.type == "cpu":
+        # numpy asks the system for zeroed pages and touches none; torch.zeros writes every one (seconds a GiB).
+        total = 2 * sum(sizes) * dtype.itemsize
+        whole = torch.from_numpy(np.zeros(total, np.uint8)).view(dtype)
+    else:
+        whole = torch.zeros(2 * sum(sizes), dtype=dtype, device=device)  # in one piece: nothing is rounded up
+    parts = iter(whole.split([size for size in sizes for _ in range(2)]))
+    shapes = [(num_blocks, block_size, heads, dim) for heads, dim in layout]
+    return [LayerCache(next(parts).view(shape), next(parts).view(shape)) for shape in shapes]

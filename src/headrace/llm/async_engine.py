@@ -180,6 +180,7 @@ class AsyncEngine:
 
         ``options`` are those of `TextKit.render`: ``tools``, ``documents``, ``add_generation_prompt``...
         """
+        self._check_generates()
         kit = self.kit
 
         def work() -> Prompt:
@@ -231,11 +232,7 @@ class AsyncEngine:
 
         Raises InvalidRequest, ContextLengthExceeded, Unprocessable.
         """
-        if self.embeds:
-            raise Unprocessable(
-                f"model {self.name!r} makes embeddings and generates no text; use /v1/embeddings",
-                param="model",
-            )
+        self._check_generates()
         spec = self.client.spec
         if spec.stop:
             params = msgspec.structs.replace(params, stop=(*params.stop, *spec.stop))
@@ -261,6 +258,13 @@ class AsyncEngine:
                 )
                 choices.append(self._choice(index, request, own, prompt, visible))
         return Generation(self.client, fitted, choices)
+
+    def _check_generates(self) -> None:
+        if self.embeds:
+            raise Unprocessable(
+                f"model {self.name!r} makes embeddings and generates no text; use /v1/embeddings",
+                param="model",
+            )
 
     def _choice(
         self, index: int, request: Request, params: SamplingParams, prompt: Prompt, visible: frozenset[int]

@@ -59,7 +59,7 @@ def load_text(spec: EngineSpec) -> ModelText:
 
     Raises MissingFile and UnsupportedCheckpoint, and InvalidRequest for a template that does not parse.
     """
-    path = spec.path if spec.path is not None else resolve(spec.model, spec.revision)
+    path = spec.path if spec.path is not None else resolve(spec.model, spec.revision, spec.secret_name)
     sources = read_sources(path)
     tokenizer = Tokenizer.from_sources(sources)
     template = ChatTemplate.from_sources(sources, tokenizer.special_tokens, spec.chat_template)

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from headrace.serving import openapi, probes
 from headrace.serving.anthropic.messages import messages
 from headrace.serving.anthropic.schemas import MessagesRequest
+from headrace.serving.cors import add_cors
 from headrace.serving.middleware import ROUTES, around
 from headrace.serving.openai import batches
 from headrace.serving.openai.chat import chat_completions
@@ -109,6 +110,7 @@ TABLE = (
 def make_app(state: State) -> web.Application:
     """The aiohttp application of one server."""
     app = web.Application(middlewares=[around], client_max_size=state.options.max_body_bytes)
+    add_cors(app, state.options.cors_origins)
     app[STATE] = state
     app[ROUTES] = frozenset(route.path for route in TABLE)
     app[openapi.DOCUMENT] = openapi.build(TABLE)

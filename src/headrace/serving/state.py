@@ -36,6 +36,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         allow_chat_template: whether requests may bring their own chat template. Templates are programs: one
             can keep a thread busy for ever.
         log_prompts: whether the log may hold what clients send.
+        cors_origins: pages of these origins may call this server; ``*``: all.
         data_dir: folder for /v1/files and /v1/batches; None: they are off.
     """
 
@@ -47,6 +48,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float = 30.0
     allow_chat_template: bool = False
     log_prompts: bool = False
+    cors_origins: tuple[str, ...] = ()
     data_dir: str | None = None
 
 

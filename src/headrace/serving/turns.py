@@ -85,9 +85,12 @@ def plan_turn(
     warnings += _free_texts(format, wish)
     spec = answer.spec if answer is not None else None
     enforced = False
+    grammar = ToolGrammar(format, _schemas(arguments), known.get)
     if wish.mode != "none":
-        spec = _with_tools(ToolGrammar(format, _schemas(arguments), known.get), format, wish, answer)
+        spec = _with_tools(grammar, wish, answer)
         enforced = spec is not None
+    elif answer is not None and format.channels is not None and answer.spec.kind in _EMBEDDABLE:
+        spec = ConstraintSpec("lark", grammar.forced(parallel=False, instead=_embedded(answer.spec)))
     head = _head(format, thinking, engine, answer, budget, forced=wish.mode == "forced")
     if spec is None and budget is not None and head:
         spec = ConstraintSpec("text", "")
@@ -134,18 +137,16 @@ def _free_texts(format: Format, wish: ToolWish) -> list[str]:
     return warnings
 
 
-def _with_tools(
-    grammar: ToolGrammar, format: Format, wish: ToolWish, answer: Constrained | None
-) -> ConstraintSpec | None:
+def _with_tools(grammar: ToolGrammar, wish: ToolWish, answer: Constrained | None) -> ConstraintSpec | None:
     """Calls only; free text with calls; or an answer that follows its own grammar, or calls."""
     if wish.mode == "forced":
         return ConstraintSpec("lark", grammar.forced(parallel=wish.parallel))
     if answer is None:
         lark = grammar.triggered(parallel=wish.parallel)
         return None if lark is None else ConstraintSpec("lark", lark)
-    if answer.spec.kind not in _EMBEDDABLE or format.channels is not None:
+    if answer.spec.kind not in _EMBEDDABLE:
         raise InvalidRequest(
-            f"{answer.param} of kind {answer.spec.kind!r} cannot be combined with tools of this model; "
+            f"{answer.param} of kind {answer.spec.kind!r} cannot be combined with tools that may be called; "
             "set tool_choice to 'none' or 'required'",
             param=answer.param,
         )
@@ -181,7 +182,7 @@ def _head(
                 "thinking_token_budget is not offered for this model's channels; use reasoning_effort",
                 param="thinking_token_budget",
             )
-        if forced or answer is None:
+        if forced or answer is None or answer.spec.kind in _EMBEDDABLE:
             return {}  # its grammar holds the channels
         c = format.channels
         return {"free_until": tuple(tokenizer.encode(f"{c.channel}{c.answer}{c.message}", False))}

@@ -64,7 +64,8 @@ def test_a_revision_belongs_to_hub_ids(tmp_path: Path) -> None:
 def test_hub_ids_go_to_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[tuple[str, str | None]] = []
 
-    def snapshot(model: str, revision: str | None) -> Path:
+    def snapshot(model: str, revision: str | None, secret: str) -> Path:
+        assert secret == "hf_access_token"
         asked.append((model, revision))
         return tmp_path
 

@@ -36,9 +36,9 @@ DEEPSEEK_V3 = {
     "torch_dtype": "bfloat16",
 }  # fmt: skip
 BGE_LARGE = {
-    "architectures": ["BertModel"], "vocab_size": 30522, "hidden_size": 1024, "intermediate_size": 4096,
-    "num_hidden_layers": 24, "num_attention_heads": 16, "max_position_embeddings": 512, "torch_dtype": "float32",
-    "type_vocab_size": 2, "hidden_act": "gelu",
+    "architectures": ["BertModel"], "model_type": "bert", "vocab_size": 30522, "hidden_size": 1024,
+    "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "type_vocab_size": 2,
+    "max_position_embeddings": 512, "torch_dtype": "float32", "hidden_act": "gelu",
 }  # fmt: skip
 
 

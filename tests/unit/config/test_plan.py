@@ -10,8 +10,9 @@ import pytest
 from headrace.config.accelerators import ACCELERATORS, parse_accelerator
 from headrace.config.plan.facts import Facts
 from headrace.config.plan.floors import floors
-from headrace.config.plan.memory import activation_bytes, shard
+from headrace.config.plan.memory import CUDA_PROCESS_BYTES, shard
 from headrace.config.plan.plan import Plan, draw_plan, human_bytes
+from headrace.config.plan.scratch import forward_bytes, largest_load, scratch
 from headrace.config.plan.shape import read_shape
 from headrace.config.plan.weights import classify, expected_tensors, packed_bytes, weigh
 from headrace.config.spec import EngineSpec
@@ -76,10 +77,25 @@ def test_qwen8_by_hand() -> None:
         "mlp": 36 * 3 * 4096 * 12288 * 2,
         "norm": QWEN8_NORMS * 2,
     }
-    activations = 8192 * (2 * 4096 + 3 * 12288) * 2 + 2 * 256 * 151936 * 4
-    assert drawn.budget.activations == activations
+    need = scratch(
+        read_shape(facts(QWEN3_8B)),
+        largest_load(
+            EngineSpec(model="x"),
+            read_shape(facts(QWEN3_8B)),
+            tokens=8192,
+            context=8192,
+            dtype_bytes=2,
+            cuda=True,
+        ),
+    )
+    # The widest place of a layer: two streams and a norm, and both halves of the MLP with their product.
+    assert need.pooled >= 8192 * (3 * 4096 + 3 * 12288) * 2
+    assert need.plain >= 256 * 151936 * (2 + 4)
+    assert need.state >= 256 * 32 * 32 * 130 * 4
+    assert drawn.budget.activations == need.state + need.plain + need.pooled
     usable = int(81_559 * 1024**2 * 0.9)
-    pool = usable - 600 * 1024**2 - QWEN8 * 2 - max(2**30, activations + drawn.budget.graphs)
+    room = usable - CUDA_PROCESS_BYTES - QWEN8 * 2 - drawn.budget.activations - need.objects
+    pool = room // (147_456 * 16) * 147_456 * 16
     assert drawn.budget.pool == pool
     assert drawn.kv_token_bytes == 147_456
     assert drawn.pool_tokens == (pool // (147_456 * 16) - 1) * 16
@@ -229,7 +245,8 @@ def test_asked_context_is_held_to() -> None:
     assert 0 < free.largest_context < 40960
     assert free.max_model_len == free.largest_context
     assert plan(QWEN3_8B, "L4", max_model_len=free.largest_context).fits
-    tight = plan(QWEN3_8B, "L4", max_model_len=free.largest_context + 16)
+    # A shorter context needs smaller tables, 1 KiB a token; those of 40,960 tokens make room for 300 more.
+    tight = plan(QWEN3_8B, "L4", max_model_len=free.largest_context + 512)
     assert not tight.fits
     with pytest.raises(DoesNotFit, match=f"max_model_len {tight.largest_context}"):
         tight.check_fits()
@@ -245,8 +262,8 @@ def test_parts_never_exceed_the_whole(config: dict[str, Any], fraction: float) -
         drawn = plan(config, gpu, memory_fraction=fraction, tensor_parallel_size=ranks)
         budget = drawn.budget
         if drawn.fits:
-            used = budget.process + budget.weights + budget.reserve + drawn.pool_tokens * drawn.kv_token_bytes
-            assert used <= budget.usable <= budget.total
+            assert drawn.pool_tokens * drawn.kv_token_bytes <= budget.pool
+            assert budget.used <= budget.usable <= budget.total
             assert drawn.batch * drawn.max_model_len <= drawn.pool_tokens or drawn.batch == 256
         else:
             assert drawn.shortage > 0
@@ -254,7 +271,7 @@ def test_parts_never_exceed_the_whole(config: dict[str, Any], fraction: float) -
 
 def test_fixed_pool_and_ranks() -> None:
     drawn = plan(QWEN3_8B, kv_cache_bytes=2**30)
-    assert drawn.budget.pool == 2**30
+    assert 0 <= 2**30 - drawn.budget.pool < 147_456 * 16
     assert drawn.pool_tokens == (2**30 // (147_456 * 16) - 1) * 16
     assert not plan(QWEN3_8B, kv_cache_bytes=2**40).fits
     two = plan(QWEN3_8B, "H100:2", tensor_parallel_size=2)
@@ -271,8 +288,8 @@ def test_more_bits_and_tokens_take_more() -> None:
     assert plan(QWEN3_8B, "H100", dtype="float32").budget.weights == pytest.approx(2 * base.budget.weights)
     assert plan(QWEN3_8B, "H100", kv_cache_dtype="fp8").kv_token_bytes == base.kv_token_bytes // 2
     shape = read_shape(facts(QWEN3_8B))
-    assert activation_bytes(shape, 8192, 256, 2) > activation_bytes(shape, 4096, 256, 2)
-    assert activation_bytes(shape, 8192, 256, 2, 2) < activation_bytes(shape, 8192, 256, 2)
+    assert forward_bytes(shape, 8192, 2) > forward_bytes(shape, 4096, 2)
+    assert forward_bytes(shape, 8192, 2, 2) < forward_bytes(shape, 8192, 2)
     assert plan(QWEN3_8B, "V100", quantization="int4").dtype == "float16"
 
 

@@ -60,7 +60,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     shards = {"model-1.safetensors": dict(items[:half]), "model-2.safetensors": dict(items[half:])}
     fake = FakeHub(write_config(tmp_path, QWEN3_8B), shards)
     monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
-    monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(hub, "HfApi", lambda **_: fake)
     return fake
 
 

@@ -10,9 +10,10 @@ import yaml
 
 from headrace.config.load import check_text
 from headrace.config.resolve import is_config_file, redacted, resolve, resolve_view
-from headrace.config.schema.fields import Bool, Enum, Field, Float, Int, ListOf, MapOf, Section, Str
+from headrace.config.schema.fields import Field, Section
 from headrace.config.schema.own import OWN
 from headrace.config.schema.top import TOP
+from headrace.config.schema.types import Bool, Enum, Float, Int, ListOf, MapOf, Str
 from headrace.config.spec import Adapter, Calibration, EngineSpec, Speculation
 from headrace.errors import ConfigError
 from unit.config.cases import BIS, V1, V2, B, C, P, R, build, encoder, look

@@ -14,7 +14,7 @@ from headrace.errors import ConfigError
 from unit.config.cases import V1, B, build, look
 
 # Read for some values only: the rest is refused where it is read, or here.
-PARTLY = {"quantization", "kv_cache_dtype", "deterministic"}
+PARTLY = {"quantization", "kv_cache_dtype"}
 
 
 def read_fields() -> set[str]:

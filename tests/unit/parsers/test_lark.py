@@ -195,3 +195,123 @@ def test_special_tokens_are_named_by_id() -> None:
 
 def test_a_format_without_tools_has_no_trigger() -> None:
     assert ToolGrammar(Format(), FREE, lambda text: None).triggered(parallel=True) is None
+
+
+SPECIALS = (
+    "<|start|>",
+    "<|channel|>",
+    "<|constrain|>",
+    "<|message|>",
+    "<|end|>",
+    "<|python_tag|>",
+    "[CALL_ID]",
+)
+
+
+class SpecialVocabulary(ByteVocabulary):
+    """Bytes, an end, and the markers of some formats as tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = [*self.tokens[:257], *(text.encode() for text in SPECIALS)]
+        self.special_token_ids = [256, *range(257, 257 + len(SPECIALS))]
+
+
+def special_id(text: str) -> int | None:
+    return 257 + SPECIALS.index(text) if text in SPECIALS else None
+
+
+def tokens_of(text: str) -> list[int]:
+    found: list[int] = []
+    while text:
+        marker = next((one for one in SPECIALS if text.startswith(one)), None)
+        if marker is None:
+            found += text[0].encode()
+            text = text[1:]
+        else:
+            found.append(257 + SPECIALS.index(marker))
+            text = text[len(marker) :]
+    return found
+
+
+def takes(lark: str, text: str) -> bool:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    matcher = matcher_of(lark, LLTokenizer(TokenizerWrapper(SpecialVocabulary())))
+    given = tokens_of(text)
+    return bool(matcher.try_consume_tokens(given) == len(given) and matcher.is_accepting())
+
+
+CALL = '{"name": "get_weather", "parameters": {"city": "Rome", "days": 3}}'
+WRONG = CALL.replace("3", '"3"')
+ANALYSIS = "<|channel|>analysis<|message|>Hm, to think.<|end|><|start|>assistant"
+PREAMBLE = "<|channel|>commentary<|message|>I'll look.<|end|><|start|>assistant"
+TO = " to=functions.get_weather"
+BEGUN: list[tuple[str, str, bool]] = [
+    ("llama3_json", "Nothing to call.", True),
+    ("llama3_json", '{"name": "Rome", "parameters": 5}', True),  # no tool of that name: an answer
+    ("llama3_json", '{"city": 3}', True),
+    ("llama3_json", CALL, True),
+    ("llama3_json", WRONG, False),
+    ("llama3_json", CALL.replace(" ", ""), True),
+    ("llama3_json", WRONG.replace(" ", ""), False),
+    ("llama3_json", "\n{ " + WRONG[1:], False),
+    ("llama3_json", '{"type": "function", ' + CALL[1:], True),
+    ("llama3_json", '{"type": "function", ' + WRONG[1:], False),
+    ("llama3_json", f"{CALL}; {CALL}", True),
+    ("llama3_json", f"{CALL}; {WRONG}", False),
+    ("llama3_json", f"Let me see.<|python_tag|>{CALL}", True),
+    ("llama3_json", f"Let me see.<|python_tag|>{WRONG}", False),
+    ("pythonic", "[1, 2] is a list", True),
+    ("pythonic", '[get_weather(city="Rome", days=3), now()]', True),
+    ("pythonic", '[get_weather(city="Rome", days="3")]', False),
+    ("pythonic", "[now(), get_weather(city=5)]", False),
+    ("pythonic", "[now(1)]", False),
+    ("harmony", "<|channel|>final<|message|>Hello.", True),
+    ("harmony", f"{ANALYSIS}<|channel|>final<|message|>Hello.", True),
+    ("harmony", f"{ANALYSIS}{PREAMBLE}<|channel|>final<|message|>x", True),
+    ("harmony", '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Rome"}', True),
+    ("harmony", '<|channel|>commentary to=functions.get_weather<|message|>{"city": "Rome"}', True),
+    ("harmony", f'{ANALYSIS}{TO}<|channel|>commentary <|constrain|>json<|message|>{{"city": "Rome"}}', True),
+    ("harmony", f'{ANALYSIS}{TO}<|channel|>commentary <|constrain|>json<|message|>{{"city": 5}}', False),
+    ("harmony", '<|channel|>commentary to=functions.other <|constrain|>json<|message|>{"city": "Rome"}', False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "right"), BEGUN, ids=lambda value: str(value)[:50])
+def test_a_call_once_begun_follows_its_schema(name: str, text: str, right: bool) -> None:
+    format = build(name, "harmony" if name == "harmony" else None)
+    lark = ToolGrammar(format, FREE, special_id).triggered(parallel=True)
+    assert lark is not None
+    assert takes(lark, text) is right, lark
+    if right:  # what the grammar takes for a call the parser does too
+        turn = Turn(Machine(format, FREE))
+        turn.feed(text, last=True)
+        assert all(call.whole for call in turn.calls)
+        for call in turn.calls:
+            jsonschema.validate(json.loads(call.arguments), FREE[call.name])
+        assert bool(turn.calls) is ("get_weather" in text), turn.calls
+
+
+def test_an_answer_in_harmony_follows_its_grammar_whatever_its_header() -> None:
+    lark = ToolGrammar(build("harmony", "harmony"), {}, special_id).forced(parallel=False, instead="/[0-9]+/")
+    for header in ("final", "final <|constrain|>json"):
+        assert takes(lark, f"{ANALYSIS}<|channel|>{header}<|message|>42")
+        assert not takes(lark, f"{ANALYSIS}<|channel|>{header}<|message|>x")
+
+
+def test_mistral_with_and_without_ids_of_calls() -> None:
+    format = build("mistral_args", None)
+    for identity in ("", "[CALL_ID]a1B2c3D4e"):
+        text = f'[TOOL_CALLS]now{identity}[ARGS]{{}}[TOOL_CALLS]get_weather{identity}[ARGS]{{"city": "x"}}'
+        assert takes(ToolGrammar(format, FREE, special_id).forced(parallel=True), text)
+        turn = Turn(Machine(format, FREE), short_ids=True)
+        for char in text:
+            turn.feed(char)
+        turn.feed("", last=True)
+        assert [(call.name, call.arguments) for call in turn.calls] == [
+            ("now", "{}"),
+            ("get_weather", '{"city": "x"}'),
+        ]
+        assert all(len(call.id) == 9 for call in turn.calls)
+        assert not identity or {call.id for call in turn.calls} == {"a1B2c3D4e"}

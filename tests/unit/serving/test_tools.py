@@ -166,15 +166,31 @@ def test_required_without_a_call_is_an_error_and_length_says_length() -> None:
         assert ask(server).choices[0].finish_reason == "stop"
 
 
-def test_where_no_grammar_can_hold_a_wrong_call_is_told() -> None:
-    text = '{"name": "get_weather", "parameters": {"city": 5}}'
-    with live(scripted_model(says(text), tool_call_parser="llama3_json")) as server:
+@pytest.mark.parametrize(
+    ("parser", "right", "wrong"),
+    [
+        ("llama3_json", '{"name": "now", "parameters": {}}', '{"name": "get_weather", "parameters": {"city": 5}}'),
+        ("pythonic", "[now()]", "[get_weather(city=5)]"),
+        (
+            "harmony",
+            "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>",
+            '<|channel|>commentary to=functions.get_weather<|message|>{"city": 5}<|call|>',
+        ),
+    ],
+)  # fmt: skip
+def test_calls_that_begin_unmarked_are_held_to_their_schemas(parser: str, right: str, wrong: str) -> None:
+    with live(scripted_model(says(right), tool_call_parser=parser)) as server:
         reply = ask(server)
         assert reply.choices[0].finish_reason == "tool_calls"
-        assert "get_weather" in reply.warnings[0]
-        strict = [{"type": "function", "function": SPECS[0]["function"] | {"strict": True}}]
-        with pytest.raises(openai.InternalServerError):
-            ask(server, tools=strict)
+        assert [call.function.name for call in reply.choices[0].message.tool_calls] == ["now"]
+        spec = server.core().requests[-1].sampling.constraint  # type: ignore[union-attr]
+        assert spec is not None
+        assert spec.judged is not None
+    with (
+        live(scripted_model(says(wrong), tool_call_parser=parser)) as server,
+        pytest.raises(openai.InternalServerError, match="get_weather"),
+    ):
+        ask(server)  # a core that does not keep to its grammar
 
 
 def test_one_call_where_parallel_calls_are_off() -> None:

@@ -53,3 +53,13 @@ def test_probes() -> None:
     with live(scripted_model(), api_keys=("secret",)) as server:
         assert server.request("GET", "/version")[1] == {"version": __version__}
         assert server.request("GET", "/ping")[0] == server.request("POST", "/ping")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages"])
+def test_an_embedder_says_that_it_writes_no_text(path: str) -> None:
+    ask = {"model": "m", "max_tokens": 4} | (
+        {"prompt": "hi"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    )
+    with live(scripted_model(kind="bert")) as server:
+        status, reply, _ = server.post(path, ask)
+        assert status == 422 and "generates no text" in reply["error"]["message"]

@@ -16,11 +16,11 @@ from headrace.config.plan.memory import (
     CUDA_ENCODE_TOKENS,
     CUDA_STEP_TOKENS,
     Budget,
-    activation_bytes,
-    graph_bytes,
+    pool_blocks,
     pool_budget,
     shard,
 )
+from headrace.config.plan.scratch import largest_load, scratch
 from headrace.config.plan.shape import ModelShape, read_shape
 from headrace.config.plan.weights import KEPT_BLOCKS, Weights, weigh
 from headrace.config.quantization import quantization_type
@@ -29,6 +29,7 @@ from headrace.errors import ConfigError, DoesNotFit
 
 __all__ = ["Machine", "Option", "Plan", "draw_plan", "human_bytes"]
 
+_UNKNOWN = 1 << 17  # tokens of a context that config.json says nothing of
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "fp4": 0.5}
 
 
@@ -202,7 +203,7 @@ def draw_plan(
         facts, shape, int(_BYTES[dtype]), layout.scheme, keep_blocks=layout.keep_blocks, unpack=layout.unpack
     )
     budget, kv_token = _budget(spec, facts, shape, machine, layout)
-    pool_tokens = _pool_tokens(spec, budget, kv_token, shape)
+    pool_tokens = _pool_tokens(spec, budget, kv_token)
     context, largest = _context(spec, shape, pool_tokens)
     fits, shortage = _fits(spec, budget, kv_token, context, pool_tokens)
     batch = spec.max_num_seqs if not kv_token else min(spec.max_num_seqs, pool_tokens // max(context, 1))
@@ -251,18 +252,19 @@ def draw_plan(
 
 def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine) -> _Layout:
     """As the core chooses: bfloat16 over weights of few bits on a CPU, float32 over others, and on a GPU the
-    checkpoint's 16-bit type; GPUs before Ampere know no bfloat16."""
+    checkpoint's 16-bit type, but float16 for encoders; GPUs before Ampere know no bfloat16."""
     blocks = any(tensor.dtype in KEPT_BLOCKS and len(tensor.shape) == 2 for tensor in facts.tensors.values())
     packs = machine.packs and not shape.encoder
     keep = packs and blocks and not spec.quantization and spec.dtype in ("auto", "bfloat16")
     quantized = facts.quantized.method not in ("", "gguf")
     ints = quantized and packs and _cpu_keeps(facts) and spec.dtype in ("auto", "bfloat16")
+    old = machine.gpu is not None and machine.gpu.known and machine.gpu.compute < 80
     stored = facts.text_config.get("dtype") or facts.text_config.get("torch_dtype")
     if spec.dtype != "auto":
         dtype: str = spec.dtype
     elif not machine.cuda:
         dtype = "bfloat16" if keep or ints or (spec.quantization and not shape.encoder) else "float32"
-    elif stored == "float16" or (machine.gpu is not None and machine.gpu.known and machine.gpu.compute < 80):
+    elif shape.bidirectional or stored == "float16" or old:
         dtype = "float16"
     else:
         dtype = "bfloat16"
@@ -336,32 +338,49 @@ def _budget(
     """The split of one rank, and bytes of KV a token."""
     size = int(_BYTES[layout.dtype])
     weights = weigh(facts, shape, size, layout.scheme, keep_blocks=layout.keep_blocks, unpack=layout.unpack)
-    activations = activation_bytes(
-        shape, _step_tokens(spec, machine, shape), spec.max_num_seqs, size, layout.ranks
-    )
-    graphs = (
-        graph_bytes(shape, spec.max_num_seqs) if machine.cuda and not spec.eager and not shape.encoder else 0
+    context = _length(spec, shape)
+    load = largest_load(
+        spec,
+        shape,
+        tokens=_step_tokens(spec, machine, shape),
+        context=context,
+        dtype_bytes=size,
+        cuda=machine.cuda,
+        ranks=layout.ranks,
     )
     budget = pool_budget(
         cuda=machine.cuda,
         total=machine.memory,
         fraction=spec.memory_fraction,
         weights=shard(weights.by_kind, layout.ranks),
-        activations=activations,
-        graphs=graphs,
+        scratch=scratch(shape, load),
         fixed=spec.kv_cache_bytes,
     )
-    return budget, int(shape.kv_elements(layout.ranks) * _BYTES[layout.kv_dtype])
+    kv_token = int(shape.kv_elements(layout.ranks) * _BYTES[layout.kv_dtype])
+    return msgspec.structs.replace(budget, pool=_whole_blocks(spec, budget.pool, kv_token, context)), kv_token
 
 
-def _pool_tokens(spec: EngineSpec, budget: Budget, kv_token: int, shape: ModelShape) -> int:
-    """Tokens of the pool: whole blocks less the null block, and no more than all sequences can use."""
+def _length(spec: EngineSpec, shape: ModelShape) -> int:
+    """Tokens of one sequence."""
+    return min(spec.max_model_len or shape.context, shape.context or spec.max_model_len or 0) or _UNKNOWN
+
+
+def _whole_blocks(spec: EngineSpec, room: int, kv_token: int, context: int) -> int:
+    """Bytes of the pool, the null block included; what is missing stays negative."""
+    if not kv_token or room < 0:
+        return min(room, 0)
+    block = kv_token * spec.block_size
+    blocks = pool_blocks(
+        room, block, max_num_seqs=spec.max_num_seqs, context=context, block_size=spec.block_size
+    )
+    return blocks * block
+
+
+def _pool_tokens(spec: EngineSpec, budget: Budget, kv_token: int) -> int:
+    """Tokens of the pool, without the null block's."""
     if not kv_token or budget.pool <= 0:
         return 0
-    length = min(spec.max_model_len or shape.context or 1 << 40, shape.context or 1 << 40)
-    most = spec.max_num_seqs * -(-length // spec.block_size) + 1
-    blocks = min(budget.pool // (kv_token * spec.block_size), most)
-    return max(blocks - 1, 0) * spec.block_size
+    return max(budget.pool // kv_token - spec.block_size, 0)
 
 
 def _context(spec: EngineSpec, shape: ModelShape, pool_tokens: int) -> tuple[int, int]:
@@ -401,7 +420,7 @@ def _options(
     found = []
     for layout, what in _layouts(facts, shape, machine, now):
         budget, kv_token = _budget(spec, facts, shape, machine, layout)
-        tokens = _pool_tokens(spec, budget, kv_token, shape)
+        tokens = _pool_tokens(spec, budget, kv_token)
         context, largest = _context(spec, shape, tokens)
         fits, _ = _fits(spec, budget, kv_token, context, tokens)
         found.append(

@@ -10,7 +10,7 @@ import msgspec
 from headrace.config.plan.facts import Facts
 from headrace.errors import UnsupportedCheckpoint
 
-__all__ = ["ModelShape", "read_shape"]
+__all__ = ["ENCODER_TYPES", "ModelShape", "read_shape"]
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -30,6 +30,14 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "expert_size": ("moe_intermediate_size", "expert_intermediate_size"),
 }
 
+# model_type of the encoder families, and whether their MLP is gated.
+ENCODER_TYPES = {
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet", "nomic_bert"), False
+    ),
+    **dict.fromkeys(("modernbert", "jina_bert", "new", "gte", "eurobert"), True),
+}
+
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes, in elements and tokens.
@@ -41,7 +49,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         expert_size: intermediate size of one expert.
         dense_layers: layers without experts, in a model with them.
         latent: numbers a token and layer keeps with latent attention (DeepSeek); 0: keys and values.
-        encoder: bidirectional, keeps no cache.
+        encoder: answers in one pass, keeps no cache.
+        bidirectional: of a family of encoders; else a decoder, whatever it is used for.
     """
 
     layers: int
@@ -70,6 +79,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     qkv_bias: bool = False
     qk_norm: bool = False
     encoder: bool = False
+    bidirectional: bool = False
     rope: Mapping[str, Any] | None = None
 
     def kv_elements(self, tensor_parallel: int = 1) -> int:
@@ -99,6 +109,7 @@ def read_shape(facts: Facts, *, encoder: bool = False) -> ModelShape:
     intermediate = _get(config, _NAMES["intermediate"], 4 * hidden)
     windows, window = _windows(config, layers)
     rope_dim = _get(config, ("qk_rope_head_dim",), 0)
+    bidirectional = encoder and config.get("model_type") in ENCODER_TYPES
     return ModelShape(
         layers=layers,
         hidden=hidden,
@@ -122,12 +133,23 @@ def read_shape(facts: Facts, *, encoder: bool = False) -> ModelShape:
         nope_dim=_get(config, ("qk_nope_head_dim",), 0),
         rope_dim=rope_dim,
         value_dim=_get(config, ("v_head_dim",), 0),
-        gated=not encoder and config.get("hidden_act", "silu") not in ("gelu_new", "relu"),
-        qkv_bias=bool(config.get("attention_bias") or "Qwen2" in facts.architecture or encoder),
+        gated=_gated(config),
+        qkv_bias=bool(config.get("attention_bias") or "Qwen2" in facts.architecture or bidirectional),
         qk_norm="Qwen3" in facts.architecture,
         encoder=encoder,
+        bidirectional=bidirectional,
         rope=_rope(config),
     )
+
+
+def _gated(config: Mapping[str, Any]) -> bool:
+    kind = str(config.get("model_type", ""))
+    if kind == "nomic_bert":  # n_embd: the authors' words, in which it may be plain
+        return "n_embd" not in config or "glu" in str(config.get("activation_function") or "swiglu")
+    if kind == "bert" and config.get("position_embedding_type") == "alibi":
+        return True  # JinaBert calls itself bert
+    default = config.get("hidden_act", "silu") not in ("gelu_new", "relu")
+    return ENCODER_TYPES.get(kind, default)
 
 
 def _context(facts: Facts, config: Mapping[str, Any], encoder: bool) -> int:

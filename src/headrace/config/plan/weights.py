@@ -198,7 +198,7 @@ def packed_bytes(shape: tuple[int, ...], scheme: str) -> int:
 
 def expected_tensors(shape: ModelShape, dtype_bytes: int) -> dict[str, Tensor]:
     """The tensors that a model of this shape has, where no weights are there to be counted."""
-    sizes = dict(_encoder(shape) if shape.encoder else _decoder(shape))
+    sizes = dict(_encoder(shape) if shape.bidirectional else _decoder(shape))
     dtype = {4: "F32", 2: "BF16"}.get(dtype_bytes, "BF16")
     return {name: Tensor(size, dtype, math.prod(size) * dtype_bytes) for name, size in sizes.items()}
 
@@ -218,7 +218,7 @@ def _decoder(shape: ModelShape) -> Sizes:
         yield f"{prefix}.input_layernorm.weight", (shape.hidden,)
         yield f"{prefix}.post_attention_layernorm.weight", (shape.hidden,)
     yield "model.norm.weight", (shape.hidden,)
-    if not shape.tied:
+    if not shape.tied and not shape.encoder:
         yield "lm_head.weight", (shape.vocab, shape.hidden)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from headrace.config.schema.fields import REQUIRED, Enum, F, Field, Int, Section, Str
+from headrace.config.schema.fields import F, Field, Section
+from headrace.config.schema.types import REQUIRED, Enum, Int, Str
 
 __all__ = [
     "CHECKPOINT_REPOSITORY",

@@ -10,21 +10,9 @@ from typing import Any
 
 from headrace.config.quantization import TYPES
 from headrace.config.schema.common import SOURCES
-from headrace.config.schema.fields import (
-    REQUIRED,
-    Bool,
-    Enum,
-    F,
-    Float,
-    Int,
-    ListOf,
-    MapOf,
-    Reading,
-    Section,
-    Str,
-    Type,
-)
+from headrace.config.schema.fields import F, Section
 from headrace.config.schema.trt_llm import ROUTES
+from headrace.config.schema.types import REQUIRED, Bool, Enum, Float, Int, ListOf, MapOf, Reading, Str, Type
 from headrace.config.yaml import Node
 
 __all__ = ["KV_DTYPES", "OWN", "SCHEMES"]

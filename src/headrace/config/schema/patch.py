@@ -6,19 +6,17 @@ from typing import Any
 
 from headrace.config.foreign import ENGINE_OPTIONS
 from headrace.config.report import Place
-from headrace.config.schema.fields import (
+from headrace.config.schema.fields import F, Field, Section
+from headrace.config.schema.types import (
     REQUIRED,
     Anything,
     Bool,
     Enum,
-    F,
-    Field,
     Float,
     Int,
     ListOf,
     MapOf,
     Reading,
-    Section,
     Str,
     Type,
 )

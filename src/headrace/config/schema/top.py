@@ -8,26 +8,24 @@ from typing import Any
 
 from headrace.config.accelerators import parse_accelerator
 from headrace.config.report import Place
-from headrace.config.schema.fields import (
+from headrace.config.schema.fields import Choice, F, Section
+from headrace.config.schema.own import OWN
+from headrace.config.schema.patch import BIS_LLM
+from headrace.config.schema.trt_llm import TRT_LLM
+from headrace.config.schema.types import (
     INVALID,
     REQUIRED,
     Anything,
     Bool,
-    Choice,
     Enum,
-    F,
     Float,
     Int,
     ListOf,
     MapOf,
     Reading,
-    Section,
     Str,
     Type,
 )
-from headrace.config.schema.own import OWN
-from headrace.config.schema.patch import BIS_LLM
-from headrace.config.schema.trt_llm import TRT_LLM
 from headrace.config.schema.weights import (
     BDN,
     EXTERNAL_DATA,

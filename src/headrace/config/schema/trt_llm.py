@@ -3,22 +3,9 @@
 from __future__ import annotations
 
 from headrace.config.schema.common import CHECKPOINT_REPOSITORY, quantization_fields
-from headrace.config.schema.fields import (
-    REQUIRED,
-    Anything,
-    Bool,
-    Choice,
-    Enum,
-    F,
-    Field,
-    Float,
-    Int,
-    ListOf,
-    MapOf,
-    Section,
-    Str,
-)
+from headrace.config.schema.fields import Choice, F, Field, Section
 from headrace.config.schema.patch import PATCH_KWARGS
+from headrace.config.schema.types import REQUIRED, Anything, Bool, Enum, Float, Int, ListOf, MapOf, Str
 
 __all__ = ["BUILD", "LORA_CACHE_KEYS", "ROUTES", "RUNTIME_V1", "RUNTIME_V2", "SPECULATOR", "TRT_LLM"]
 

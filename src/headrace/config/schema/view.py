@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from headrace.config.report import Kind, Place, Report
-from headrace.config.schema.fields import INVALID
+from headrace.config.schema.types import INVALID
 
 __all__ = ["Rule", "View", "apply", "rule"]
 

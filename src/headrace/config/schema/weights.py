@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 
-from headrace.config.schema.fields import REQUIRED, Bool, Enum, F, Field, ListOf, Section, Str
+from headrace.config.schema.fields import F, Field, Section
+from headrace.config.schema.types import REQUIRED, Bool, Enum, ListOf, Str
 
 __all__ = [
     "AUTH_METHODS",

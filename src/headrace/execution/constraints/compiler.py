@@ -30,7 +30,7 @@ _CACHED = 256
 _CACHED_BYTES = 1 << 30
 _HEAVY_MS = 25.0  # beyond it a grammar is compiled only while the processors have nothing else to do
 _MOST_STUCK = 4
-_USERS = 4  # of one base, before the grammar is compiled once more
+_USERS = 16  # of one base, before the grammar is compiled once more; a new base must learn everything again
 _REPEATED_BYTES = 16 << 20
 SLOW_SECONDS = 0.004  # a mask that takes longer is made beside the loop
 

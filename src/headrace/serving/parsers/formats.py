@@ -64,9 +64,11 @@ TOOLS: dict[str, ToolFormat] = {
         ),
         # Mistral up to Nemo and Small 2501: a list of objects
         ToolFormat("mistral", Section(("[TOOL_CALLS]",), _JSON, listed=True), "short"),
-        # Mistral from Small 3.1 (tokenizer 11) on
+        # Mistral from Small 3.1 on; tokenizer 11 puts the call's id between name and arguments, 13 does not
         ToolFormat(
-            "mistral_args", Section(("[TOOL_CALLS]",), (Name(("[ARGS]",), keep=("{",)), Arguments())), "short"
+            "mistral_args",
+            Section(("[TOOL_CALLS]",), (Name(("[ARGS]",), keep=("{",), id_mark="[CALL_ID]"), Arguments())),
+            "short",
         ),
         # DeepSeek V3 and R1
         ToolFormat(
@@ -179,6 +181,14 @@ _TOOL_ALIASES = {
     "deepseekv31": "deepseek_v31",
     "glm45": "glm4_moe",
     "glm": "glm4_moe",
+    "glm47": "glm4_moe",
+    "mistral_v11": "mistral_args",
+    "granite3": "granite",
+    "qwen3_coder_xml": "qwen3_coder",
+    "deepseek_r1": "deepseek_v3",
+    "deepseek-v3": "deepseek_v3",
+    "deepseek-v31": "deepseek_v31",
+    "kimi-k2": "kimi_k2",
     "kimi": "kimi_k2",
     "phi4_mini_json": "phi4",
     "phi4_mini": "phi4",
@@ -194,6 +204,13 @@ _REASONING_ALIASES = {
     "deepseek-r1": "deepseek_r1",
     "deepseek-v3": "deepseek_v3",
     "kimi": "kimi_k2",
+    "qwen3-thinking": "deepseek_r1",
+    "deepseek-v31": "deepseek_v3",
+    "deepseek_v31": "deepseek_v3",
+    "deepseekv3": "deepseek_v3",
+    "deepseekv31": "deepseek_v3",
+    "glm47": "think",
+    "openai": "harmony",
     "openai_gptoss": "harmony",
     "gpt-oss": "harmony",
     "gptoss": "harmony",

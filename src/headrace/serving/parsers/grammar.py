@@ -40,6 +40,7 @@ class Name:
         keep: leave that text in place, for the next step to read.
         before, after: what a constrained model writes before and after that text.
         numbered: ``functions.NAME:3``: the whole is the call's id as well.
+        id_mark: may follow, and then the call's id.
     """
 
     until: tuple[str, ...]
@@ -47,6 +48,7 @@ class Name:
     before: str = ""
     after: str = ""
     numbered: bool = False
+    id_mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ def _texts(step: Step) -> tuple[str, ...]:
     if isinstance(step, Lit):
         return (step.text,)
     if isinstance(step, Name):
-        return (*step.until, *step.keep)
+        return (*step.until, *step.keep, step.id_mark)
     if isinstance(step, Params):
         return (step.open, step.key_end, step.value_open, step.close)
     return (step.quote,) if isinstance(step, GemmaArguments) else ()

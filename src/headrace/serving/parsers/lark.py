@@ -29,6 +29,7 @@ SpecialId = Callable[[str], int | None]
 _UNCHECKED = ("pattern", "format", "minLength", "maxLength")
 _SHARED = ("$defs", "definitions", "x-guidance")
 _TEXT = "/(.|\\n)*/"
+_GAP = "[ \\n\\t]{0,8}"  # white space that a model may put between the parts of a call
 
 
 class ToolGrammar:
@@ -50,7 +51,7 @@ class ToolGrammar:
     def forced(self, *, parallel: bool, instead: str = "") -> str:
         """Nothing but calls, one or more; or all of it what ``instead`` says."""
         if self._format.channels is not None:
-            return self._harmony(self._format.channels)
+            return self._harmony(self._format.channels, answer=self._rule(instead) if instead else "")
         assert self._format.tools is not None
         section = self._format.tools.section
         opener = "" if section.bare else self._literal(section.open[0])
@@ -61,23 +62,63 @@ class ToolGrammar:
         return self._grammar(f"{calls} | {self._rule(instead)}" if instead else calls)
 
     def triggered(self, *, parallel: bool) -> str | None:
-        """Free text in which whatever begins like a call is one; None where nothing marks a call's start."""
+        """Free text in which whatever begins like a call is one; None where there is no telling."""
+        if self._format.channels is not None:
+            return self._harmony(self._format.channels, free=True)
         tools = self._format.tools
-        if tools is None or self._format.channels is not None or tools.section.bare:
+        if tools is None:
             return None
         section = tools.section
-        begins = []
+        begins, barred = [], []
         for marker in section.open:
             number = self._special(marker)
-            if number is None:
+            if number is not None:
+                begins.append(f"text <[{number}]>")
+            elif section.bare:
+                barred.append(f"(.|\\n)*{_regex(marker)}(.|\\n)*")
+            else:
                 self._count += 1
                 self._rules.append(f"trigger_{self._count}[lazy]: /(.|\\n)*{_regex(marker)}/")
                 begins.append(f"trigger_{self._count}")
-            else:
-                begins.append(f"text <[{number}]>")
+        if section.bare:
+            return self._bare(section, begins, barred, parallel)
         self._rules.append(f"text: {_TEXT}")
         one = self._rule(f"({' | '.join(begins)}) {self._body(section, parallel)}")
         return self._grammar(f"{one}* text" if parallel else f"text | {one}")
+
+    def _bare(self, section: Section, begins: list[str], barred: list[str], parallel: bool) -> str:
+        """Calls may begin a turn unmarked: text that begins like one of a known tool is one.
+
+        The lexer cannot follow text and a call side by side over several terminals, so the head of a call, up to where
+        its arguments begin, is one terminal, and text is what begins like no head.
+        """
+        step = section.call[0]
+        names = "|".join(_in_text(name) for name, _ in self._tools)
+        firsts, others = [], []
+        for name, schema in self._tools:
+            if isinstance(step, CallObject):
+                head = _object_head(step, _in_text(name))
+                head += f'{_GAP},{_GAP}"{step.arguments[0]}"{_GAP}:{_GAP}'
+                rest = f"{self._json(schema)} /{_GAP}\\}}/"
+            else:
+                head = f"{_GAP}\\[{_in_text(name)}\\("
+                rest = self._python_arguments(schema)
+            self._count += 1
+            self._rules.append(f"HEAD_{self._count}: /{head}/")
+            firsts.append(f"HEAD_{self._count} {rest}")
+            others.append(self._call(section.call, name, schema) if section.listed else "")
+        if isinstance(step, CallObject):
+            barred.append(f"{_object_head(step, names)}(.|\\n)*")
+        else:
+            barred.append(f"{_GAP}\\[({names})\\((.|\\n)*")
+        one = self._rule(" | ".join(firsts))
+        more = self._rule(" | ".join(others)) if section.listed else one
+        gap = '"," " "?' if section.listed else f'{_quote(section.separator)} " "?'
+        again = f"({gap} {more})*" if parallel else ""
+        calls = self._rule(f"{one} {again} {_quote(']') if section.listed else ''}")
+        self._rules.append(f"PLAIN: {_TEXT} & ~/({'|'.join(barred)})/")
+        marked = "".join(f" | {begin.replace('text', 'PLAIN')} {calls}" for begin in begins)
+        return self._grammar(f"PLAIN | {calls}{marked}")
 
     def _grammar(self, start: str) -> str:
         return "\n".join((f"start: {start}", *self._rules))
@@ -120,6 +161,8 @@ class ToolGrammar:
                 yield _quote(f"functions.{name}:" if numbered else name)
                 if numbered:
                     yield "/[0-9]+/"
+                if step.id_mark and (number := self._special(step.id_mark)) is not None:
+                    yield f"(<[{number}]> /[A-Za-z0-9]{{9}}/)?"
                 yield from self._written(step.before, until[0] if until else "", step.after)
             case Arguments():
                 yield self._json(schema)
@@ -133,10 +176,7 @@ class ToolGrammar:
                     yield rule if needed else f"{rule}?"
             case PythonCall():
                 yield _quote(f"{name}(")
-                yield self._separated(
-                    schema, ", ", lambda key, kind: f"{_quote(key + '=')} {self._python(kind)}"
-                )
-                yield _quote(")")
+                yield self._python_arguments(schema)
             case GemmaArguments(quote=quote):
                 yield _quote("{")
                 yield self._separated(
@@ -145,6 +185,10 @@ class ToolGrammar:
                     lambda key, kind: f"{_quote(key + ':')} {self._text_or_json(kind, quote, quote)}",
                 )
                 yield _quote("}")
+
+    def _python_arguments(self, schema: Any) -> str:
+        named = self._separated(schema, ", ", lambda key, kind: f"{_quote(key + '=')} {self._python(kind)}")
+        return f"{named} {_quote(')')}"
 
     def _written(self, *texts: str) -> Iterator[str]:
         return (self._literal(text) for text in texts if text)
@@ -208,20 +252,41 @@ class ToolGrammar:
             after = new
         return after[True]
 
-    def _harmony(self, c: Channels) -> str:
-        """Thinking as the model likes, then one call; its end token ends the turn."""
+    def _harmony(self, c: Channels, *, free: bool = False, answer: str = "") -> str:
+        """Thinking as the model likes, then one call, whose end token ends the turn.
+
+        Args:
+            free: or any other message, several before the last.
+            answer: what the final message follows instead.
+        """
         mark = self._literal
-        calls = [
-            f'{_quote(f"commentary to=functions.{name} ")} {mark(c.constrain)} "json" {mark(c.message)} '
-            f"{self._json(schema)}"
-            for name, schema in self._tools
-        ]
-        call = self._rule(" | ".join(calls))
         self._rules.append(f"text: {_TEXT}")
-        thinking = self._rule(
-            f'"{c.thinking}" {mark(c.message)} text {mark(c.ends[0])} {mark(c.start)} "assistant" {mark(c.channel)}'
-        )
-        return self._grammar(f"{mark(c.channel)} {thinking}? {call}")
+        constrain = self._rule(f'" "? {mark(c.constrain)} "json"')
+        calls = []
+        for name, schema in self._tools:
+            to, arguments = _quote(f" to=functions.{name}"), self._json(schema)
+            header = f'{mark(c.channel)} "commentary"'
+            calls.append(f"({header} {to} | {to} {header}) {constrain}? {mark(c.message)} {arguments}")
+        end = f'text {mark(c.ends[0])} {mark(c.start)} "assistant"'
+        last = self._rule(" | ".join(calls)) if calls else ""
+        spoken = f'"{c.thinking}"'
+        if free or answer:
+            final = f'{mark(c.channel)} "{c.answer}" {constrain}? {mark(c.message)} {answer or "text"}'
+            last = self._rule(f"{last} | {final}" if last else final)
+            spoken += ' | "commentary"'
+        before = self._rule(f"{mark(c.channel)} ({spoken}) {mark(c.message)} {end}")
+        return self._grammar(f"{before}* {last}")
+
+
+def _in_text(name: str) -> str:
+    """A regex of a name as it stands within a JSON text."""
+    return _regex(json.dumps(name, ensure_ascii=False)[1:-1])
+
+
+def _object_head(step: CallObject, names: str) -> str:
+    """A regex of how a call as an object begins, perhaps with its type, up to the end of its name."""
+    kind = f'"type"{_GAP}:{_GAP}"function"{_GAP},{_GAP}'
+    return f'{_GAP}\\{{{_GAP}({kind})?"{step.name[0]}"{_GAP}:{_GAP}"({names})"'
 
 
 def _marked(section: Section) -> bool:

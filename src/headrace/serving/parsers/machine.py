@@ -173,6 +173,8 @@ class Machine:
         reader = self._reader
         yield from reader.space()
         listed = section.listed and (yield from reader.literal("["))
+        if self._bare and section.listed and not listed:
+            raise Unfit
         while True:
             yield from reader.space()
             yield from self._call(section.call)
@@ -252,7 +254,11 @@ class Machine:
     def _name(self, step: Name) -> Reading[tuple[str, str]]:
         reader = self._reader
         name = yield from self._word()
+        identity = ""
         yield from reader.space()
+        if step.id_mark and (yield from reader.literal(step.id_mark)):
+            identity = yield from self._word()
+            yield from reader.space()
         for end in step.until:
             if (yield from reader.literal(end)):
                 break
@@ -261,7 +267,7 @@ class Machine:
             if not any(one.startswith(char) for one in step.keep if char):
                 raise Unfit
         if not step.numbered:
-            return name, ""
+            return name, identity
         bare, _, number = name.partition(":")
         return bare.removeprefix("functions."), name if number else ""
 
@@ -291,6 +297,8 @@ class Machine:
                 self._known(name)
             elif key in step.arguments and not begun:
                 begun = bool(name)
+                if self._bare and not begun:
+                    raise Unfit
                 if begun:
                     self._start_call(name)
                 pieces: list[str] = []
@@ -303,7 +311,7 @@ class Machine:
                 elif not begun:
                     waiting = text
             else:
-                if self._bare and key not in ("type", "id"):
+                if self._bare and key != "type":
                     raise Unfit
                 yield from reader.json(lambda text: None)
             yield from reader.space()

@@ -1,0 +1,204 @@
+"""What a server takes of its device beside weights and KV: results of a step, tables, and graphs.
+
+The core takes these bytes at start, by the same functions, and works within them.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from headrace.config.plan.shape import ModelShape
+from headrace.config.spec import EngineSpec
+
+__all__ = [
+    "DECODE_SPLITS",
+    "ENCODE_GRAPH_TOKENS",
+    "GRAPH_TOKENS",
+    "SCORE_ELEMENTS",
+    "SMALL_BYTES",
+    "Load",
+    "Scratch",
+    "forward_bytes",
+    "largest_load",
+    "scratch",
+]
+
+MIB = 1024**2
+GRAPH_TOKENS = 8192  # of the longest generate step that is a graph
+ENCODE_GRAPH_TOKENS = 4096  # of the longest encode pass that is one
+SCORE_ELEMENTS = 1 << 23  # logits whose order is found at once, for log-probabilities
+DECODE_SPLITS = 32  # parts that decode attention cuts a sequence's keys into, at most
+SMALL_BYTES = 32 * MIB  # for tensors up to a MiB, which the allocator keeps apart
+_WORKSPACE_BYTES = 32 * MIB  # cuBLAS's, for each of the two streams
+_SPLIT_BYTES = 24 * MIB  # partial sums of products of few rows
+_PIECES = 1.25  # room that a step needs in one piece of memory, over what lives at once
+_PROMPT_LOGPROB_ROWS = 64
+_SCORE_BYTES = 40  # of each of them
+# Seen on an H200: 0.4 to 0.7 MiB a graph of 28 to 36 layers.
+_GRAPH_BYTES_A_LAYER = 18 * 1024
+_MIXED_GRAPHS = 64  # captured as traffic needs them
+_ENCODE_GRAPHS = 16
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """The largest step that a server must be able to take.
+
+    Attributes:
+        tokens: rows of a step (an encoder's longest sequence, where that is more).
+        rows: sequences at once.
+        context: tokens of one sequence.
+        graphs: steps are CUDA graphs.
+    """
+
+    tokens: int
+    rows: int
+    context: int
+    dtype_bytes: int
+    cuda: bool
+    graphs: bool
+    ranks: int = 1
+    block_size: int = 16
+
+
+class Scratch(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes on one rank.
+
+    Attributes:
+        state: tables that live as long as the server.
+        plain: what lives at once in a step outside graphs: also of one that is about to be captured.
+        pooled: what lives at once in a graph; all graphs share it.
+        objects: the driver's, for the graphs themselves.
+    """
+
+    state: int = 0
+    plain: int = 0
+    pooled: int = 0
+    objects: int = 0
+
+
+def largest_load(
+    spec: EngineSpec,
+    shape: ModelShape,
+    *,
+    tokens: int,
+    context: int,
+    dtype_bytes: int,
+    cuda: bool,
+    ranks: int = 1,
+) -> Load:
+    """What a server must be able to take.
+
+    Args:
+        tokens: of a step, as set or by default.
+        context: of one sequence; encoders take one that is longer than a step in a step of its own.
+    """
+    rope = shape.rope or {}
+    by_length = str(rope.get("rope_type", rope.get("type", ""))) in ("dynamic", "longrope", "su")
+    return Load(
+        tokens=max(tokens, context) if shape.encoder else tokens,
+        rows=spec.max_num_seqs,
+        context=context,
+        dtype_bytes=dtype_bytes,
+        cuda=cuda,
+        graphs=cuda and not spec.eager and not by_length,
+        ranks=ranks,
+        block_size=spec.block_size,
+    )
+
+
+def scratch(shape: ModelShape, load: Load) -> Scratch:
+    """All of it for a server with this load."""
+    if shape.encoder:
+        return _encode(shape, load)
+    return _generate(shape, load)
+
+
+def forward_bytes(shape: ModelShape, tokens: int, dtype_bytes: int, ranks: int = 1) -> int:
+    """Largest set of results that lives at once in a pass over ``tokens`` rows, up to the last norm.
+
+    Of a decoder: the stream before the layer, its sum, and the norm's result; cos and sin in float32; and either
+    q, k and v, their rotated copy and the attention's output, or the two halves of the MLP and their product; for
+    experts one row for each chosen one. Of an encoder that norms sums: its input, the attention's norm and the
+    MLP's two results.
+    """
+    queries = shape.heads * shape.head_dim
+    attention = shape.attention_width + queries
+    if shape.encoder and not shape.gated:
+        return tokens * (3 * shape.hidden + max(attention, shape.intermediate)) * dtype_bytes
+    attention += shape.attention_width - shape.kv_heads * shape.head_dim
+    halves = 3 if shape.gated else 2
+    feed = halves * shape.intermediate
+    if shape.experts:
+        routed = (
+            shape.chosen * (halves * shape.expert_size + shape.hidden) + halves * shape.shared_expert_size
+        )
+        feed = max(routed, feed if shape.dense_layers else 0)
+    row = (3 * shape.hidden + max(attention, feed) // ranks) * dtype_bytes
+    return tokens * (row + 2 * shape.head_dim * 4)
+
+
+def logits_bytes(shape: ModelShape, rows: int, dtype_bytes: int, ranks: int = 1) -> int:
+    """The head's product, and the same in float32."""
+    return rows * shape.vocab * (dtype_bytes + 4) // ranks
+
+
+def sampling_bytes(shape: ModelShape, rows: int) -> int:
+    """Beside logits: those before any change, and the order of some rows at a time, for log-probabilities."""
+    at_once = min(rows * shape.vocab, max(SCORE_ELEMENTS, shape.vocab))
+    return rows * shape.vocab * 4 + at_once * _SCORE_BYTES
+
+
+def _generate(shape: ModelShape, load: Load) -> Scratch:
+    size, ranks = load.dtype_bytes, load.ranks
+    logits = logits_bytes(shape, load.rows, size, ranks)
+    after = max(logits + sampling_bytes(shape, load.rows), 3 * _PROMPT_LOGPROB_ROWS * shape.vocab * 4)
+    forward = forward_bytes(shape, load.tokens, size, ranks)
+    if not load.cuda:
+        return Scratch(plain=max(forward, after))
+    partial = _partial_sums(shape, load)
+    step = max(forward + partial, load.tokens * shape.hidden * size + after)
+    if not load.graphs:
+        return Scratch(plain=_in_pieces(step))
+    in_graph = forward_bytes(shape, min(load.tokens, GRAPH_TOKENS), size, ranks) + partial
+    decode = forward_bytes(shape, load.rows, size, ranks) + partial + logits
+    decode_graphs = 2 * (min(load.rows, 64).bit_length() + load.rows // 32)  # to tokens and to logits
+    return Scratch(
+        state=_tables(shape, load) + partial,
+        plain=_in_pieces(max(forward + partial, after) if load.tokens <= GRAPH_TOKENS else step),
+        pooled=_in_pieces(max(in_graph, decode)) + _SPLIT_BYTES,
+        objects=(decode_graphs + _MIXED_GRAPHS) * shape.layers * _GRAPH_BYTES_A_LAYER,
+    )
+
+
+def _in_pieces(size: int) -> int:
+    return int(size * _PIECES) + SMALL_BYTES + _WORKSPACE_BYTES
+
+
+def _tables(shape: ModelShape, load: Load) -> int:
+    """Block tables, and cos and sin by position."""
+    blocks = (load.rows + 1) * -(-load.context // load.block_size) * 4
+    return blocks + load.context * 2 * shape.head_dim * 4 * (2 if shape.windows else 1)
+
+
+def _partial_sums(shape: ModelShape, load: Load) -> int:
+    """Of decode attention: float32, with a maximum and a denominator each."""
+    padded = max(16, 1 << (shape.head_dim - 1).bit_length())
+    return load.rows * DECODE_SPLITS * (shape.heads // load.ranks) * (padded + 2) * 4
+
+
+def _encode(shape: ModelShape, load: Load) -> Scratch:
+    size = load.dtype_bytes
+    every = (
+        load.tokens * shape.hidden * (size + 3 * 4)
+    )  # a vector a token, in float32, and once more in one piece
+    plain = max(forward_bytes(shape, load.tokens, size), every)
+    if not load.cuda:
+        return Scratch(plain=plain)
+    if not load.graphs:
+        return Scratch(plain=_in_pieces(plain))
+    in_graph = forward_bytes(shape, min(load.tokens, ENCODE_GRAPH_TOKENS), size)
+    return Scratch(
+        plain=_in_pieces(plain),
+        pooled=_in_pieces(in_graph),
+        objects=_ENCODE_GRAPHS * shape.layers * _GRAPH_BYTES_A_LAYER,
+    )

@@ -1,0 +1,195 @@
+"""After start a core asks the driver for no memory, whatever it is asked to do."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from headrace.config.plan.facts import Facts
+from headrace.config.plan.shape import read_shape
+from headrace.config.plan.weights import expected_tensors
+from headrace.config.spec import EngineSpec
+from headrace.engines.build import build
+from headrace.execution.capture import GraphMemory, borrowed
+from headrace.execution.device_memory import grow, num_device_allocations
+from headrace.types import EncodeParams, EncodeTask, Request, SamplingParams
+from parity.encoders import add_pooling, make
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def alone() -> None:
+    """What earlier tests left in the allocator's cache would hide that memory is asked for."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def run(core: Any, requests: list[Request]) -> int:
+    core.add(requests)
+    done = 0
+    while core.has_work():
+        for output in core.step():
+            assert not output.error, output
+            done += getattr(output, "finish_reason", True) is not None
+    return done
+
+
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01},
+    {"temperature": 1.0, "top_p": 0.999},
+    {"temperature": 0.0, "logprobs": 5},
+    {"temperature": 0.0, "prompt_logprobs": 2},
+    {"temperature": 1.0, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.1},
+    {"temperature": 1.0, "logit_bias": {3: 2.0}, "min_tokens": 3},
+]
+# As Qwen3-0.6B but for its depth and vocabulary, so that kernels are shared with what is measured.
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    "max_position_embeddings": 16384, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("model")
+    (found / "config.json").write_text(json.dumps(CONFIG))
+    shape = read_shape(Facts(where="", config=CONFIG, container="config"))
+    generator = torch.Generator("cuda").manual_seed(1)
+    tensors = {}
+    for name, tensor in expected_tensors(shape, 2).items():
+        value = torch.ones(tensor.shape, dtype=torch.bfloat16, device="cuda")
+        tensors[name] = (value if value.dim() == 1 else value.normal_(0, 0.05, generator=generator)).cpu()
+    save_file(tensors, found / "model.safetensors")
+    return found
+
+
+def generate(
+    core: Any, prompts: list[tuple[int, ...]], name: str, kinds: list[dict[str, Any]]
+) -> dict[str, list[int]]:
+    """Tokens by request; every request must end well."""
+    found: dict[str, list[int]] = {f"{name}-{i}": [] for i in range(len(prompts))}
+    core.add(
+        Request(
+            id=f"{name}-{i}",
+            token_ids=prompt,
+            sampling=SamplingParams(max_tokens=5 + i % 20, ignore_eos=True, **kinds[i % len(kinds)]),
+        )
+        for i, prompt in enumerate(prompts)
+    )
+    while core.has_work():
+        for output in core.step():
+            assert not output.error, output
+            found[output.request_id] += output.token_ids
+    assert all(len(tokens) == 5 + i % 20 for i, tokens in enumerate(found.values()))
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_num_batched_tokens": 700},
+        {"quantization": "fp8", "max_num_seqs": 4},
+        {"eager": True},
+        {"kv_cache_dtype": "fp8", "overlap": False, "max_num_seqs": 4},
+    ],
+    ids=lambda settings: "-".join(settings) or "plain",
+)
+def test_generation_asks_for_none(settings: dict[str, Any], folder: Path) -> None:
+    """And graphs that are captured between others leave the answers of a prompt alone as they were."""
+    spec = EngineSpec(
+        model=str(folder), path=folder, kv_cache_bytes=400 * MIB, prefix_caching=False,
+        **{"max_num_seqs": 48, **settings},
+    )  # fmt: skip
+    core, ready = build(spec)
+    before = num_device_allocations(CUDA)
+    rng = random.Random(0)
+
+    def prompts(count: int, shortest: int, longest: int) -> list[tuple[int, ...]]:
+        lengths = [rng.randint(shortest, longest) for _ in range(count)]
+        return [tuple(rng.randrange(ready.vocab_size) for _ in range(length)) for length in lengths]
+
+    fixed = prompts(2, 20, 30), prompts(1, 9000, 9001)
+    first = [generate(core, some, "first", KINDS[:1]) for some in fixed]
+    for count, longest in ((1, 30), (8, 900), (48, 60), (100, 20), (3, 9500)):
+        generate(core, prompts(count, 2, longest), "other", KINDS)
+    again = [generate(core, some, "first", KINDS[:1]) for some in fixed]
+    assert again == first
+    assert num_device_allocations(CUDA) == before
+    core.close()
+
+
+@pytest.mark.parametrize("family", ["bert"])
+def test_encoding_asks_for_none(family: str, tmp_path: Path) -> None:
+    make(tmp_path, family)
+    add_pooling(tmp_path)
+    core, ready = build(EngineSpec(model=str(tmp_path), path=tmp_path, max_num_seqs=64))
+    before = num_device_allocations(CUDA)
+    rng = random.Random(0)
+    for count in (1, 5, 64, 700):
+        requests = [
+            Request(
+                id=str(i),
+                token_ids=tuple(
+                    rng.randrange(ready.vocab_size) for _ in range(rng.randint(1, ready.max_model_len))
+                ),
+                encode=EncodeParams(task=EncodeTask.EMBED_ALL if i % 7 == 3 else EncodeTask.EMBED),
+            )
+            for i in range(count)
+        ]
+        assert run(core, requests) == count
+    assert num_device_allocations(CUDA) == before
+
+
+def test_growing_takes_once() -> None:
+    grow(68 * MIB, CUDA, small=4 * MIB)
+    before = num_device_allocations(CUDA)
+    large = [torch.empty(3 * MIB, dtype=torch.uint8, device="cuda") for _ in range(20)]
+    small = [torch.empty(1000, dtype=torch.uint8, device="cuda") for _ in range(3000)]
+    assert num_device_allocations(CUDA) == before
+    more = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
+    assert num_device_allocations(CUDA) > before
+    del large, small, more
+
+
+def test_graphs_share_memory_and_lend_results() -> None:
+    """Results of one graph hold until the next one runs, and no graph takes memory of its own."""
+    memory = GraphMemory(CUDA)
+    memory.grow(64 * MIB, 4 * MIB)
+    x = torch.zeros(MIB, device="cuda")
+    graphs = []
+    before = num_device_allocations(CUDA)
+    for factor in (2.0, 3.0, 5.0):
+        results: list[torch.Tensor] = []
+
+        def work(factor: float = factor, results: list[torch.Tensor] = results) -> None:
+            results.clear()
+            results.append(((x + 1) * factor).square())
+
+        replay = memory.capture(work)
+        results[:] = [borrowed(results[0])]
+        graphs.append((replay, results, factor))
+    assert num_device_allocations(CUDA) == before
+    assert len({results[0].data_ptr() for _, results, _ in graphs}) == 1
+    for value in (0.0, 4.0):
+        x.fill_(value)
+        for replay, results, factor in graphs:
+            replay()
+            assert torch.equal(results[0], torch.full_like(x, ((value + 1) * factor) ** 2))
