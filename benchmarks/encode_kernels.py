@@ -29,18 +29,17 @@ ATTENTION: list[tuple[Any, ...]] = [
     ("qwen3-embedding-0.6b", 512, 16, 8, 128, True),
     ("qwen3-embedding-0.6b", 32, 16, 8, 128, True),
 ]
-# query rows, keys, warps, stages
+# query rows, keys, warps, stages, keys through descriptors
 TILES = [
-    (128, 64, 8, 3),
-    (128, 64, 4, 3),
-    (128, 128, 8, 2),
-    (128, 128, 4, 2),
-    (64, 64, 4, 2),
-    (64, 64, 4, 3),
-    (64, 128, 4, 2),
-    (64, 32, 4, 2),
-    (32, 32, 2, 2),
-    (32, 32, 4, 1),
+    (128, 64, 8, 3, False),
+    (128, 64, 4, 3, False),
+    (64, 64, 4, 2, False),
+    (64, 64, 4, 3, False),
+    (64, 128, 4, 2, False),
+    (64, 32, 4, 2, False),
+    (32, 32, 2, 2, False),
+    (64, 32, 4, 3, True),
+    (64, 64, 4, 3, True),
 ]
 
 
@@ -52,7 +51,12 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def attention_seconds(
-    length: int, heads: int, kv_heads: int, dim: int, causal: bool, shape: tuple[int, int, int, int] | None
+    length: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    causal: bool,
+    shape: tuple[int, int, int, int, bool] | None,
 ) -> float:
     """Of TOKENS tokens in texts of one length, in 16 bits; with this tile shape, or the default."""
     dtype = torch.bfloat16 if causal else torch.float16

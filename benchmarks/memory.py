@@ -97,8 +97,10 @@ def _plain_capture() -> None:
 
 
 def generate(args: argparse.Namespace, meter: Meter) -> None:
-    from benchmarks.generate import build_core, quantize, run_case
-    from headrace.execution.graphs import _DECODE, _MIXED_TOKENS, GraphRunner, _Key
+    from headrace.engines.bench.cases import Case, measure
+    from headrace.engines.bench.cores import build_core, quantize
+    from headrace.execution.graph_input import DECODE, MIXED_TOKENS, GraphKey
+    from headrace.execution.graphs import GraphRunner
     from headrace.models.loading import random_weights
     from headrace.models.registry import read_config
 
@@ -120,14 +122,14 @@ def generate(args: argparse.Namespace, meter: Meter) -> None:
     assert isinstance(runner, GraphRunner)
     plain = build_core(model, [(8, 1024, 8)], eager=True, step_tokens=8192, cache=cache)
     meter.mark("plain cache and runner")
-    run_case(plain, (1, 8191, 1), vocab, 1)
+    measure(plain, Case(1, 8191, 1), vocab, seed=1)
     meter.mark("plain prefill 1x8191")
-    run_case(plain, (8, 1024, 1), vocab, 2)
+    measure(plain, Case(8, 1024, 1), vocab, seed=2)
     meter.mark("plain prefill 8x1024")
     del plain
     torch.cuda.empty_cache()
     meter.mark("empty_cache")
-    sizes = [size for size in _DECODE if size < rows] + [rows]
+    sizes = [size for size in DECODE if size < rows] + [rows]
     try:
         runner.warm_up([rows])
     except Exception:
@@ -142,15 +144,15 @@ def generate(args: argparse.Namespace, meter: Meter) -> None:
     for size in (rows, max(1, rows // 2), 1):
         with torch.inference_mode():
             size = min(s for s in sizes if s >= size)
-            runner._graph(_Key(size, size, "logits"))
+            runner._graph(GraphKey(size, size, "logits"))
         meter.mark(f"logits graph {size}")
-    for size in (_MIXED_TOKENS[-1], 4096, 1024, 512, 256, 128, 64, 32, 16):
+    for size in (MIXED_TOKENS[-1], 4096, 1024, 512, 256, 128, 64, 32, 16):
         with torch.inference_mode():
-            runner._graph(_Key(size, runner._seq_sizes[-1], "mixed"))
+            runner._graph(GraphKey(size, runner._seq_sizes[-1], "mixed"))
         meter.mark(f"mixed graph {size}")
-    run_case(core, (2, 8000, 2), vocab, 3)
+    measure(core, Case(2, 8000, 2), vocab, seed=3)
     meter.mark("run 2x8000/2")
-    run_case(core, (rows, 2, 4), vocab, 4)
+    measure(core, Case(rows, 2, 4), vocab, seed=4)
     meter.mark(f"run {rows}x2/4 greedy")
     for name, sampling in (
         ("drawn", {"temperature": 1.0}),
@@ -159,7 +161,7 @@ def generate(args: argparse.Namespace, meter: Meter) -> None:
         ("penalties", {"temperature": 1.0, "top_p": 0.5, "repetition_penalty": 1.1, "presence_penalty": 0.1}),
         ("logprobs", {"logprobs": 5}),
     ):
-        run_case(core, (rows, 2, 2), vocab, 5, **sampling)
+        measure(core, Case(rows, 2, 2), vocab, seed=5, **sampling)
         meter.mark(f"run {rows}x2/2 {name}")
     torch.cuda.empty_cache()
     meter.mark("empty_cache")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from headrace.checkpoints.resolve import open_checkpoint
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+HERE = [name for name, (stem, _) in FAMILIES.items() if hasattr(transformers, f"{stem}Config")]
 DEVICE = torch.device("cuda")
 HALVES = [torch.float32, torch.float16, torch.bfloat16]
 EMBED = EncodeParams(normalize=True, also=(EncodeTask.EMBED_ALL,))
@@ -82,7 +84,7 @@ def compare(folder: Path, dtype: torch.dtype, pooling: str | None = None, routed
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", HERE)
 def test_families(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     make(tmp_path, family)
     add_pooling(tmp_path)
@@ -116,7 +118,7 @@ def test_special_and_causal(name: str, dtype: torch.dtype, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, "Qwen3"])
+@pytest.mark.parametrize("family", [*HERE, "Qwen3"])
 def test_scores(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Classes, and a reranker's sigmoid."""
     for labels in (1, 3):
@@ -137,7 +139,7 @@ def test_scores(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES[:2], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", HERE)
 def test_token_scores(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     make(tmp_path, family, "ForTokenClassification", num_labels=5)
     with_labels(tame(tmp_path), 5)
@@ -164,7 +166,7 @@ def test_bge_m3(dtype: torch.dtype, tmp_path: Path) -> None:
         np.testing.assert_allclose(dense[0], dense[1], atol=1e-3 if dtype is torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", HERE)
 def test_the_same_alone_and_among_300(family: str, tmp_path: Path) -> None:
     make(tmp_path, family)
     add_pooling(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -11,9 +12,11 @@ from torch import nn
 
 from headrace.engines.encode import EncodeCore
 from headrace.execution.encode_runner import EncodeRunner
+from headrace.kernels.rounding import Format
 from headrace.layers.attention import HeadNorm
 from headrace.models.encode_backbone import Backbone
 from headrace.models.encode_card import EncodeCard, PoolingMode
+from headrace.models.encode_eight_bits import EightBits, round_to_eight_bits
 from headrace.models.encode_model import EncodeModel
 from headrace.models.encoder import EncoderConfig, EncoderModel
 from headrace.models.encoder_weights import random_encoder
@@ -59,21 +62,33 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         to.data.copy_(given.data)
 
 
-def pair(name: str, pooling: PoolingMode) -> tuple[EncodeRunner, EncodeRunner]:
-    """In 16 bits on the GPU, and the same weights in float32 on the CPU."""
+def pair(
+    name: str, pooling: PoolingMode, *, layers: int = 0, format: Format | None = None
+) -> tuple[EncodeRunner, EncodeRunner]:
+    """In 16 bits on the GPU, and the same weights in float32 on the CPU; or both in eight bits."""
+
+    def convert(*models: nn.Module) -> None:
+        for model in models:
+            if format is not None:
+                round_to_eight_bits(model, EightBits(format))
+
     if name == "qwen":
-        config = read_config(QWEN)
+        config = read_config(QWEN | ({"num_hidden_layers": layers} if layers else {}))
         gpu = random_weights(config, dtype=torch.bfloat16, device="cuda")
         cpu = random_weights(config, dtype=torch.float32, device="cpu")
         copy_weights(gpu, cpu)
         for module in cpu.modules():
             if isinstance(module, HeadNorm):
                 module.finish()
+        convert(gpu, cpu)
         return wrap(gpu, 3000, 1024, pooling, True), wrap(cpu, 3000, 1024, pooling, True)
     shape = {"bert": BERT, "alibi": ALIBI, "windowed": WINDOWED}[name]
+    if layers:
+        shape = msgspec.structs.replace(shape, num_layers=layers)
     encoder = random_encoder(shape, dtype=torch.float16, device="cuda")
     twin = EncoderModel(shape, dtype=torch.float32, device="cpu")
     copy_weights(encoder, twin)
+    convert(encoder, twin)
     twin.finish()
     hidden, vocab = shape.hidden_size, shape.vocab_size
     return wrap(encoder, vocab, hidden, pooling, False), wrap(twin.eval(), vocab, hidden, pooling, False)
@@ -142,3 +157,28 @@ def test_overlapping_loop_answers_right() -> None:
     expected = vectors(cpu, given)
     assert len(found) == 120
     assert worst([found[str(i)] for i in range(120)], expected) >= 0.999
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize("name", ["bert", "qwen"])
+def test_eight_bits(name: str, format: Format) -> None:
+    """On the GPU as the same rounding on the CPU; the distance from 32 bits is printed."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("eight bits need Hopper")
+    pooling: PoolingMode = "last" if name == "qwen" else "cls"
+    gpu, cpu = pair(name, pooling, layers=4)
+    lengths = [1, 130, 40, 512, 3, 64, 65]
+    given = requests(lengths, gpu.vocab_size, 3, EncodeTask.EMBED)
+    plain = vectors(cpu, given)
+    gpu, cpu = pair(name, pooling, layers=4, format=format)
+    expected = vectors(cpu, given)
+    for run in (given, given[2:3], requests([512] * 16, gpu.vocab_size, 4, EncodeTask.EMBED)):
+        found = vectors(gpu, run)
+        if run is not given:
+            expected_here = vectors(cpu, run)
+        else:
+            expected_here = expected
+            print(
+                f"{name} {format}: cosine with 32 bits {worst(found, plain):.6f} (CPU {worst(expected, plain):.6f})"
+            )
+        assert worst(found, expected_here) >= (0.9995 if format == "int8" else 0.998)

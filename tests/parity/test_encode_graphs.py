@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from headrace.checkpoints.resolve import open_checkpoint
+from headrace.execution import encode_graphs
 from headrace.execution.encode_graphs import TOKENS
 from headrace.execution.encode_runner import EncodeRunner
 from headrace.models.encode_model import load_encode_model
@@ -117,3 +118,28 @@ def test_causal_classifier(tmp_path: Path) -> None:
     ids = [[5, 6, 7], [8, 9, 0, 0], [10]]
     for ours, expected in zip(encode(run, ids, params), encode(plain, ids, params)):
         near(array(ours), array(expected))
+
+
+def test_full_batches_are_graphs_and_half_full_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_graphs, "TOKENS", (16,))
+    monkeypatch.setattr(encode_graphs, "LARGE", (48, 96))
+    make(tmp_path, "bert")
+    add_pooling(tmp_path)
+    plain, run = runner(tmp_path), padded(tmp_path)
+    graphs = run.graphs
+    assert graphs is not None
+    for lengths, captured in (
+        ([40, 6], 48),
+        ([48], 48),
+        ([30], None),
+        ([60, 33], 96),
+        ([90, 6], 96),
+        ([60, 40], None),
+    ):
+        graphs._graphs.clear()
+        ids = [[5 + i % 80 for i in range(n)] for n in lengths]
+        for ours, expected in zip(encode(run, ids, EncodeParams()), encode(plain, ids, EncodeParams())):
+            near(array(ours), array(expected))
+        assert list(graphs._graphs) == ([] if captured is None else [captured])

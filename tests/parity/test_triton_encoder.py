@@ -14,7 +14,7 @@ from headrace.kernels.biased_attention import reference as biased_reference
 from headrace.kernels.dense import reference as dense_reference
 from headrace.kernels.dense import triton as dense
 from headrace.kernels.dense import triton_product
-from headrace.kernels.dense.triton_product import fused_product, takes
+from headrace.kernels.dense.triton_product import Shape, fused_product, takes
 from headrace.kernels.norm import reference as norm_reference
 from headrace.kernels.norm import triton as norms
 from headrace.kernels.pooling import reference as pooling_reference
@@ -65,24 +65,23 @@ def test_dense(bias: bool, name: str | None) -> None:
 
 @pytest.mark.parametrize("shape", [(37, 96, 64), (5, 64, 40), (16, 32, 16)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("gated", [True, False])
-def test_fused_product(gated: bool, bias: bool, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("halves", [True, False])
+def test_fused_product(halves: bool, bias: bool, shape: tuple[int, int, int]) -> None:
     rows, columns, inner = shape
+    tile = None if not halves else Shape(16, 32, 16, 4, 1, 4, 1)
     if triton_device.ON_GPU:
-        rows = rows * 100
+        rows, tile = rows * 100, Shape(128, 256, 64, halves=halves)
     x = randn(rows, inner, dtype=torch.float16, seed=0)
     weight = randn(columns, inner, dtype=torch.float16, seed=1, scale=0.2)
     row = randn(columns, dtype=torch.float16, seed=2) if bias else None
-    for name in ("gelu", "silu", *(() if gated else (None,))):
-        expected = (dense_reference.gated if gated else dense_reference.dense)(
-            x.float(), weight.float(), None if row is None else row.float(), name
-        )
-        assert error(fused_product(x, weight, row, name, gated=gated), expected) < tolerance(torch.float16)
+    for name in ("gelu", "silu", None):
+        given = None if row is None else row.float()
+        expected = dense_reference.dense(x.float(), weight.float(), given, name)
+        assert error(fused_product(x, weight, row, name, shape=tile), expected) < tolerance(torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("gated", [True, False])
-def test_fused_product_of_eight_bits(gated: bool, dtype: torch.dtype) -> None:
+def test_fused_product_of_eight_bits(dtype: torch.dtype) -> None:
     if dtype is torch.float8_e4m3fn and not triton_device.ON_GPU:
         pytest.skip("the interpreter multiplies no FP8")
     rows, columns, inner = 45, 96, 64
@@ -96,22 +95,33 @@ def test_fused_product_of_eight_bits(gated: bool, dtype: torch.dtype) -> None:
     )
     bias = randn(columns, dtype=torch.float32, seed=5)
     plain = [codes.float() * scale[:, None] for codes, scale in zip((x, weight), scales)]
-    expected = (dense_reference.gated if gated else dense_reference.dense)(*plain, bias, "silu")
-    ours = fused_product(x, weight, bias, "silu", gated=gated, scales=scales, out_dtype=torch.float32)
+    expected = dense_reference.dense(plain[0], plain[1], bias, "silu")
+    ours = fused_product(x, weight, bias, "silu", scales=scales, out_dtype=torch.float32)
     assert error(ours, expected) < (1e-5 if dtype is torch.int8 else 1e-2)
 
 
-def test_a_large_product_takes_the_fused_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what it does not take is right too."""
-    monkeypatch.setattr(triton_product, "MIN_ROWS", 20)
-    for rows, inner, columns in ((20, 32, 64), (20, 36, 64), (19, 32, 64), (20, 32, 40)):
+def test_every_size_takes_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, many, shapes that the fused kernel does not take: all are right."""
+    monkeypatch.setattr(triton_product, "MIN_ROWS", 70)
+    for rows, inner, columns in (
+        (70, 32, 64),
+        (70, 36, 64),
+        (66, 32, 64),
+        (70, 32, 40),
+        (7, 32, 64),
+        (1, 64, 48),
+    ):
         x = randn(rows, inner, dtype=torch.float16, seed=0)
         weight = randn(columns, inner, dtype=torch.float16, seed=1, scale=0.2)
+        row = randn(columns, dtype=torch.float16, seed=2)
         if not triton_device.ON_GPU or triton_product.supports_pdl(x.device):
-            assert takes(x, weight) == ((rows, inner, columns) == (20, 32, 64))
-        for ours, reference in ((dense.dense, dense_reference.dense), (dense.gated, dense_reference.gated)):
-            expected = reference(x.float(), weight.float(), None, "gelu")
-            assert error(ours(x, weight, None, "gelu"), expected) < 2 * tolerance(torch.float16)
+            assert takes(x, weight) == ((rows, inner, columns) == (70, 32, 64))
+        for bias in (row, None):
+            for name in ("gelu", None):
+                expected = dense_reference.dense(
+                    x.float(), weight.float(), None if bias is None else bias.float(), name
+                )
+                assert error(dense.dense(x, weight, bias, name), expected) < 2 * tolerance(torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,7 +16,7 @@ from headrace.config.plan.shape import read_shape
 from headrace.config.spec import EngineSpec
 from headrace.config.support import require_supported
 from headrace.engines.encode import EncodeCore
-from headrace.engines.encode_build import build_encode
+from headrace.engines.encode_build import build_encode, check_int8_pays
 from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
@@ -89,6 +89,7 @@ def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Rea
 def _build_encode(
     spec: EngineSpec, checkpoint: Checkpoint, device: torch.device
 ) -> tuple[EncodeCore[EncodeRunner], Ready]:
+    check_int8_pays(spec, device)
     dtype = choose_encode_dtype(spec, checkpoint, device)
     core, ready = build_encode(spec, checkpoint, device, dtype)
     ready.summary.update(_summary(checkpoint, core.runner.model, device, dtype))

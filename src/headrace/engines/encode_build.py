@@ -27,7 +27,7 @@ from headrace.quantization.registry import load_time
 from headrace.text.tokenizer import Tokenizer
 from headrace.types import EncodeParams, Request
 
-__all__ = ["build_encode"]
+__all__ = ["build_encode", "check_int8_pays"]
 
 GRAPH_SECONDS = 2.5  # spent on capturing the ladder; what is left of it is captured when first needed
 
@@ -106,6 +106,25 @@ def _take_all(runner: EncodeRunner, need: Scratch, tokens: int, device: torch.de
     )
 
 
+def check_int8_pays(spec: EngineSpec, device: torch.device) -> None:
+    """Refuse int8 on CPUs where something else is faster and nearer. Raises ConfigError with the figures."""
+    if spec.quantization != "int8" or device.type != "cpu":
+        return
+    figures = "MiniLM's vectors have cosine 0.9994 with float32 in int8 and 0.9999 in bfloat16"
+    if torch.cpu._is_avx512_bf16_supported():
+        raise ConfigError(
+            "quantization is 'int8', and this CPU multiplies bfloat16, in which an encoder is 1.2 times as fast "
+            f"(measured); {figures}: use dtype bfloat16 instead",
+            param="quantization",
+        )
+    if not torch.cpu._is_vnni_supported():
+        raise ConfigError(
+            "quantization is 'int8', and this CPU has no VNNI instructions: it would be slower than float32; "
+            "leave it out",
+            param="quantization",
+        )
+
+
 def _quantization(spec: EngineSpec, device: torch.device) -> tuple[EightBits | None, Transform | None]:
     """Weights and activations in eight bits where the device multiplies them, else weights alone (decoders only)."""
     if not spec.quantization:
@@ -120,13 +139,7 @@ def _quantization(spec: EngineSpec, device: torch.device) -> tuple[EightBits | N
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     if kind.weights == "fp8" and kind.activations and hopper:
         return EightBits("fp8", kind.layers == "mlp"), None
-    if kind.weights == "int8" and device.type == "cpu":
-        if not torch.cpu._is_vnni_supported():
-            raise ConfigError(
-                "quantization is 'int8', and this CPU has no VNNI instructions: it would be slower than float32; "
-                "leave it out",
-                param="quantization",
-            )
+    if kind.weights == "int8" and (hopper or device.type == "cpu"):
         return EightBits("int8"), None
     swap = load_time(kind, device)
     return None, lambda path, linear: linear if path == "head" else swap(path, linear)

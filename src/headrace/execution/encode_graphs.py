@@ -1,7 +1,8 @@
 """Small passes as CUDA graphs: padded to a ladder of sizes, captured when first needed.
 
 A pass over few tokens is a few hundred launches of kernels that take microseconds each, so that the host would be
-what it waits for. Larger batches keep the device busy by themselves and run as they are.
+what it waits for. Full batches are graphs, too: the host then has its time for texts and results. What lies between
+is launched as it is, since padding would cost more than launches.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headrace.config.plan.scratch import ENCODE_FULL_GRAPHS, ENCODE_GRAPH_WASTE
 from headrace.execution.capture import GraphMemory, borrowed
 from headrace.execution.encode_batch import buffer_size, fill, view
 from headrace.layers.packed import PackedBatch
@@ -25,7 +27,9 @@ from headrace.types import Request
 __all__ = ["TOKENS", "EncodeGraphs", "GraphPass", "capturable"]
 
 TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+LARGE = ENCODE_FULL_GRAPHS
 _SEQS = 64  # at most, beside the padding
+_LARGE_SEQS = 256
 _STAGES = 4  # host buffers in turn; two passes at most are under way
 
 
@@ -90,11 +94,14 @@ class EncodeGraphs:
 
     def covers(self, tokens: int, seqs: int) -> bool:
         """Whether a batch of this size has a graph."""
-        return tokens <= TOKENS[-1] and seqs <= _SEQS
+        if tokens <= TOKENS[-1]:
+            return seqs <= _SEQS
+        return seqs <= _LARGE_SEQS and any(0 <= size - tokens <= size // ENCODE_GRAPH_WASTE for size in LARGE)
 
     def run(self, requests: list[Request], tokens: int) -> GraphPass:
         """A pass over these; its tensors hold until the next one."""
-        size = TOKENS[bisect.bisect_left(TOKENS, tokens)]
+        sizes = TOKENS if tokens <= TOKENS[-1] else LARGE
+        size = sizes[bisect.bisect_left(sizes, tokens)]
         graph = self._graphs.get(size)
         if graph is None:
             graph = self._graphs[size] = self._make(size)
@@ -124,7 +131,7 @@ class EncodeGraphs:
                 self._graphs[size] = self._make(size)
 
     def _make(self, size: int) -> _Graph:
-        seqs = min(size, _SEQS) + 1
+        seqs = (_LARGE_SEQS if size > TOKENS[-1] else min(size, _SEQS)) + 1
         given = torch.zeros(buffer_size(size, seqs, types=self.types), dtype=torch.int32, device=self.device)
         stages = [
             torch.zeros(given.shape, dtype=torch.int32, pin_memory=self.captures) for _ in range(_STAGES)

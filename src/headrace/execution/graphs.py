@@ -8,16 +8,25 @@ plain way, which is also the specification of these.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.execution.capture import GraphMemory, borrowed
+from headrace.execution.graph_input import (
+    DECODE,
+    MIXED_SEQS,
+    MIXED_TOKENS,
+    GraphKey,
+    StepArrays,
+    fill,
+    ladder,
+    up,
+)
 from headrace.execution.runner import Runner, Step
 from headrace.execution.sampler import Masks, Sampled
 from headrace.kernels.step import argmax_rows, begin_step
@@ -31,46 +40,10 @@ if TYPE_CHECKING:
 
 __all__ = ["GraphRunner", "GraphStep"]
 
-# Finer than powers of two: a padded row or token costs as much as a real one.
-_DECODE = (
-    *(1, 2, 4, 8, 16, 24, 32, 48, 64),
-    *range(96, 257, 32),
-    *range(320, 513, 64),
-    *range(640, 1025, 128),
-)
-_MIXED_TOKENS = (
-    *(16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512),
-    *range(640, 1025, 128),
-    *range(1280, 2049, 256),
-    *range(2560, 4097, 512),
-    *range(5120, 8193, 1024),
-)
-_MIXED_SEQS = (16, 64, 256, 1024)
 _STAGES = 4  # pinned buffers in turn; at most two steps are in flight
 
 
-class _Key(NamedTuple):
-    """Which graph.
-
-    Attributes:
-        tokens, seqs: sizes that the step is padded to.
-        kind: decode to ``tokens`` (greedy) or to ``logits``, or ``mixed``.
-        some_single, fresh: of a mixed step, see AttentionBatch.
-    """
-
-    tokens: int
-    seqs: int
-    kind: str
-    some_single: bool = True
-    fresh: bool = False
-
-    @property
-    def size(self) -> int:
-        """int32 values that the host sends: packed [4, tokens], query_starts, seq_lens and rows."""
-        return 4 * self.tokens + (3 * self.seqs + 1 if self.kind == "mixed" else 0)
-
-
-_NO_GRAPH = _Key(0, 0, "")
+_NO_GRAPH = GraphKey(0, 0, "")
 
 
 @dataclass(slots=True)
@@ -83,7 +56,7 @@ class GraphStep(Step):
         tokens: int64 [P], of a greedy decode graph.
     """
 
-    key: _Key = _NO_GRAPH
+    key: GraphKey = _NO_GRAPH
     input: Tensor | None = None
     updates: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     tokens: Tensor | None = None
@@ -140,11 +113,11 @@ class GraphRunner(Runner):
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         width = self._tables.shape[1]
         self._device_tables = torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=device)
-        self.decode_sizes = _ladder(_DECODE, max_num_seqs)
-        self._seq_sizes = _ladder(_MIXED_SEQS, max_num_seqs)
-        self._graphs: dict[_Key, _Graph] = {}
+        self.decode_sizes = ladder(DECODE, max_num_seqs)
+        self._seq_sizes = ladder(MIXED_SEQS, max_num_seqs)
+        self._graphs: dict[GraphKey, _Graph] = {}
         self._memory = GraphMemory(device) if capture and device.type == "cuda" else None
-        largest = max(4 * max_num_seqs, _Key(_MIXED_TOKENS[-1], max_num_seqs, "mixed").size)
+        largest = max(4 * max_num_seqs, GraphKey(MIXED_TOKENS[-1], max_num_seqs, "mixed").size)
         pinned = device.type == "cuda"
         self._stages = [torch.zeros(largest, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
         self._turn = 0
@@ -160,73 +133,47 @@ class GraphRunner(Runner):
         for sequence in plan.admitted:
             self._plain[sequence.row] = _is_plain(sequence)
         self._changed = []
-        if plan.num_tokens > _MIXED_TOKENS[-1]:
+        if plan.num_tokens > MIXED_TOKENS[-1]:
             return super().prepare(plan)
         for sequence in plan.admitted:
             self.sampler.admit(sequence)
             self._num_blocks[sequence.row] = 0
         chunks = plan.sampling
-        rows = np.fromiter((c.row for c in plan.chunks), np.int64, len(plan.chunks))
+        arrays = StepArrays.of(plan.chunks)
         if len(chunks) == plan.num_tokens:
-            size = _up(self.decode_sizes, len(chunks))
-            key = _Key(size, size, "tokens" if self._plain[rows].all() else "logits")
-            return self._stage(GraphStep(plan, chunks, None, key=key), rows)
-        key = _Key(
-            _up(_MIXED_TOKENS, plan.num_tokens),
-            _up(self._seq_sizes, len(plan.chunks)),
+            size = up(self.decode_sizes, len(chunks))
+            key = GraphKey(size, size, "tokens" if self._plain[arrays.rows].all() else "logits")
+            return self._stage(GraphStep(plan, chunks, None, key=key), arrays)
+        key = GraphKey(
+            up(MIXED_TOKENS, plan.num_tokens),
+            up(self._seq_sizes, len(plan.chunks)),
             "mixed",
-            some_single=plan.chunks[0].count == 1,
-            fresh=all(chunk.start == 0 or chunk.count == 1 for chunk in plan.chunks),
+            # In a fixed order all sequences are attended to in one way.
+            some_single=self.fixed or plan.chunks[0].count == 1,
+            fresh=not self.fixed and all(chunk.start == 0 or chunk.count == 1 for chunk in plan.chunks),
         )
         last = self._last(plan) if chunks else None
-        return self._stage(GraphStep(plan, chunks, None, last, key=key), rows)
+        return self._stage(GraphStep(plan, chunks, None, last, key=key), arrays)
 
-    def _stage(self, step: GraphStep, rows: np.ndarray) -> GraphStep:
+    def _stage(self, step: GraphStep, arrays: StepArrays) -> GraphStep:
         """Write the step's input."""
-        key, chunks = step.key, step.plan.chunks
         self._turn = (self._turn + 1) % _STAGES
-        step.input = self._stages[self._turn][: key.size]
-        flat = step.input.numpy()
-        packed = flat[: 4 * key.tokens].reshape(4, key.tokens)
-        total = step.plan.num_tokens
-        starts = np.fromiter((c.start for c in chunks), np.int64, len(chunks))
-        counts = np.fromiter((c.count for c in chunks), np.int64, len(chunks))
-        ends = np.cumsum(counts)
-        packed[0, :total], packed[0, total:] = np.repeat(rows, counts), self._padding
-        packed[1, :total] = np.arange(total) + np.repeat(starts - ends + counts, counts)
-        packed[1, total:] = 0
-        packed[2, :total], packed[2, total:] = _tokens(chunks), 0
-        packed[3] = -1
-        if key.kind == "mixed":
-            num = len(chunks)
-            query_starts, seq_lens, seq_rows = np.split(
-                flat[4 * key.tokens :], [key.seqs + 1, 2 * key.seqs + 1]
-            )
-            query_starts[0], query_starts[1 : num + 1], query_starts[num + 1 :] = 0, ends, total
-            seq_lens[:num], seq_lens[num:] = starts + counts, 0
-            seq_rows[:num], seq_rows[num:] = rows, self._padding
-        self._update_tables(chunks)
+        step.input = self._stages[self._turn][: step.key.size]
+        packed = fill(step.input.numpy(), step.key, step.plan.chunks, arrays, self._padding)
+        self._update_tables(step.plan.chunks)
         if self._changed:
-            self._place_blocks(step, packed, rows, starts, counts, ends)
+            self._place_blocks(step, packed, arrays)
         return step
 
-    def _place_blocks(
-        self,
-        step: GraphStep,
-        packed: np.ndarray,
-        rows: np.ndarray,
-        starts: np.ndarray,
-        counts: np.ndarray,
-        ends: np.ndarray,
-    ) -> None:
+    def _place_blocks(self, step: GraphStep, packed: np.ndarray, arrays: StepArrays) -> None:
         """One new block where a lone new token goes travels with it; any other change is a row's upload."""
-        at = {int(row): i for i, row in enumerate(rows)}
+        at = {int(row): i for i, row in enumerate(arrays.rows)}
         whole = []
         for row, have in self._changed:
             i = at[row]
-            alone = counts[i] == 1 and have == self._num_blocks[row] - 1
-            if alone and have == starts[i] // self.block_size:
-                packed[3, ends[i] - 1] = self._tables[row, have]
+            alone = arrays.counts[i] == 1 and have == self._num_blocks[row] - 1
+            if alone and have == arrays.starts[i] // self.block_size:
+                packed[3, arrays.ends[i] - 1] = self._tables[row, have]
             else:
                 whole.append(row)
         if whole:
@@ -296,16 +243,16 @@ class GraphRunner(Runner):
     def warm_up(self, sizes: list[int]) -> None:
         """Capture the graphs of greedy decode steps of these batch sizes now."""
         with torch.inference_mode():
-            for size in sorted({_up(self.decode_sizes, size) for size in sizes}, reverse=True):
-                self._graph(_Key(size, size, "tokens"))
+            for size in sorted({up(self.decode_sizes, size) for size in sizes}, reverse=True):
+                self._graph(GraphKey(size, size, "tokens"))
 
-    def _graph(self, key: _Key) -> _Graph:
+    def _graph(self, key: GraphKey) -> _Graph:
         found = self._graphs.get(key)
         if found is None:
             found = self._graphs[key] = self._make(key)
         return found
 
-    def _make(self, key: _Key) -> _Graph:
+    def _make(self, key: GraphKey) -> _Graph:
         # All padding: what runs before the first replay touches the null block only.
         given = torch.zeros(key.size, dtype=torch.int32, device=self.device)
         packed = given[: 4 * key.tokens].view(4, key.tokens)
@@ -324,7 +271,7 @@ class GraphRunner(Runner):
         output[:] = [borrowed(result) for result in output]
         return _Graph(given, replay, output)
 
-    def _compute_decode(self, given: Tensor, packed: Tensor, key: _Key) -> Tensor:
+    def _compute_decode(self, given: Tensor, packed: Tensor, key: GraphKey) -> Tensor:
         """Tokens int64 [B], or logits float32 [B, V]."""
         model, rows = self.decoder, packed[0]
         embedding = None if self._fast is None else model.embed.weight
@@ -359,7 +306,7 @@ class GraphRunner(Runner):
         assert self._workspace is not None
         return DecodeBatch(embedded, seq_lens, rows, self._device_tables, self.caches, self._workspace)
 
-    def _compute_mixed(self, given: Tensor, packed: Tensor, key: _Key) -> Tensor:
+    def _compute_mixed(self, given: Tensor, packed: Tensor, key: GraphKey) -> Tensor:
         """Hidden states [T, D]."""
         inputs = begin_step(packed, self._device_tables, self._last_tokens, None, 1.0, self.block_size)
         query_starts, seq_lens, rows = given[4 * key.tokens :].split([key.seqs + 1, key.seqs, key.seqs])
@@ -376,29 +323,6 @@ class GraphRunner(Runner):
             fixed=self.fixed,
         )
         return self.decoder(PackedBatch(inputs.token_ids, inputs.positions, attention))  # type: ignore[no-any-return]
-
-
-def _ladder(sizes: tuple[int, ...], largest: int) -> list[int]:
-    return [size for size in sizes if size < largest] + [largest]
-
-
-def _up(ladder: list[int] | tuple[int, ...], size: int) -> int:
-    """The smallest step of a ladder that holds ``size``."""
-    return ladder[bisect.bisect_left(ladder, size)]
-
-
-def _tokens(chunks: list[Chunk]) -> list[int]:
-    """Token ids of the step; -1 where only the device knows."""
-    flat: list[int] = []
-    for chunk in chunks:
-        known = chunk.sequence.token_ids
-        if chunk.count == 1:
-            flat.append(-1 if chunk.from_device else known[chunk.start])
-        else:
-            flat.extend(known[chunk.start : chunk.start + chunk.count])
-            if chunk.from_device:
-                flat.append(-1)
-    return flat
 
 
 def _is_plain(sequence: Sequence) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace.kernels.dense import dense, gated, pack
+from headrace.kernels.dense import dense, pack
 from headrace.layers.linear import Linear
 
 __all__ = ["Dense"]
@@ -45,8 +45,3 @@ class Dense(Linear):
         """[T, in] -> [T, out]."""
         assert self._packed is not None, "finish() was not called"
         return dense(x, self._packed, self.bias, self.activation)
-
-    def gated(self, x: Tensor, activation: str) -> Tensor:
-        """See Linear.gated."""
-        assert self._packed is not None, "finish() was not called"
-        return gated(x, self._packed, self.bias, activation)

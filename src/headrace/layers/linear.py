@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headrace.kernels.activation import gate_mul
-from headrace.kernels.dense import gated, product
+from headrace.kernels.dense import product
 from headrace.kernels.linear import fixed_linear
 
 __all__ = ["Embedding", "FixedLinear", "Linear", "parameter"]
@@ -48,10 +47,6 @@ class Linear(nn.Module):
         """[..., in] -> [..., out]."""
         return product(x, self.weight, self.bias)
 
-    def gated(self, x: Tensor, activation: str) -> Tensor:
-        """``activation(gate) * up`` of the result, whose first half is the gate: [..., in] -> [..., out / 2]."""
-        return gated(x, self.weight, self.bias, activation)
-
 
 class FixedLinear(Linear):
     """A Linear whose every row is summed in the same order, whatever the batch (deterministic mode)."""
@@ -59,10 +54,6 @@ class FixedLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
         return fixed_linear(x, self.weight, bias=self.bias)
-
-    def gated(self, x: Tensor, activation: str) -> Tensor:
-        """See Linear.gated."""
-        return gate_mul(self(x), activation)
 
     @staticmethod
     def fix(model: nn.Module) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from headrace.kernels.activation import activate, gelu_mul, gelu_tanh_mul, silu_mul
-from headrace.layers.linear import Linear
 
 __all__ = ["GATES", "MLP", "GatedMLP"]
 
@@ -22,8 +21,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        if isinstance(self.gate_up, Linear):  # quantized ones have another product
-            return self.down(self.gate_up.gated(x, self.activation))  # type: ignore[no-any-return]
         return self.down(self.gate(self.gate_up(x)))  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,9 @@ from headrace.config.spec import EngineSpec
 
 __all__ = [
     "DECODE_SPLITS",
+    "ENCODE_FULL_GRAPHS",
     "ENCODE_GRAPH_TOKENS",
+    "ENCODE_GRAPH_WASTE",
     "GRAPH_TOKENS",
     "SCORE_ELEMENTS",
     "SMALL_BYTES",
@@ -25,7 +27,9 @@ __all__ = [
 
 MIB = 1024**2
 GRAPH_TOKENS = 8192  # of the longest generate step that is a graph
-ENCODE_GRAPH_TOKENS = 4096  # of the longest encode pass that is one
+ENCODE_GRAPH_TOKENS = 4096  # of the longest encode pass that is one however full it is
+ENCODE_FULL_GRAPHS = (8192, 16384)  # and of those that are one when they are nearly full
+ENCODE_GRAPH_WASTE = 16  # of which one part in so many may be padding
 SCORE_ELEMENTS = 1 << 23  # logits whose order is found at once, for log-probabilities
 DECODE_SPLITS = 32  # parts that decode attention cuts a sequence's keys into, at most
 SMALL_BYTES = 32 * MIB  # for tensors up to a MiB, which the allocator keeps apart
@@ -37,7 +41,7 @@ _SCORE_BYTES = 40  # of each of them
 # Seen on an H200: 0.4 to 0.7 MiB a graph of 28 to 36 layers.
 _GRAPH_BYTES_A_LAYER = 18 * 1024
 _MIXED_GRAPHS = 64  # captured as traffic needs them
-_ENCODE_GRAPHS = 16
+_ENCODE_GRAPHS = 18
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,7 +200,8 @@ def _encode(shape: ModelShape, load: Load) -> Scratch:
         return Scratch(plain=plain)
     if not load.graphs:
         return Scratch(plain=_in_pieces(plain))
-    in_graph = forward_bytes(shape, min(load.tokens, ENCODE_GRAPH_TOKENS), size)
+    full = [tokens for tokens in ENCODE_FULL_GRAPHS if tokens - load.tokens <= tokens // ENCODE_GRAPH_WASTE]
+    in_graph = forward_bytes(shape, max([min(load.tokens, ENCODE_GRAPH_TOKENS), *full]), size)
     return Scratch(
         plain=_in_pieces(plain),
         pooled=_in_pieces(in_graph),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from headrace.kernels.dispatch import kernel
 
-__all__ = ["ACTIVATIONS", "activate", "bias_activate", "gate_mul", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
+__all__ = ["ACTIVATIONS", "activate", "bias_activate", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -34,8 +34,3 @@ def activate(x: Tensor, name: str) -> Tensor:
 def bias_activate(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
     """``name(x + bias)``, x [T, D] contiguous, bias [D]; one of ACTIVATIONS or ``tanh``. ``x`` may be overwritten."""
     return kernel("activation", "bias_activate", x.device.type)(x, bias, name)  # type: ignore[no-any-return]
-
-
-def gate_mul(gate_up: Tensor, name: str) -> Tensor:
-    """``name(gate) * up`` of gate_up [..., 2 I]; one of ``silu``, ``gelu`` and ``gelu_tanh``."""
-    return {"silu": silu_mul, "gelu": gelu_mul, "gelu_tanh": gelu_tanh_mul}[name](gate_up)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["GATES", "activate", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
+__all__ = ["activate", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
 
 
 def activate(x: Tensor, name: str) -> Tensor:
@@ -29,6 +29,3 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
 def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     return F.gelu(gate, approximate="tanh").mul_(up)
-
-
-GATES = {"silu": silu_mul, "gelu": gelu_mul, "gelu_tanh": gelu_tanh_mul}

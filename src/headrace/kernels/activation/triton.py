@@ -13,7 +13,6 @@ from headrace.kernels.launch import launch_options
 
 __all__ = [
     "ACTIVATION_CODES",
-    "GATES",
     "activate",
     "activated",
     "bias_activate",
@@ -104,9 +103,6 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
 
 def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
     return _launch(gate_up, 2)
-
-
-GATES = {"silu": silu_mul, "gelu": gelu_mul, "gelu_tanh": gelu_tanh_mul}
 
 
 def bias_activate(x: Tensor, bias: Tensor | None, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headrace.kernels.launch import INTERPRETED, launch_options
+from headrace.kernels.launch import INTERPRETED, launch_options, supports_pdl
 
 if TYPE_CHECKING:
     from headrace.layers.packed import AttentionBatch
@@ -109,18 +109,13 @@ def _keys(acc, peak, norm, q, k_ptr, v_ptr, k_desc, v_desc, row, column, key_row
 def _packed(q_ptr, q_row, q_head, k_ptr, v_ptr, k_desc, v_desc, key_row, kv_head, out_ptr, map_ptr, bias_ptr,
             reach, num_heads, scale, soft_cap, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
             TILE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr,
-            BIAS: tl.constexpr, TMA: tl.constexpr, HEADS_FIRST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            BIAS: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    kv_heads = num_heads // G
-    if HEADS_FIRST:
-        head = tl.program_id(0) % kv_heads
-        tile_at = map_ptr + (tl.num_programs(0) // kv_heads - 1 - tl.program_id(0) // kv_heads) * 4
-    else:
-        tiles = tl.num_programs(0) // kv_heads
-        head = tl.program_id(0) // tiles
-        tile_at = map_ptr + (tiles - 1 - tl.program_id(0) % tiles) * 4
+    kv_heads = num_heads // G  # neighbours are heads of the same rows, which lie side by side
+    head = tl.program_id(0) % kv_heads
+    tile_at = map_ptr + (tl.num_programs(0) // kv_heads - 1 - tl.program_id(0) // kv_heads) * 4
     start = tl.load(tile_at).to(tl.int64)
     length = tl.load(tile_at + 1)
     tile = tl.load(tile_at + 2)
@@ -190,23 +185,25 @@ def packed_attention(
         k, v = k.contiguous(), v.contiguous()
     assert q.stride(2) == 1 and k.stride(2) == 1
     num_seqs = batch.seq_lens.shape[0]
-    rows, tile, warps, stages = _shape(padded, num_tokens * group // num_seqs, q.element_size())
+    rows, tile, warps, stages, wanted = _shape(padded, num_tokens * group // num_seqs, q.element_size())
     tiles = _tiles(batch, num_tokens, group, rows)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tma = _TMA and dim == padded and k.stride(0) * k.itemsize % 16 == 0 and k.stride(1) == dim
+    tma = (
+        wanted
+        and dim == padded
+        and supports_pdl(q.device)
+        and k.stride(0) * k.itemsize % 16 == 0
+        and k.stride(1) == dim
+    )
     descriptors = [_descriptor(x, tile) if tma else x for x in (k, v)]
     _packed[(tiles.shape[0] * k.shape[1],)](
         q, q.stride(0), q.stride(1), k, v, *descriptors, k.stride(0), k.stride(1), out, tiles,
         tiles if bias is None else bias, 0 if bias is None else bias.shape[1] // 2, num_heads, scale, soft_cap or 0.0,
         G=group, D=dim, DP=padded, ROWS=rows, TILE=tile, WINDOW=window or 0, CAPPED=soft_cap is not None,
-        CAUSAL=batch.causal, BIAS=bias is not None, TMA=tma, HEADS_FIRST=_HEADS_FIRST,
+        CAUSAL=batch.causal, BIAS=bias is not None, TMA=tma,
         **launch_options(q.device, warps, stages),
     )  # fmt: skip
     return out
-
-
-_TMA = False
-_HEADS_FIRST = True
 
 
 def _descriptor(x: Tensor, tile: int) -> TensorDescriptor:
@@ -234,14 +231,14 @@ def _tiles(batch: AttentionBatch, num_tokens: int, group: int, rows: int) -> Ten
     return found
 
 
-def _shape(padded: int, rows_per_seq: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(query rows, keys, warps, stages) of a tile."""
+def _shape(padded: int, rows_per_seq: int, itemsize: int) -> tuple[int, int, int, int, bool]:
+    """(query rows, keys, warps, stages) of a tile, and whether keys come through descriptors (measured on an H200)."""
     if INTERPRETED:
-        return 16, 16, 4, 1
+        return 16, 16, 4, 1, False
     if itemsize == 4:
-        return (32, 32, 4, 2) if padded <= 64 else (16, 32, 4, 2)
+        return (32, 32, 4, 2, False) if padded <= 64 else (16, 32, 4, 2, False)
     if padded > 128:
-        return 64, 32, 4, 2
-    if rows_per_seq <= 64:
-        return 64, 64, 4, 2
-    return 128, 64, 8, 3
+        return 64, 32, 4, 2, False
+    if padded > 64:
+        return (64, 32, 4, 2, False) if rows_per_seq <= 64 else (64, 32, 4, 3, True)
+    return (64, 32, 4, 2, False) if rows_per_seq <= 32 else (64, 64, 4, 3, False)

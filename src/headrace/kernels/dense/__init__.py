@@ -6,7 +6,7 @@ from torch import Tensor
 
 from headrace.kernels.dispatch import kernel
 
-__all__ = ["dense", "gated", "pack", "product"]
+__all__ = ["dense", "pack", "product"]
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -28,18 +28,6 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
         [T, out].
     """
     return kernel("dense", "dense", x.device.type)(x, weight, bias, activation)  # type: ignore[no-any-return]
-
-
-def gated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """``activation(gate) * up`` of ``x @ weight.T + bias``, whose first half of columns is the gate.
-
-    Args:
-        x: [T, in]; weight: [2 I, in], plain or packed; bias: [2 I] or None.
-        activation: ``silu``, ``gelu`` or ``gelu_tanh``.
-    Returns:
-        [T, I].
-    """
-    return kernel("dense", "gated", x.device.type)(x, weight, bias, activation)  # type: ignore[no-any-return]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

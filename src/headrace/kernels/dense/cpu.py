@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.activation.cpu import GATES
 from headrace.kernels.dense import reference
 
-__all__ = ["dense", "gated", "pack", "product"]
+__all__ = ["dense", "pack", "product"]
 
 # Our word -> oneDNN's (name, algorithm).
 _FUSED = {
@@ -47,8 +46,3 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     finally:
         torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
-
-
-def gated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    packed = weight.layout is torch._mkldnn  # type: ignore[attr-defined]
-    return GATES[activation](dense(x, weight, bias) if packed else product(x, weight, bias))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["activated", "dense", "gated", "pack", "product"]
+__all__ = ["activated", "dense", "pack", "product"]
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -19,11 +19,6 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
-
-
-def gated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    gate, up = F.linear(x, weight, bias).chunk(2, -1)
-    return activated(gate, activation) * up
 
 
 def activated(x: Tensor, name: str | None) -> Tensor:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.activation.triton import GATES, bias_activate
+from headrace.kernels.activation.triton import bias_activate
 from headrace.kernels.dense import triton_product
+from headrace.kernels.linear import MAX_ROWS
+from headrace.kernels.linear.triton import small_linear
 
-__all__ = ["dense", "gated"]
+__all__ = ["dense"]
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    if x.shape[0] <= MAX_ROWS and x.itemsize == 2 and x.shape[1] % 16 == 0:
+        out = small_linear(x, weight, bias=bias if activation is None else None)
+        return out if activation is None else bias_activate(out, bias, activation)
     if activation is None:
         return F.linear(x, weight, bias)
     if triton_product.takes(x, weight):
         return triton_product.fused_product(x, weight, bias, activation)
     return bias_activate(F.linear(x, weight), bias, activation)
-
-
-def gated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    if triton_product.takes(x, weight):
-        return triton_product.fused_product(x, weight, bias, activation, gated=True)
-    return GATES[activation](F.linear(x, weight, bias))

@@ -213,10 +213,15 @@ def _product(x: Rounded, weight: Tensor, scale: Tensor, bias: Tensor | None, dty
         )
     if fp8 and not INTERPRETED:
         out = torch._scaled_mm(
-            x.codes, weight.t(), scale_a=x.scale, scale_b=scale[None, :], out_dtype=torch.bfloat16
+            x.codes,
+            weight.t(),
+            scale_a=x.scale,
+            scale_b=scale[None, :],
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
         )
         if bias is not None:
             out += bias
         return out if dtype is torch.bfloat16 else out.to(dtype)
-    shape = None if INTERPRETED else Shape(128, 256, 128) if count >= 2048 else Shape(64, 64, 128, warps=4)
+    shape = None if INTERPRETED or count >= 2048 else Shape(64, 64, 128, warps=4)
     return fused_product(x.codes, weight, bias, scales=(x.scale, scale), out_dtype=dtype, shape=shape)

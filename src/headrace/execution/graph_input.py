@@ -1,0 +1,119 @@
+"""What the host sends to a captured step: its size on a ladder, and four integers a token and three a sequence."""
+
+from __future__ import annotations
+
+import bisect
+from typing import NamedTuple
+
+import numpy as np
+
+from headrace.scheduling.plan import Chunk
+
+__all__ = ["DECODE", "MIXED_SEQS", "MIXED_TOKENS", "GraphKey", "StepArrays", "fill", "ladder", "up"]
+
+# Finer than powers of two: a padded row or token costs as much as a real one.
+DECODE = (
+    *(1, 2, 4, 8, 16, 24, 32, 48, 64),
+    *range(96, 257, 32),
+    *range(320, 513, 64),
+    *range(640, 1025, 128),
+)
+MIXED_TOKENS = (
+    *(16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512),
+    *range(640, 1025, 128),
+    *range(1280, 2049, 256),
+    *range(2560, 4097, 512),
+    *range(5120, 8193, 1024),
+)
+MIXED_SEQS = (16, 64, 256, 1024)
+
+
+def ladder(sizes: tuple[int, ...], largest: int) -> list[int]:
+    """The sizes below ``largest``, and it."""
+    return [size for size in sizes if size < largest] + [largest]
+
+
+def up(sizes: list[int] | tuple[int, ...], size: int) -> int:
+    """The smallest step of a ladder that holds ``size``."""
+    return sizes[bisect.bisect_left(sizes, size)]
+
+
+class GraphKey(NamedTuple):
+    """Which graph.
+
+    Attributes:
+        tokens, seqs: sizes that the step is padded to.
+        kind: decode to ``tokens`` (greedy) or to ``logits``, or ``mixed``.
+        some_single, fresh: of a mixed step, see AttentionBatch.
+    """
+
+    tokens: int
+    seqs: int
+    kind: str
+    some_single: bool = True
+    fresh: bool = False
+
+    @property
+    def size(self) -> int:
+        """int32 values that the host sends: packed [4, tokens], query_starts, seq_lens and rows."""
+        return 4 * self.tokens + (3 * self.seqs + 1 if self.kind == "mixed" else 0)
+
+
+class StepArrays(NamedTuple):
+    """A step's chunks as arrays [S]: rows of per-sequence state, first positions, tokens, and ends in the batch."""
+
+    rows: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    ends: np.ndarray
+
+    @staticmethod
+    def of(chunks: list[Chunk]) -> StepArrays:
+        num = len(chunks)
+        counts = np.fromiter((c.count for c in chunks), np.int64, num)
+        return StepArrays(
+            np.fromiter((c.row for c in chunks), np.int64, num),
+            np.fromiter((c.start for c in chunks), np.int64, num),
+            counts,
+            np.cumsum(counts),
+        )
+
+
+def fill(
+    flat: np.ndarray, key: GraphKey, chunks: list[Chunk], arrays: StepArrays, padding: int
+) -> np.ndarray:
+    """Write a step but for its new blocks into ``flat`` int32 [key.size].
+
+    Args:
+        padding: the row of tokens and sequences that stand for none.
+
+    Returns:
+        packed, int32 [4, key.tokens]: row, position, token (-1: only the device knows it), new block (-1: none).
+    """
+    rows, starts, counts, ends = arrays
+    packed = flat[: 4 * key.tokens].reshape(4, key.tokens)
+    total, num = int(ends[-1]), len(chunks)
+    packed[0, :total], packed[0, total:] = np.repeat(rows, counts), padding
+    packed[1, :total], packed[1, total:] = np.arange(total) + np.repeat(starts - ends + counts, counts), 0
+    packed[2, :total], packed[2, total:] = _tokens(chunks), 0
+    packed[3] = -1
+    if key.kind == "mixed":
+        query_starts, seq_lens, seq_rows = np.split(flat[4 * key.tokens :], [key.seqs + 1, 2 * key.seqs + 1])
+        query_starts[0], query_starts[1 : num + 1], query_starts[num + 1 :] = 0, ends, total
+        seq_lens[:num], seq_lens[num:] = starts + counts, 0
+        seq_rows[:num], seq_rows[num:] = rows, padding
+    return packed
+
+
+def _tokens(chunks: list[Chunk]) -> list[int]:
+    """Token ids of the step; -1 where only the device knows."""
+    flat: list[int] = []
+    for chunk in chunks:
+        known = chunk.sequence.token_ids
+        if chunk.count == 1:
+            flat.append(-1 if chunk.from_device else known[chunk.start])
+        else:
+            flat.extend(known[chunk.start : chunk.start + chunk.count])
+            if chunk.from_device:
+                flat.append(-1)
+    return flat
