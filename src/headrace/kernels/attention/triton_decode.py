@@ -40,8 +40,6 @@ class DecodeShape(NamedTuple):
         min_split: keys of the smallest piece.
         programs: on each multiprocessor.
         registers: of a thread at most; None: the compiler decides.
-        one_loop: the last tile, which may not be full, takes its turn in the loop: all tiles are masked, and none
-            waits outside of the pipeline. Else it goes first, before the wait for the kernel before.
     """
 
     tile: int
@@ -50,7 +48,6 @@ class DecodeShape(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
-    one_loop: bool = False
 
 
 def padded_dim(head_dim: int) -> int:
@@ -254,8 +251,7 @@ def _decode(
     G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, WIDE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, ONE_LOOP: tl.constexpr,
-    PDL: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # Lengths, tables and older keys are written by no kernel that may still run (kernels/step), so a fused step
     # reads them before it waits for the projection. A program without work leaves at once, to make room for the
@@ -304,12 +300,10 @@ def _decode(
         if FUSED:
             hi = tl.minimum(hi, length - 1)
         # The last tile, which may not be full, goes first: the others need no masks.
-        tail = hi
-        if not ONE_LOOP:
-            tail = lo + tl.maximum(hi - lo - 1, 0) // TILE * TILE
-            blocks = _blocks(table_ptr, tail, hi, BLOCK, TILE)
-            k, v = _load_tile(k_cache, v_cache, blocks, tail, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                              TILE, D, DP, WIDE, True)  # fmt: skip
+        tail = lo + tl.maximum(hi - lo - 1, 0) // TILE * TILE
+        blocks = _blocks(table_ptr, tail, hi, BLOCK, TILE)
+        k, v = _load_tile(k_cache, v_cache, blocks, tail, hi, cache_block, cache_token, head * cache_head, BLOCK,
+                          TILE, D, DP, WIDE, True)  # fmt: skip
         # Blocks are always read one tile ahead: were they read with their keys, the software pipeline would have
         # to empty itself for each tile.
         blocks = _blocks(table_ptr, lo, tail, BLOCK, TILE)
@@ -371,14 +365,13 @@ def _decode(
             acc += new_v.to(tl.float32)
         else:
             q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
-        if not ONE_LOOP:
-            acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, hi - tail, scale, soft_cap, CAPPED, True)
+        acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, hi - tail, scale, soft_cap, CAPPED, True)
         for key in range(lo, tail, TILE):
             following = _blocks(table_ptr, key + TILE, tail, BLOCK, TILE)
             k, v = _load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                              TILE, D, DP, WIDE, ONE_LOOP)  # fmt: skip
+                              TILE, D, DP, WIDE, False)  # fmt: skip
             blocks = following
-            acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, hi - key, scale, soft_cap, CAPPED, ONE_LOOP)
+            acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, TILE, scale, soft_cap, CAPPED, False)
 
         o_at = token * num_heads * D
         if count == 1:
@@ -470,7 +463,7 @@ def decode_attention(
         BLOCK=block_size, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
         STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
-        MIN_SPLIT=shape.min_split, ONE_LOOP=shape.one_loop,
+        MIN_SPLIT=shape.min_split,
         CHUNK=max(1, min(8, 2048 // (merged * padded))), **options,
     )  # fmt: skip
     return out
