@@ -73,9 +73,9 @@ def give_back(device: torch.device) -> None:
 
 
 def take_for_steps(device: torch.device, need: Scratch, graphs: Reserving | None) -> None:
-    """Take what steps will need, when all that lives as long as the server is there but their tables."""
+    """Take what steps will need, when all that lives as long as the server is there."""
     if device.type == "cuda":
-        grow(need.state + need.plain, device, SMALL_BYTES)
+        grow(need.plain, device, SMALL_BYTES)
         if graphs is not None:
             graphs.reserve(need.pooled, SMALL_BYTES)
 

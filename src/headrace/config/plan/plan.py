@@ -18,6 +18,7 @@ from headrace.config.plan.memory import (
     Budget,
     pool_blocks,
     pool_budget,
+    process_bytes,
     shard,
 )
 from headrace.config.plan.scratch import largest_load, scratch
@@ -352,6 +353,7 @@ def _budget(
         cuda=machine.cuda,
         total=machine.memory,
         fraction=spec.memory_fraction,
+        process=process_bytes(shape, cuda=machine.cuda),
         weights=shard(weights.by_kind, layout.ranks),
         scratch=scratch(shape, load),
         fixed=spec.kv_cache_bytes,
@@ -458,11 +460,9 @@ def _layouts(facts: Facts, shape: ModelShape, machine: Machine, now: _Layout) ->
 
 
 def _estimates(weights: Weights, machine: Machine, spec: EngineSpec) -> tuple[str, ...]:
-    found = ["activations"]
-    if machine.cuda:
-        found.append("process")
-        if not spec.eager:
-            found.append("graphs")
+    found = ["activations", "process"]
+    if machine.cuda and not spec.eager:
+        found.append("graphs")
     if weights.estimated:
         found.append("weights")
     return tuple(found)
