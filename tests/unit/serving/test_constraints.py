@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from headrace.errors import InvalidRequest
+from headrace.execution.constraints.judge_child import Compiler
 from headrace.execution.constraints.schema_report import read_schema
 from headrace.serving.constraints import json_schema
 from headrace.serving.grammars import GrammarChecker
@@ -256,3 +257,38 @@ def test_a_child_that_hangs_or_dies_costs_its_own_request(loop: Any) -> None:
         await checker.close()
 
     loop.run_until_complete(judge())
+
+
+WRONG_BUT_TEMPTING: list[tuple[Any, str]] = [
+    ({"type": "object", "properties": {"a": {"type": "integer"}}}, '{"\\u0061": "x"}'),
+    ({"type": "object", "properties": {"a": {"type": "integer"}}}, '{"a": 1, "a": "x"}'),
+    ({"type": "object", "properties": {"a": {"type": "integer"}}}, '{"b": 1, "\\u0061": "x"}'),
+    ({"type": "object", "patternProperties": {"^a": {"type": "integer"}}}, '{"\\u0061b": "x"}'),
+    ({"type": "object", "minProperties": 2}, '{"a": 1, "a": 2}'),
+    ({"type": "integer", "minimum": 9007199254740993}, "9007199254740992"),
+    ({"type": "integer", "maximum": 9007199254740993}, "9007199254740994"),
+    ({"enum": ["\u0001"], "anyOf": [{"properties": {"a": False}}]}, '{"\\u0061": 1}'),
+]
+
+
+@pytest.mark.parametrize(("schema", "wrong"), WRONG_BUT_TEMPTING, ids=lambda value: str(value)[:60])
+def test_under_strict_a_wrong_answer_is_refused_or_the_schema_is(schema: Any, wrong: str) -> None:
+    lenient = json_schema(schema, "p", strict=False)
+    if lenient.warnings:
+        with pytest.raises(InvalidRequest, match="cannot be enforced strictly"):
+            json_schema(schema, "p", strict=True)
+    else:
+        assert Compiler().match(json_schema(schema, "p", strict=True).spec, wrong)
+
+
+def test_what_is_still_enforced_is_not_refused() -> None:
+    compiler = Compiler()
+    for schema, right in (
+        ({"type": "object", "properties": {"a": {"type": "integer"}}}, '{"a": 1, "b\\n": "x"}'),
+        ({"type": "object", "minProperties": 1}, '{"a": 1}'),
+        ({"type": "object", "minProperties": 2, "required": ["a", "b"]}, '{"a": 1, "b": 2}'),
+        ({"enum": ["\u0001"]}, '"\\u0001"'),
+    ):
+        assert not compiler.match(json_schema(schema, "p", strict=True).spec, right), schema
+    with pytest.raises(InvalidRequest, match="schema"):
+        json_schema({"$schema": 5}, "p", strict=False)

@@ -122,9 +122,11 @@ _SINGLE = (
 _SHAPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(_MAPS, (dict,)),
     **dict.fromkeys((*_LISTS, "required", "enum"), (list,)),
-    **dict.fromkeys(("format", "$ref", "pattern", "$id", "$anchor"), (str,)),
+    **dict.fromkeys(("format", "$ref", "pattern", "$id", "$anchor", "$schema"), (str,)),
     "type": (str, list),
 }
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_EXACT = 2**53  # the compiler reads bounds as floats
 _MAX_NODES = 50_000
 _MAX_DEPTH = 100
 _NAMED_AT_MOST = 8
@@ -136,10 +138,12 @@ class Report(msgspec.Struct, frozen=True):
     Attributes:
         schema: what the compiler gets: formats of dates as patterns, exclusive ``oneOf`` as ``anyOf``.
         unenforced: (JSON pointer, keyword, why) of everything the grammar does not hold the output to.
+        named: whether it says anything of properties by name.
     """
 
     schema: Any
     unenforced: tuple[tuple[str, str, str], ...]
+    named: bool = False
 
     @property
     def sentence(self) -> str:
@@ -148,11 +152,21 @@ class Report(msgspec.Struct, frozen=True):
         more = len(named) - _NAMED_AT_MOST
         return "; ".join(named[:_NAMED_AT_MOST]) + (f"; and {more} more" if more > 0 else "")
 
-    def lenient(self) -> Any:
-        """The schema with the compiler told to go on without what it cannot enforce."""
-        if not self.unenforced or not isinstance(self.schema, dict):
-            return self.schema
-        return {**self.schema, "x-guidance": {"lenient": True, "coerce_one_of": True}}
+    def text(self) -> str:
+        """The schema as JSON, with the compiler's switches: to go on without what it cannot enforce, and no ``\\u``
+        in texts, by which a name could be written so that it is taken for another."""
+        if not isinstance(self.schema, dict):
+            return json.dumps(self.schema)
+        switches: dict[str, Any] = {"lenient": True, "coerce_one_of": True} if self.unenforced else {}
+        text = json.dumps(self.schema, ensure_ascii=False)
+        if self.named and not _has_controls(text):
+            switches["json_allowed_escapes"] = 'nrbtf\\"'
+        return json.dumps({**self.schema, "x-guidance": switches}) if switches else json.dumps(self.schema)
+
+
+def _has_controls(text: str) -> bool:
+    """Whether a text of the schema can only be written with ``\\u``."""
+    return "\\u00" in text
 
 
 def enforceable(schema: Any, param: str, *, strict: bool) -> tuple[str, tuple[str, ...]]:
@@ -168,7 +182,7 @@ def enforceable(schema: Any, param: str, *, strict: bool) -> tuple[str, tuple[st
             code="unenforced_keyword",
         )
     warnings = (f"{param}: not enforced: {report.sentence}",) if report.unenforced else ()
-    return json.dumps(report.lenient()), warnings
+    return report.text(), warnings
 
 
 def read_schema(schema: Any, param: str) -> Report:
@@ -182,7 +196,10 @@ def read_schema(schema: Any, param: str) -> Report:
     if not isinstance(schema, (dict, bool)):
         raise InvalidRequest(f"{param} must be a JSON schema: an object or a boolean", param=param)
     reader = _Reader(schema, param)
-    return Report(reader.schema(schema, "", 0), tuple(reader.unenforced))
+    read = reader.schema(schema, "", 0)
+    if reader.named and _has_controls(json.dumps(read, ensure_ascii=False)):
+        reader.unenforced.append(("", "properties", "beside texts with control characters: names in escapes"))
+    return Report(read, tuple(reader.unenforced), reader.named)
 
 
 class _Reader:
@@ -190,6 +207,7 @@ class _Reader:
         self._root = root
         self._param = param
         self._nodes = 0
+        self.named = False
         self.unenforced: list[tuple[str, str, str]] = []
 
     def _refuse(self, message: str) -> InvalidRequest:
@@ -215,7 +233,18 @@ class _Reader:
                 copy[key] = self._value(key, value, at, depth)
         self._formats(node, copy, pointer)
         self._one_of(copy, pointer)
+        self._names(node, pointer)
         return copy
+
+    def _names(self, node: dict[str, Any], pointer: str) -> None:
+        """Properties by name; and ``minProperties``, which a key that comes twice would meet."""
+        is_open = node.get("additionalProperties") is not False or bool(node.get("patternProperties"))
+        self.named |= is_open and bool(node.get("properties") or node.get("patternProperties"))
+        required, least = node.get("required"), node.get("minProperties")
+        if not is_open or not isinstance(least, (int, float)):
+            return
+        if least > max(1, len(set(map(str, required))) if isinstance(required, list) else 0):
+            self.unenforced.append((pointer, "minProperties", "a further property may come twice"))
 
     def _keyword(self, key: str, value: Any, node: dict[str, Any], pointer: str) -> bool:
         """Note a keyword; False drops it from the copy."""
@@ -233,6 +262,8 @@ class _Reader:
             self.unenforced.append((pointer, key, "not enforced"))
         elif key not in ENFORCED and key not in ("oneOf", "format"):
             self.unenforced.append((pointer, key, "unknown keyword"))
+        elif key in _BOUNDS and isinstance(value, (int, float)) and abs(value) > _EXACT:
+            self.unenforced.append((pointer, key, "beyond 2^53 bounds are not exact"))
         elif key == "$id" and "$ref" in node:
             self.unenforced.append((pointer, "$id", "beside $ref it depends on the draft"))
         return True
