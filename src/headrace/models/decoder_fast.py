@@ -1,11 +1,10 @@
 """The decode step of a DecoderModel in few kernels, equal to its plain forward.
 
-Up to STREAM_ROWS sequences (NARROW_STREAM_ROWS of narrow models) a layer is five kernels: [norm, qkv] [norm of heads,
-rotary, cache write, attention] [o, residual] [norm, gate and up, activation] [down, residual], each of which may start
-while the one before it ends. For one sequence, and up to SMALL_ROWS of quantized layers or on GPUs without a copy
-engine, the norm is taken in the loop of the product that follows it; else by the product before it
-(kernels/linear/triton_stream.py). Above, the products are cuBLAS's and the rest is fused around them. Imported on GPUs
-only.
+Up to STREAM_ROWS sequences a layer is five kernels: [norm, qkv] [norm of heads, rotary, cache write, attention]
+[o, residual] [norm, gate and up, activation] [down, residual], each of which may start while the one before it ends.
+For one sequence, and up to SMALL_ROWS of quantized layers or on GPUs without a copy engine, the norm is taken in the
+loop of the product that follows it; else by the product before it (kernels/linear/triton_stream.py). Above, the
+products are cuBLAS's and the rest is fused around them. Imported on GPUs only.
 """
 
 from __future__ import annotations
@@ -46,8 +45,6 @@ __all__ = ["DecodeBatch", "FastDecoder", "reason_against"]
 
 SMALL_ROWS = MAX_ROWS
 STREAM_ROWS = 64
-# Narrow models wait for launches more than for products up to here (one H200: 0.6B gains, 8B loses to cuBLAS).
-NARROW, NARROW_STREAM_ROWS = 2048, 256
 _GATE_MUL = {"silu": silu_mul, "gelu": gelu_mul, "gelu_tanh": gelu_tanh_mul}
 
 
@@ -142,8 +139,7 @@ class FastDecoder:
             tables = full if config.windows[i] is None else local
             self.layers.append(_read_layer(layer, None if i in config.no_rope_layers else tables))
         covered = stream_covers(self.head) and all(_streams(layer) for layer in self.layers)
-        narrow = config.hidden_size <= NARROW
-        self.stream_rows = 0 if not covered else NARROW_STREAM_ROWS if narrow else STREAM_ROWS
+        self.stream_rows = STREAM_ROWS if covered else 0
         self.chains = all(
             scaled_kernels.chains(linear)
             for layer in self.layers
