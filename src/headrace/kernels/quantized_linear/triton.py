@@ -2,8 +2,8 @@
 
 As in kernels/linear the weights are on the wide side of the product and the batch on the narrow one, and K is split
 over programs where N alone does not fill the device; the last program to arrive adds the parts in order.
-FP8 weights meet FP8 activations, so nothing is converted; 4- and 8-bit codes are decoded in registers to the
-activations' type. FP8 sums leave the tensor core's own imprecise accumulator every 128 columns.
+FP8 weights meet FP8 activations, so nothing is converted; 8-bit integers are decoded in registers to the activations'
+type (4-bit codes: triton_codes.py). FP8 sums leave the tensor core's own imprecise accumulator every 128 columns.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.launch import INTERPRETED, launch_options, prefetch_l2
-from headrace.kernels.linear.triton import _GATES, _SCRATCH, _gate
+from headrace.kernels.linear.triton import _GATES, _SCRATCH
+from headrace.kernels.quantized_linear.triton_parts import finish, gather_parts
 
 __all__ = [
     "FP8",
-    "INT4",
     "INT8",
-    "MXFP4",
-    "NVFP4",
     "PackedShape",
     "dequantize",
     "quantize_rows",
     "small_product",
 ]
 
-FP8, NVFP4, MXFP4, INT4, INT8 = 0, 1, 2, 3, 4
+FP8, INT8 = 0, 1
 MAX_ROWS = 64
 _FP8_MAX = tl.constexpr(448.0)
 
@@ -98,59 +96,24 @@ def _quantize_rows(x_ptr, x_row, gain_ptr, codes_ptr, scale_ptr, K, groups, eps,
 
 
 @triton.jit
-def _e2m1(codes):
-    """4-bit codes (int32) -> float32, times 2**-14: the code's bits are those of a float16, subnormals included."""
-    bits = ((codes & 7) << 9) | ((codes & 8) << 12)
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+def _eight_bits(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN: tl.constexpr, BK: tl.constexpr,
+                GROUP: tl.constexpr):  # fmt: skip
+    """float32 [BN, BK] of 8-bit codes from column k on."""
+    COUNT: tl.constexpr = BK // GROUP if GROUP < BK else 1
+    g = k // GROUP + tl.arange(0, COUNT)
+    at = rows.to(tl.int64)[:, None] * groups + g[None, :]
+    ok = g[None, :] < groups
+    cols = k + tl.arange(0, BK)
+    codes = tl.load(w_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=cols[None, :] < K, other=0)
+    scale = _spread(tl.load(scale_ptr + at, mask=ok, other=0.0), BN, COUNT, BK // COUNT)
+    zero = _spread(tl.load(zero_ptr + at, mask=ok, other=0.0), BN, COUNT, BK // COUNT)
+    return (codes.to(tl.float32) - zero) * scale
 
 
 @triton.jit
 def _spread(x, BN: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr):
     """[BN, COUNT] -> [BN, COUNT * EACH], each column EACH times."""
     return tl.broadcast_to(x[:, :, None], (BN, COUNT, EACH)).reshape(BN, COUNT * EACH)
-
-
-@triton.jit
-def _decode(codes, scale_at, zero_at, ok, BN: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr,
-            FORM: tl.constexpr):  # fmt: skip
-    """Codes int32 [BN, COUNT * EACH] under COUNT scales a row -> float32."""
-    if FORM == 1:
-        scale = tl.load(scale_at, mask=ok, other=0.0).to(tl.float32) * 16384.0
-    elif FORM == 2:
-        e = tl.load(scale_at, mask=ok, other=0).to(tl.int32)
-        scale = tl.where(e == 0, 0x00400000, e << 23).to(tl.float32, bitcast=True) * 16384.0
-    else:
-        scale = tl.load(scale_at, mask=ok, other=0.0)
-    scale = _spread(scale, BN, COUNT, EACH)
-    if FORM <= 2:
-        return _e2m1(codes) * scale
-    zero = _spread(tl.load(zero_at, mask=ok, other=0.0), BN, COUNT, EACH)
-    return (codes.to(tl.float32) - zero) * scale
-
-
-@triton.jit
-def _tile(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-          FORM: tl.constexpr):  # fmt: skip
-    """float32 (low, high) of BK columns from k on. Of 4-bit formats even and odd columns; else (all, all)."""
-    COUNT: tl.constexpr = BK // GROUP if GROUP < BK else 1
-    g = k // GROUP + tl.arange(0, COUNT)
-    at = rows.to(tl.int64)[:, None] * groups + g[None, :]
-    ok = g[None, :] < groups
-    if FORM == 4:
-        cols = k + tl.arange(0, BK)
-        codes = tl.load(
-            w_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=cols[None, :] < K, other=0
-        )
-        low = _decode(codes.to(tl.int32), scale_ptr + at, zero_ptr + at, ok, BN, COUNT, BK // COUNT, FORM)
-        high = low
-    else:
-        HALF: tl.constexpr = BK // 2
-        cols = k // 2 + tl.arange(0, HALF)
-        packed = tl.load(w_ptr + rows.to(tl.int64)[:, None] * (K // 2) + cols[None, :],
-                         mask=cols[None, :] < K // 2, other=0).to(tl.int32)  # fmt: skip
-        low = _decode(packed & 15, scale_ptr + at, zero_ptr + at, ok, BN, COUNT, HALF // COUNT, FORM)
-        high = _decode(packed >> 4, scale_ptr + at, zero_ptr + at, ok, BN, COUNT, HALF // COUNT, FORM)
-    return low, high
 
 
 @triton.jit
@@ -180,19 +143,10 @@ def _step(acc, x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, rows,
         else:
             acc = tl.dot(w, x, acc, out_dtype=tl.float32, max_num_imprecise_acc=128)
     else:
-        low, high = _tile(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN, BK, GROUP, FORM)
-        if FORM == 4:
-            x_at = x_ptr + m[None, :].to(tl.int64) * x_row + cols[:, None]
-            x = tl.load(x_at, mask=(cols[:, None] < K) & m_ok[None, :], other=0.0)
-            acc = tl.dot(low.to(x.dtype), x, acc, out_dtype=tl.float32, input_precision="ieee")
-        else:
-            pairs = k + 2 * tl.arange(0, BK // 2)
-            x_at = x_ptr + m[None, :].to(tl.int64) * x_row + pairs[:, None]
-            ok = (pairs[:, None] < K) & m_ok[None, :]
-            even = tl.load(x_at, mask=ok, other=0.0)
-            odd = tl.load(x_at + 1, mask=ok, other=0.0)
-            acc = tl.dot(low.to(even.dtype), even, acc, out_dtype=tl.float32, input_precision="ieee")
-            acc = tl.dot(high.to(odd.dtype), odd, acc, out_dtype=tl.float32, input_precision="ieee")
+        w = _eight_bits(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN, BK, GROUP)
+        x_at = x_ptr + m[None, :].to(tl.int64) * x_row + cols[:, None]
+        x = tl.load(x_at, mask=(cols[:, None] < K) & m_ok[None, :], other=0.0)
+        acc = tl.dot(w.to(x.dtype), x, acc, out_dtype=tl.float32, input_precision="ieee")
     return acc
 
 
@@ -209,7 +163,6 @@ def _small(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     rows = tile * BN + tl.arange(0, BN)
-    n_ok = rows < N
     near = tl.minimum(rows, N - 1)  # rows past N repeat the last one
     m = tl.arange(0, BM)
     m_ok = m < M
@@ -217,15 +170,13 @@ def _small(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale
     lo = split * span
     hi = tl.minimum(lo + span, K)
     if PDL:
-        BYTES: tl.constexpr = BK if (FORM == 0 or FORM == 4) else BK // 2
-        PER: tl.constexpr = 1 if (FORM == 0 or FORM == 4) else 2
-        lines = tl.arange(0, max(BYTES // 128, 1)) * 128
-        ahead = w_ptr + near.to(tl.int64)[:, None] * (K // PER)
+        lines = tl.arange(0, max(BK // 128, 1)) * 128
+        ahead = w_ptr + near.to(tl.int64)[:, None] * K
         for k in range(lo, tl.minimum(hi, lo + 4 * BK), BK):
-            at = ahead + tl.minimum(k // PER + lines, K // PER - 1)[None, :]
+            at = ahead + tl.minimum(k + lines, K - 1)[None, :]
             prefetch_l2(at)
             if GATE > 0:
-                prefetch_l2(at + N.to(tl.int64) * (K // PER))
+                prefetch_l2(at + N.to(tl.int64) * K)
         gdc_wait()
     acc = tl.zeros([BN, BM], tl.float32)
     acc2 = tl.zeros([BN, BM], tl.float32)
@@ -237,25 +188,9 @@ def _small(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale
                          groups, BM, BN, BK, GROUP, HEIGHT, XGROUP, FORM, WIDEN)  # fmt: skip
     last = True
     if SPLITS > 1:
-        TALL: tl.constexpr = 2 * BN if GATE > 0 else BN
-        n = tl.arange(0, BN)
-        base = parts_ptr + tile.to(tl.int64) * (SPLITS * TALL * BM)
-        mine = base + split * (TALL * BM)
-        tl.store(mine + n[:, None] * BM + m[None, :], acc)
-        if GATE > 0:
-            tl.store(mine + (BN + n[:, None]) * BM + m[None, :], acc2)
-        tl.debug_barrier()
-        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-        if last:
-            tl.debug_barrier()
-            acc = tl.zeros([BN, BM], tl.float32)
-            acc2 = tl.zeros([BN, BM], tl.float32)
-            for i in tl.static_range(SPLITS):
-                part = base + i * (TALL * BM)
-                acc += tl.load(part + n[:, None] * BM + m[None, :], cache_modifier=".cg")
-                if GATE > 0:
-                    acc2 += tl.load(part + (BN + n[:, None]) * BM + m[None, :], cache_modifier=".cg")
-            tl.store(arrivals_ptr + tile, 0)
+        acc, acc2, last = gather_parts(
+            acc, acc2, parts_ptr, arrivals_ptr, tile, split, m, BM, BN, SPLITS, GATE
+        )
     if last:
         if ROW_SCALE:
             acc = acc * tl.load(row_scale_ptr + near)[:, None]
@@ -265,40 +200,19 @@ def _small(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale
             xs = tl.load(xs_ptr + (m * 0 if STATIC else m), mask=m_ok, other=0.0)[None, :]
             acc = acc * xs
             acc2 = acc2 * xs
-        if BIAS:
-            acc += tl.load(bias_ptr + near).to(tl.float32)[:, None]
-        if GATE > 0:
-            if BIAS:
-                acc2 += tl.load(bias_ptr + near + N).to(tl.float32)[:, None]
-            acc = _gate(acc, GATE) * acc2
-        ok = n_ok[:, None] & m_ok[None, :]
-        at = m[None, :].to(tl.int64) * N + rows[:, None]
-        if RESIDUAL:
-            acc += tl.load(res_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
+        finish(acc, acc2, rows, near, m, m_ok, bias_ptr, res_ptr, out_ptr, N, BIAS, GATE, RESIDUAL)
 
 
 @triton.jit
-def _dequantize(w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups, out_ptr, N, K, BN: tl.constexpr, BK: tl.constexpr,
-                FORM: tl.constexpr, GROUP: tl.constexpr, ROW_SCALE: tl.constexpr):  # fmt: skip
+def _dequantize(w_ptr, scale_ptr, zero_ptr, groups, out_ptr, N, K, BN: tl.constexpr, BK: tl.constexpr,
+                GROUP: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     near = tl.minimum(rows, N - 1)
     k = tl.program_id(1) * BK
-    low, high = _tile(w_ptr, scale_ptr, zero_ptr, near, k, K, groups, BN, BK, GROUP, FORM)
-    if ROW_SCALE:
-        factor = tl.load(row_scale_ptr + near)[:, None]
-        low = low * factor
-        high = high * factor
-    ok = (rows < N)[:, None]
-    if FORM == 4:
-        cols = k + tl.arange(0, BK)
-        tl.store(out_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], low.to(out_ptr.dtype.element_ty),
-                 mask=ok & (cols[None, :] < K))  # fmt: skip
-    else:
-        cols = k + 2 * tl.arange(0, BK // 2)
-        at = out_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
-        tl.store(at, low.to(out_ptr.dtype.element_ty), mask=ok & (cols[None, :] < K))
-        tl.store(at + 1, high.to(out_ptr.dtype.element_ty), mask=ok & (cols[None, :] < K))
+    value = _eight_bits(w_ptr, scale_ptr, zero_ptr, near, k, K, groups, BN, BK, GROUP)
+    cols = k + tl.arange(0, BK)
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], value.to(out_ptr.dtype.element_ty),
+             mask=(rows < N)[:, None] & (cols[None, :] < K))  # fmt: skip
 
 
 def quantize_rows(
@@ -341,7 +255,7 @@ def small_product(
 
     Args:
         x: [M, K], M at most MAX_ROWS; float8_e4m3fn for FP8, else 16 bits.
-        weight: FP8 or INT8 [N, K]; others uint8 [N, K / 2].
+        weight: FP8 or INT8 [N, K].
         scale: of groups, [N (blocks of ``height`` rows for FP8), K / group]; unused for FP8 without groups.
         row_scale: float32 [N].
         x_scale: float32 [M, 1] or [M, K / x_group], or a scalar (static), for FP8.
@@ -353,7 +267,7 @@ def small_product(
     shape = shape or packed_shape(num_rows, n, k, form, gate is not None)
     step = min(shape.bk, group or shape.bk, x_group or shape.bk) if form == FP8 else shape.bk
     if form != FP8:
-        assert group % 16 == 0 and k % 2 == 0
+        assert group % 16 == 0
         step = min(shape.bk, group) if group > shape.bk and group % shape.bk else shape.bk
     assert form != FP8 or (not group or step == group or group % step == 0)
     bm = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
@@ -376,23 +290,12 @@ def small_product(
     return out
 
 
-def dequantize(
-    weight: Tensor,
-    scale: Tensor,
-    *,
-    form: int,
-    group: int,
-    zero: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Packed weights (no FP8) -> [N, K] of ``dtype``, each number rounded once from float32."""
-    assert form != FP8
-    n, k = weight.shape[0], weight.shape[1] * (1 if form == INT8 else 2)
+def dequantize(weight: Tensor, scale: Tensor, zero: Tensor, *, group: int, dtype: torch.dtype) -> Tensor:
+    """8-bit integers -> [N, K] of ``dtype``, each number rounded once from float32."""
+    n, k = weight.shape
     out = torch.empty(n, k, dtype=dtype, device=weight.device)
     bk = min(128, group) if group > 128 and group % 128 else 128
     _dequantize[(triton.cdiv(n, 32), triton.cdiv(k, bk))](
-        weight, scale, scale if zero is None else zero, scale if row_scale is None else row_scale, scale.shape[1], out,
-        n, k, BN=32, BK=bk, FORM=form, GROUP=group, ROW_SCALE=row_scale is not None, num_warps=4,
+        weight, scale, zero, scale.shape[1], out, n, k, BN=32, BK=bk, GROUP=group, num_warps=4
     )  # fmt: skip
     return out
