@@ -1,7 +1,7 @@
 """Products of few rows over weights of few bits, beside bf16 and torch's scaled product, on a model's shapes.
 
     python -m benchmarks.quantized --model qwen3-8b --record
-    python -m benchmarks.quantized --sweep          # other tile shapes, to choose from
+    python -m benchmarks.quantized --tune     # writes src/headrace/kernels/quantized_linear/tuned/<gpu>.json
 
 Each figure is a median over replays of a CUDA graph that walks over enough different weights not to fit the cache,
 with the rounding of activations included for FP8. Bytes are those of the weights and their scales.
@@ -10,18 +10,27 @@ with the rounding of activations included for FP8. Bytes are those of the weight
 from __future__ import annotations
 
 import itertools
+import json
+import random
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Recorder, arguments, model_config
-from benchmarks.kernels import graph_seconds
+from benchmarks.common import Recorder, arguments, device_name, model_config
+from benchmarks.kernels import compile_all, graph_seconds
 from headrace.config.quantization import quantization_type
 from headrace.kernels.linear.triton import small_linear
+from headrace.kernels.linear.tuning import GemvShape
 from headrace.kernels.quantized_linear import triton as kernels
+from headrace.kernels.quantized_linear import tuning
+from headrace.kernels.quantized_linear.triton_codes import four_bit_product
+from headrace.kernels.quantized_linear.tuning import CodesShape
 from headrace.layers.linear import Linear
 from headrace.quantization import device as scaled
 from headrace.quantization.registry import load_time
@@ -29,13 +38,6 @@ from headrace.quantization.scaled import ScaledLinear
 
 DEVICE = torch.device("cuda")
 SPREAD = 192 << 20  # bytes that one graph walks over
-SWEEP = [
-    kernels.PackedShape(*shape)
-    for shape in itertools.chain(
-        itertools.product((64, 128), (128, 256), (1, 2, 4), (4,), (3, 4)),
-        [(128, 128, 1, 8, 4), (128, 128, 2, 8, 4), (64, 512, 1, 4, 3), (32, 256, 2, 4, 4), (64, 64, 4, 4, 5)],
-    )
-]
 
 
 def shapes(model: str) -> dict[str, tuple[int, int, str | None]]:
@@ -82,9 +84,19 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-8b")
     parser.add_argument("--schemes", nargs="+", default=["fp8", "nvfp4", "int4-g128"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64])
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--tune", action="store_true", help="write tile shapes instead")
+    parser.add_argument("--limit", type=int, default=24, help="candidates of one case at most")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for tuning")
+    parser.add_argument("--tuned", help="file to write, instead of the one in the package")
     args = parser.parse_args()
     recorder = Recorder("quantized", args)
+    if args.tune:
+        path = (
+            args.tuned
+            or Path(tuning.__file__).parent / "tuned" / f"{device_name().lower().replace(' ', '-')}.json"
+        )
+        tune(args.model, args.schemes, args.rows, Path(path), args.limit, args.seconds)
+        return
     totals: dict[tuple[str, int], float] = {}
 
     def note(scheme: str, rows: int, name: str, seconds: float, rate: float) -> None:
@@ -106,8 +118,6 @@ def main() -> None:
             first = packed(scheme, n, k)
             linears = [first, *(packed(scheme, n, k) for _ in range(max(1, SPREAD // first.nbytes)))]
             for rows, x in inputs.items():
-                if args.sweep and rows > 1:
-                    sweep(linears, x, gate, f"{scheme} {name} M={rows}")
                 note(scheme, rows, name, *measure(partial(packed_linear, linears, x, gate), first.nbytes))
             if scheme == "fp8":
                 torch_scaled(
@@ -131,7 +141,7 @@ def torch_scaled(
             codes, scale = kernels.quantize_rows(x)
             return torch._scaled_mm(
                 codes,
-                linear.quantized.codes.t(),
+                linear.held.codes.t(),
                 scale_a=scale,
                 scale_b=scaled.row_scales(linear)[None, :],
                 out_dtype=torch.bfloat16,
@@ -140,30 +150,105 @@ def torch_scaled(
         note(rows, *measure(run, linears[0].nbytes))
 
 
-def sweep(linears: list[ScaledLinear], x: Tensor, gate: str | None, label: str) -> None:
-    """Print the best tile shapes."""
-    original = kernels.packed_shape
-    found = []
+def candidates(scheme: str, rows: int, n: int, k: int, gated: bool) -> list[Any]:
+    """Tile shapes worth trying; n counts both halves."""
+    outputs = n // 2 if gated else n
+    double = 2 if gated else 1
+    found: list[Any] = []
+    if rows == 1 and scheme == "fp8":
+        for bn, bk, warps in itertools.product((2, 4, 8, 16), (1024, 2048, 4096), (4, 8)):
+            if 32 <= bn * bk // (32 * warps) * double <= 128 and k % bk == 0:
+                found.append(GemvShape(bn, bk, warps, 1))
+        return found
+    bm = 16 if rows <= 16 else rows
+    columns = (128, 256) if scheme == "fp8" else (256,)
+    each = 1 if scheme == "fp8" else 0.5
+    for bn, bk, splits, stages, warps in itertools.product(
+        (64, 128), columns, (1, 2, 4, 8), (4, 3, 6), (4, 8)
+    ):
+        shared = stages * (bn * double * bk * each + bm * bk * (1 if scheme == "fp8" else 2))
+        programs = -(-outputs // bn) * splits
+        if (
+            shared <= 200_000
+            and k // (splits * bk) >= 2
+            and 90 <= programs <= 800
+            and not (bn == 64 and warps == 8)
+        ):
+            shape = (bn, bk, splits, warps, stages) if scheme == "fp8" else (bn, splits, warps, stages)
+            found.append(kernels.PackedShape(*shape) if scheme == "fp8" else CodesShape(*shape))
+    return found
 
-    def under(shape: kernels.PackedShape) -> Callable[[int], object]:
+
+def under(linears: list[ScaledLinear], x: Tensor, gate: str | None, shape: Any) -> Callable[[int], object]:
+    """The product alone (activations rounded before), with one tile shape."""
+    common: dict[str, Any] = {"gate": gate, "out_dtype": x.dtype, "shape": shape}
+    if isinstance(shape, GemvShape):
+        return lambda i: small_linear(
+            x,
+            linears[i % len(linears)].held.codes,
+            row_scale=scaled.row_scales(linears[i % len(linears)]),
+            **common,
+        )
+    if isinstance(shape, kernels.PackedShape):
+        codes, scale = kernels.quantize_rows(x)
+
         def run(i: int) -> object:
-            kernels.packed_shape = lambda *_: shape
-            return scaled.fused(linears[i % len(linears)], x, gate=gate)
+            linear = linears[i % len(linears)]
+            weight, rows = linear.held, scaled.row_scales(linear)
+            return kernels.small_product(
+                codes, weight.codes, weight.scale, form=kernels.FP8, row_scale=rows, x_scale=scale, **common
+            )
 
         return run
 
-    try:
-        for shape in SWEEP:
-            try:
-                _, rate = measure(under(shape), linears[0].nbytes)
-            except Exception as error:  # a tile that does not fit shared memory is no candidate
-                print(label, shape, type(error).__name__, flush=True)
-                continue
-            found.append((rate, shape))
-    finally:
-        kernels.packed_shape = original
-    for rate, shape in sorted(found, reverse=True)[:3]:
-        print(label, f"{rate / 1e12:.2f} TB/s", tuple(shape), flush=True)
+    def four_bits(i: int) -> object:
+        weight = linears[i % len(linears)].held
+        return four_bit_product(x, **scaled._tiles(weight), rows=weight.shape[0], **common)
+
+    return four_bits
+
+
+def tune(
+    model: str, schemes: list[str], row_counts: list[int], path: Path, limit: int, seconds: float
+) -> None:
+    """Write the fastest tile shape of every case to ``path``, beside what is there, while time lasts."""
+    table: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    for rows, scheme in itertools.product(row_counts, schemes):
+        jobs = []
+        for name, (n, k, gate) in shapes(model).items():
+            first = packed(scheme, n, k)
+            linears = [first, *(packed(scheme, n, k) for _ in range(max(1, SPREAD // first.nbytes)))]
+            x = torch.randn(rows, k, dtype=torch.bfloat16, device=DEVICE)
+            tried = candidates(scheme, rows, n, k, gate is not None)
+            tried = random.Random(1).sample(tried, min(limit, len(tried)))
+            jobs.append(
+                (name, n, k, gate, linears, [(shape, under(linears, x, gate, shape)) for shape in tried])
+            )
+        compile_all([partial(run, 0) for *_, runs in jobs for _, run in runs])
+        for name, n, k, gate, linears, runs in jobs:
+            if time.perf_counter() - began > seconds:
+                print("out of time before", scheme, rows, name, flush=True)
+                return
+            results = []
+            for shape, run in runs:
+                try:
+                    results.append((graph_seconds(run, max(8, 2 * SPREAD // linears[0].nbytes), 5), shape))
+                except Exception as error:  # a tile that does not fit shared memory is no candidate
+                    print("failed:", shape, type(error).__name__, str(error)[:80], flush=True)
+                    torch.cuda.synchronize()
+            results.sort()
+            form = "fp8" if scheme == "fp8" else "fp4" if scheme.endswith("fp4") else "int4"
+            table[f"{form}:{rows}:{n}x{k}{'g' if gate else ''}"] = list(results[0][1])
+            top = " ".join(f"{'/'.join(map(str, s))}={t * 1e6:.1f}" for t, s in results[:5])
+            rate = linears[0].nbytes / results[0][0] / 1e12
+            print(f"{scheme} {name} M={rows} {rate:.2f} TB/s | {top} | worst {results[-1][0] * 1e6:.1f} "
+                  f"at {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+            lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
+            path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        del jobs
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
