@@ -16,6 +16,8 @@ from headrace.models.loading import random_weights
 from headrace.models.registry import read_config
 from headrace.quantization.registry import load_time
 from headrace.quantization.scaled import ScaledLinear
+from headrace.quantization.schemes.fp4 import Fp4Weight
+from headrace.quantization.tiled import tile
 from triton_device import DEVICE, DTYPES, ON_GPU, error
 
 SHAPE = {**graphs.TINY, **graphs.CONFIGS["qwen3"], "hidden_size": 64, "intermediate_size": 96}
@@ -31,6 +33,9 @@ def build(scheme: str) -> DecoderModel:
     for path, module in list(model.named_modules()):
         if isinstance(module, Linear) and path != "head":
             model.set_submodule(path, transform(path, module))
+    for module in model.modules():
+        if isinstance(module, ScaledLinear) and isinstance(module.held, Fp4Weight):
+            module.held = tile(module.held)  # as on a GPU
     return model
 
 
