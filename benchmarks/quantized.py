@@ -30,6 +30,7 @@ from headrace.kernels.linear.tuning import GemvShape
 from headrace.kernels.quantized_linear import triton as kernels
 from headrace.kernels.quantized_linear import tuning
 from headrace.kernels.quantized_linear.triton_codes import four_bit_product
+from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
 from headrace.kernels.quantized_linear.tuning import CodesShape
 from headrace.layers.linear import Linear
 from headrace.quantization import device as scaled
@@ -183,12 +184,12 @@ def under(linears: list[ScaledLinear], x: Tensor, gate: str | None, shape: Any) 
     """The product alone (activations rounded before), with one tile shape."""
     common: dict[str, Any] = {"gate": gate, "out_dtype": x.dtype, "shape": shape}
     if isinstance(shape, GemvShape):
-        return lambda i: small_linear(
-            x,
-            linears[i % len(linears)].held.codes,
-            row_scale=scaled.row_scales(linears[i % len(linears)]),
-            **common,
-        )
+
+        def one_row(i: int) -> object:
+            linear = linears[i % len(linears)]
+            return fp8_gemv(x, linear.held.codes, scaled.row_scales(linear), **common)
+
+        return one_row
     if isinstance(shape, kernels.PackedShape):
         codes, scale = kernels.quantize_rows(x)
 

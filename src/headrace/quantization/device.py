@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.linear.triton import small_linear
 from headrace.kernels.norm import rms_norm
 from headrace.kernels.quantized_linear import quantize_rows
 from headrace.kernels.quantized_linear import triton as kernels
 from headrace.kernels.quantized_linear.formats import to_fp8
 from headrace.kernels.quantized_linear.triton_codes import dequantize_codes, four_bit_product
-from headrace.kernels.quantized_linear.tuning import gemv_shape
+from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
 from headrace.quantization.scaled import ScaledLinear
 from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
@@ -52,11 +51,8 @@ def fused(
     weight = linear.held
     common: dict[str, Any] = {"bias": linear.bias, "gate": gate, "residual": residual, "out_dtype": x.dtype}
     if isinstance(weight, Fp8Weight):
-        if x.shape[0] == 1 and _whole_rows(weight):
-            # One row is a sum of products in float32: rounding x would gain nothing.
-            shape = gemv_shape(x.device, *weight.shape, gate is not None)
-            scale = row_scales(linear)
-            return small_linear(x, weight.codes, norm=norm, row_scale=scale, shape=shape, **common)
+        if x.shape[0] == 1 and _whole_rows(weight) and weight.shape[1] % 8 == 0:
+            return fp8_gemv(x, weight.codes, row_scales(linear), norm=norm, **common)
         codes, scale = _rounded(linear, x, norm)
         blocks = not _whole_rows(weight)
         return kernels.small_product(

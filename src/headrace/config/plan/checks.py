@@ -70,8 +70,8 @@ def _numbers(facts: Facts, shape: ModelShape, spec: EngineSpec, engine: str, dty
     kv = spec.kv_cache_dtype
     if kv == "auto" and spec.quantization:
         kv = quantization_type(spec.quantization).kv_cache
-    if kv == "fp8" and "Qwen2" in facts.architecture:
-        yield "an fp8 KV cache hurts models with a bias in q, k and v, as this one; serve refuses it: leave it out"
+    if kv in ("fp8", "fp4") and "Qwen2" in facts.architecture:
+        yield f"an {kv} KV cache hurts models with a bias in q, k and v, as this one; serve refuses it: leave it out"
     if spec.quantization and engine == "bert":
         yield "quantizing a small encoder saves little and costs accuracy: 16 bit is advised"
     if spec.quantization and shape.layers * shape.hidden < 60_000:
