@@ -31,7 +31,7 @@ FLAGS = ("revision", "device")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this command."""
     add = parser.add_argument
-    add("model", metavar="MODEL|config.yaml", help="folder or hub id with 16-bit weights, or a configuration")
+    add("model", metavar="MODEL|config.yaml", help="folder, hub id, packaged name or .gguf, or a configuration")
     add("--out", required=True, metavar="DIR", help="folder to write")
     add(
         "--type",

@@ -38,6 +38,7 @@ from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
 from headrace.models.encode_backbone import is_causal_family
 from headrace.models.loading import Progress
+from headrace.models.registry import read_config
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.linear import PackedLinear
 from headrace.quantization.registry import keeps_packed
@@ -121,13 +122,14 @@ def _build_generate(
     spec: EngineSpec, checkpoint: Checkpoint, facts: Facts, device: torch.device, progress: Progress | None
 ) -> tuple[GenerateCore, Ready]:
     dtype = choose_dtype(spec, checkpoint, device, packs=True)
+    # What is refused is refused before gigabytes are read.
+    cache_dtype = kv_dtype(spec, checkpoint, read_config(checkpoint.config), dtype)
+    fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
+    check_quality(spec, checkpoint, dtype, cache_dtype, changed=fewer)
     shape = read_shape(facts)
     if not (spec.quantization or isinstance(checkpoint, QuantizedCheckpoint)):
         take_for_weights(device, facts, shape, dtype)
     model = load_weights(spec, checkpoint, dtype, device, progress)
-    cache_dtype = kv_dtype(spec, checkpoint, model.config, dtype)
-    fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
-    check_quality(spec, checkpoint, dtype, cache_dtype, changed=fewer)
     if model.config.headless:
         raise UnsupportedCheckpoint(
             f"{spec.model}: {checkpoint.config.get('architectures')} has no language-model head; "

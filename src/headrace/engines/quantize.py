@@ -14,12 +14,14 @@ from torch import Tensor
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.folder import FolderCheckpoint
+from headrace.checkpoints.gguf import GGUFCheckpoint
 from headrace.config.plan.weights import classify
 from headrace.config.quantization import QuantizationType, quantization_type
 from headrace.engines.calibration import column_importance
 from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.models.loading import linear_sources, load_decoder
 from headrace.quantization.writing import WRITABLE, packed_tensors, quantization_config, round_weight
+from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["Progress", "importance_by_tensor", "quantize_checkpoint"]
 
@@ -44,15 +46,17 @@ def quantize_checkpoint(
     """Write ``checkpoint`` quantized as ``name`` into the folder ``out``; an interrupted run goes on where it was.
 
     Args:
-        checkpoint: a Hugging Face folder with 16- or 32-bit weights.
+        checkpoint: a Hugging Face folder with 16- or 32-bit weights, or a GGUF file, whose blocks are dequantized
+            first (and what they lost stays lost).
         importance: of columns, by tensor name (see importance_by_tensor); only 4-bit formats use it.
         calibrated_by: fingerprint of what importance was made from, so that a resumed run does not mix two.
 
     Raises ConfigError, UnsupportedCheckpoint; also when ``out`` holds something else.
     """
-    if not isinstance(checkpoint, FolderCheckpoint):
+    if not isinstance(checkpoint, (FolderCheckpoint, GGUFCheckpoint)):
         raise UnsupportedCheckpoint(
-            f"{checkpoint.path}: quantize reads Hugging Face folders with 16- or 32-bit safetensors, and this is none"
+            f"{checkpoint.path}: quantize reads Hugging Face folders with 16- or 32-bit safetensors, and GGUF files; "
+            "this is neither"
         )
     kind = quantization_type(name)
     if kind.weights not in WRITABLE:
@@ -80,7 +84,9 @@ def quantize_checkpoint(
 def converts(name: str, checkpoint: Checkpoint, kind: QuantizationType) -> bool:
     """Whether this tensor is a linear's matrix that the type rounds."""
     info = checkpoint.info(name)
-    if len(info.shape) != 2 or not name.endswith(".weight") or info.dtype not in ("F32", "F16", "BF16"):
+    if len(info.shape) != 2 or not name.endswith(".weight"):
+        return False
+    if isinstance(checkpoint, FolderCheckpoint) and info.dtype not in ("F32", "F16", "BF16"):
         return False
     group = classify(name)
     if name.endswith((".gate.weight", ".router.weight")):
@@ -151,6 +157,8 @@ def _write_shard(
     tensors: dict[str, Tensor] = {}
     for name in names:
         tensor = checkpoint.load(name)
+        if isinstance(checkpoint, GGUFCheckpoint) and tensor.dtype is torch.float32:
+            tensor = tensor.bfloat16()
         if name not in chosen:
             tensors[name] = tensor.contiguous()
             continue
@@ -172,17 +180,31 @@ def _names_in(file: Path) -> list[str]:
         return list(handle.keys())
 
 
+def _copy_text(checkpoint: FolderCheckpoint | GGUFCheckpoint, out: Path) -> None:
+    """Tokenizer, templates and generation settings: the files beside the weights, or what the GGUF file says."""
+    if isinstance(checkpoint, FolderCheckpoint):
+        for entry in sorted(checkpoint.path.iterdir()):
+            weights = entry.suffix in (".safetensors", ".bin", ".pt", ".gguf") or entry.name == _TABLE
+            if entry.is_file() and not weights and entry.name != "config.json":
+                shutil.copyfile(entry, out / entry.name)
+        return
+    tokenizer = Tokenizer.from_path(checkpoint.path)
+    tokenizer.backend.save(str(out / "tokenizer.json"))
+    settings: dict[str, Any] = dict(tokenizer.special_tokens)
+    if "default" in tokenizer.sources.templates:
+        settings["chat_template"] = tokenizer.sources.templates["default"]
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), "utf-8")
+    (out / "generation_config.json").write_text(json.dumps(checkpoint.generation_config, indent=2), "utf-8")
+
+
 def _finish(
-    checkpoint: FolderCheckpoint,
+    checkpoint: FolderCheckpoint | GGUFCheckpoint,
     out: Path,
     kind: QuantizationType,
     chosen: Sequence[str],
     where: Mapping[str, str],
 ) -> None:
-    for entry in sorted(checkpoint.path.iterdir()):
-        weights = entry.suffix in (".safetensors", ".bin", ".pt", ".gguf") or entry.name == _TABLE
-        if entry.is_file() and not weights and entry.name != "config.json":
-            shutil.copyfile(entry, out / entry.name)
+    _copy_text(checkpoint, out)
     size = sum(file.stat().st_size for file in out.glob("model-*.safetensors"))
     table = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
     (out / _TABLE).write_text(json.dumps(table, indent=1), "utf-8")

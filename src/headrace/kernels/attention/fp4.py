@@ -41,9 +41,11 @@ def decode(rows: Tensor) -> Tensor:
     """uint8 [..., W] -> float32 [..., D]."""
     dim = rows.shape[-1] * 16 // 9
     values = decode_e2m1(rows[..., : dim // 2]).unflatten(-1, (-1, GROUP))
-    return (values * _scales(rows[..., dim // 2 :])[..., None]).flatten(-2)
+    numbers: Tensor = (values * _scales(rows[..., dim // 2 :])[..., None]).flatten(-2)
+    return numbers
 
 
 def _scales(codes: Tensor) -> Tensor:
     values = ((codes.int() + _OFFSET) << 20).view(torch.float32)
-    return torch.where(codes == 255, torch.nan, values)
+    scales: Tensor = torch.where(codes == 255, torch.nan, values)
+    return scales

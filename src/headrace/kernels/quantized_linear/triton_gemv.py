@@ -13,7 +13,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.launch import INTERPRETED, launch_options
 from headrace.kernels.linear.triton import _GATES, _gate
-from headrace.kernels.quantized_linear.tuning import GemvShape, gemv_shape
+from headrace.kernels.linear.tuning import GemvShape
+from headrace.kernels.quantized_linear.tuning import gemv_shape
 
 __all__ = ["fp8_gemv"]
 
