@@ -31,7 +31,7 @@ from headrace.kernels.quantized_linear import triton as kernels
 from headrace.kernels.quantized_linear import tuning
 from headrace.kernels.quantized_linear.triton_codes import four_bit_product
 from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
-from headrace.kernels.quantized_linear.tuning import CodesShape
+from headrace.kernels.quantized_linear.tuning import CodesShape, PackedShape, padded_rows
 from headrace.layers.linear import Linear
 from headrace.quantization import device as scaled
 from headrace.quantization.registry import load_time
@@ -157,26 +157,29 @@ def candidates(scheme: str, rows: int, n: int, k: int, gated: bool) -> list[Any]
     double = 2 if gated else 1
     found: list[Any] = []
     if rows == 1 and scheme == "fp8":
-        for bn, bk, warps in itertools.product((2, 4, 8, 16), (1024, 2048, 4096), (4, 8)):
-            if 32 <= bn * bk // (32 * warps) * double <= 128 and k % bk == 0:
+        for bn, bk, warps in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (2, 4, 8)):
+            if 16 <= bn * bk // (32 * warps) * double <= 128 and bk >= 128 * warps and k % bk == 0:
                 found.append(GemvShape(bn, bk, warps, 1))
         return found
-    bm = 16 if rows <= 16 else rows
-    columns = (128, 256) if scheme == "fp8" else (256,)
-    each = 1 if scheme == "fp8" else 0.5
-    for bn, bk, splits, stages, warps in itertools.product(
-        (64, 128), columns, (1, 2, 4, 8), (4, 3, 6), (4, 8)
-    ):
-        shared = stages * (bn * double * bk * each + bm * bk * (1 if scheme == "fp8" else 2))
-        programs = -(-outputs // bn) * splits
-        if (
-            shared <= 200_000
-            and k // (splits * bk) >= 2
-            and 90 <= programs <= 800
-            and not (bn == 64 and warps == 8)
+    bm = padded_rows(rows)
+    if scheme == "fp8":
+        for bn, bk, splits, stages, warps in itertools.product(
+            (64, 128), (128, 256), (1, 2, 4, 8), (3, 4, 6), (4, 8)
         ):
-            shape = (bn, bk, splits, warps, stages) if scheme == "fp8" else (bn, splits, warps, stages)
-            found.append(kernels.PackedShape(*shape) if scheme == "fp8" else CodesShape(*shape))
+            shared = stages * (bn * double + bm) * bk
+            programs = -(-outputs // bn) * splits
+            fits = shared <= 200_000 and k // (splits * bk) >= 2 and 90 <= programs <= 800
+            if fits and not (bn == 64 and warps == 8):
+                found.append(PackedShape(bn, bk, splits, warps, stages))
+        return found
+    for bn, splits, stages, warps in itertools.product(
+        (32, 64, 128), (1, 2, 4, 8), (2, 3, 4, 6), (1, 2, 4, 8)
+    ):
+        shared = stages * (bn * double * 128 + bm * 512)
+        programs = -(-outputs // bn) * splits
+        fits = shared <= 110_000 and k // (splits * 256) >= 2 and 120 <= programs <= 1600
+        if fits and 16 <= bn // warps <= 32 and not (scheme.endswith("fp4") and bn < 32 * warps):
+            found.append(CodesShape(bn, splits, warps, stages))
     return found
 
 
@@ -190,7 +193,7 @@ def under(linears: list[ScaledLinear], x: Tensor, gate: str | None, shape: Any) 
             return fp8_gemv(x, linear.held.codes, scaled.row_scales(linear), **common)
 
         return one_row
-    if isinstance(shape, kernels.PackedShape):
+    if isinstance(shape, PackedShape):
         codes, scale = kernels.quantize_rows(x)
 
         def run(i: int) -> object:
@@ -241,7 +244,9 @@ def tune(
                     torch.cuda.synchronize()
             results.sort()
             form = "fp8" if scheme == "fp8" else "fp4" if scheme.endswith("fp4") else "int4"
-            table[f"{form}:{rows}:{n}x{k}{'g' if gate else ''}"] = list(results[0][1])
+            table[
+                f"{form}:{1 if rows == 1 and form == 'fp8' else padded_rows(rows)}:{n}x{k}{'g' if gate else ''}"
+            ] = list(results[0][1])
             top = " ".join(f"{'/'.join(map(str, s))}={t * 1e6:.1f}" for t, s in results[:5])
             rate = linears[0].nbytes / results[0][0] / 1e12
             print(f"{scheme} {name} M={rows} {rate:.2f} TB/s | {top} | worst {results[-1][0] * 1e6:.1f} "

@@ -10,9 +10,9 @@ from headrace.kernels.linear import reference as linear_reference
 from headrace.kernels.quantized_linear import reference
 from headrace.kernels.quantized_linear import triton as fast
 from headrace.kernels.quantized_linear.formats import pack_nibbles
-from headrace.kernels.quantized_linear.triton import FP8, INT8, PackedShape
+from headrace.kernels.quantized_linear.triton import FP8, INT8
 from headrace.kernels.quantized_linear.triton_codes import dequantize_codes, four_bit_product
-from headrace.kernels.quantized_linear.tuning import CodesShape
+from headrace.kernels.quantized_linear.tuning import CodesShape, PackedShape
 from headrace.quantization import device
 from headrace.quantization.scaled import Activations, QuantizedWeight, ScaledLinear
 from headrace.quantization.schemes.fp4 import Fp4Weight, quantize_mxfp4, quantize_nvfp4

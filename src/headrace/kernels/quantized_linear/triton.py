@@ -8,8 +8,6 @@ type (4-bit codes: triton_codes.py). FP8 sums leave the tensor core's own imprec
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +17,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from headrace.kernels.launch import INTERPRETED, launch_options, prefetch_l2
 from headrace.kernels.linear.triton import _GATES, _SCRATCH
 from headrace.kernels.quantized_linear.triton_parts import finish, gather_parts
+from headrace.kernels.quantized_linear.tuning import PackedShape, packed_shape, padded_rows
 
 __all__ = [
     "FP8",
     "INT8",
-    "PackedShape",
     "dequantize",
     "quantize_rows",
     "small_product",
@@ -32,27 +30,6 @@ __all__ = [
 FP8, INT8 = 0, 1
 MAX_ROWS = 64
 _FP8_MAX = tl.constexpr(448.0)
-
-
-class PackedShape(NamedTuple):
-    """``bn`` outputs a program, ``bk`` columns a step, K split over ``splits`` programs."""
-
-    bn: int
-    bk: int
-    splits: int
-    warps: int
-    stages: int
-
-
-def packed_shape(rows: int, n: int, k: int, form: int, gated: bool) -> PackedShape:
-    """A rule: some more programs than the 132 multiprocessors of an H100 or H200 (measured there on Qwen3-8B)."""
-    bn = 64
-    bk = 256 if form == FP8 and rows <= 16 else 128
-    tiles = -(-n // bn)
-    splits = 1
-    while tiles * splits < 150 and splits < 8 and k // (splits * 2 * bk) >= 4:
-        splits *= 2
-    return PackedShape(bn, bk, splits, 4, 4 if form == FP8 and not gated else 3)
 
 
 @triton.jit
@@ -264,13 +241,13 @@ def small_product(
     num_rows, k = x.shape
     n = weight.shape[0] // (1 if gate is None else 2)
     assert num_rows <= MAX_ROWS and x.stride(1) == 1 and weight.is_contiguous()
-    shape = shape or packed_shape(num_rows, n, k, form, gate is not None)
+    shape = shape or packed_shape(x.device, num_rows, weight.shape[0], k, form == FP8, gate is not None)
     step = min(shape.bk, group or shape.bk, x_group or shape.bk) if form == FP8 else shape.bk
     if form != FP8:
         assert group % 16 == 0
         step = min(shape.bk, group) if group > shape.bk and group % shape.bk else shape.bk
     assert form != FP8 or (not group or step == group or group % step == 0)
-    bm = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
+    bm = max(16, padded_rows(num_rows))
     tiles = triton.cdiv(n, shape.bn)
     out = torch.empty(num_rows, n, dtype=out_dtype, device=x.device)
     parts = arrivals = out

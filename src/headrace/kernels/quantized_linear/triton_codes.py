@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from headrace.kernels.launch import INTERPRETED, launch_options, prefetch_l2
 from headrace.kernels.linear.triton import _GATES, _SCRATCH
 from headrace.kernels.quantized_linear.triton_parts import finish, gather_parts
-from headrace.kernels.quantized_linear.tuning import CodesShape, codes_shape
+from headrace.kernels.quantized_linear.tuning import CodesShape, codes_shape, padded_rows
 
 __all__ = ["dequantize_codes", "four_bit_product"]
 
@@ -102,7 +102,7 @@ def _plain_e2m1(codes):
 
 @triton.jit
 def _scales(at, BN: tl.constexpr, Q: tl.constexpr, GROUP: tl.constexpr):
-    """Bytes at ``at`` [BN, Q / GROUP] -> bfloat16 [BN, Q]: 16 columns, times 2**110; 32 columns, powers of two."""
+    """Bytes at ``at`` [BN, Q / GROUP] -> bfloat16 [BN, Q]: of 16 columns times 2**110; of 32 columns powers of two."""
     e = tl.load(at).to(tl.int16)
     if GROUP == 16:
         bits = e * 16 + 0x7000
@@ -194,23 +194,27 @@ def _step(acc, x0, x1, x2, x3, w_ptr, scale_ptr, zero_ptr, rows, k, width, N, gr
             w3 = _plain_integer(codes >> 12, z3, kind)
         else:
             w0, w1, w2, w3 = _integer_quarters(w, z0, z1, z2, z3)
-        part = tl.dot(w0, x0, out_dtype=tl.float32, input_precision="ieee")
+        # All products first, so that they run while the scales are on their way.
+        p0 = tl.dot(w0, x0, out_dtype=tl.float32, input_precision="ieee")
         if PER == 1:
-            acc += part * tl.load(scale_ptr + at0)[:, None]
-            part = tl.dot(w1, x1, out_dtype=tl.float32, input_precision="ieee")
+            p1 = tl.dot(w1, x1, out_dtype=tl.float32, input_precision="ieee")
+            p2 = tl.dot(w2, x2, out_dtype=tl.float32, input_precision="ieee")
+            p3 = tl.dot(w3, x3, out_dtype=tl.float32, input_precision="ieee")
+            acc += p0 * tl.load(scale_ptr + at0)[:, None]
+            acc += p1 * tl.load(scale_ptr + at1)[:, None]
+            acc += p2 * tl.load(scale_ptr + at2)[:, None]
+            acc += p3 * tl.load(scale_ptr + at3)[:, None]
+        elif PER == 2:
+            p2 = tl.dot(w2, x2, out_dtype=tl.float32, input_precision="ieee")
+            p0 = tl.dot(w1, x1, p0, out_dtype=tl.float32, input_precision="ieee")
+            p2 = tl.dot(w3, x3, p2, out_dtype=tl.float32, input_precision="ieee")
+            acc += p0 * tl.load(scale_ptr + at0)[:, None]
+            acc += p2 * tl.load(scale_ptr + at2)[:, None]
         else:
-            part = tl.dot(w1, x1, part, out_dtype=tl.float32, input_precision="ieee")
-        if PER == 4:
-            part = tl.dot(w2, x2, part, out_dtype=tl.float32, input_precision="ieee")
-        else:
-            acc += part * tl.load(scale_ptr + at1)[:, None]
-            part = tl.dot(w2, x2, out_dtype=tl.float32, input_precision="ieee")
-        if PER == 1:
-            acc += part * tl.load(scale_ptr + at2)[:, None]
-            part = tl.dot(w3, x3, out_dtype=tl.float32, input_precision="ieee")
-        else:
-            part = tl.dot(w3, x3, part, out_dtype=tl.float32, input_precision="ieee")
-        acc += part * tl.load(scale_ptr + at3)[:, None]
+            p0 = tl.dot(w1, x1, p0, out_dtype=tl.float32, input_precision="ieee")
+            p0 = tl.dot(w2, x2, p0, out_dtype=tl.float32, input_precision="ieee")
+            p0 = tl.dot(w3, x3, p0, out_dtype=tl.float32, input_precision="ieee")
+            acc += p0 * tl.load(scale_ptr + at0)[:, None]
     return acc
 
 
@@ -333,8 +337,8 @@ def four_bit_product(
     n = rows // (1 if gate is None else 2)
     assert num_rows <= MAX_ROWS and x.stride(1) == 1 and words.is_contiguous()
     width = words.shape[1]
-    shape = shape or codes_shape(x.device, num_rows, n, k, row_scale is not None, gate is not None)
-    bm = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
+    shape = shape or codes_shape(x.device, num_rows, rows, k, row_scale is not None, gate is not None)
+    bm = padded_rows(num_rows)
     splits = min(shape.splits, width // quarter)
     tiles = triton.cdiv(n, shape.bn)
     out = torch.empty(num_rows, n, dtype=out_dtype, device=x.device)
@@ -371,8 +375,8 @@ def dequantize_codes(
     width, fp4 = words.shape[1], row_scale is not None
     out = torch.empty(rows, columns, dtype=dtype, device=words.device)
     _dequantize[(triton.cdiv(rows, 32), width // quarter)](
-        words, width, scale, scale if zero is None else zero, scale if row_scale is None else row_scale,
-        scale.shape[1] if fp4 else scale.shape[0], out, rows, columns, BN=32, Q=quarter, FP4=fp4, GROUP=group,
+        words, width, scale, scale if zero is None else zero,
+        scale if row_scale is None else row_scale, scale.shape[1] if fp4 else scale.shape[0], out, rows, columns, BN=32, Q=quarter, FP4=fp4, GROUP=group,
         ZERO=zero is not None, num_warps=4,
     )  # fmt: skip
     return out

@@ -1,7 +1,7 @@
 """Tile shapes of the few-row kernels over weights of few bits: data for measured GPUs and shapes, a rule for others.
 
-``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` (form: fp8, fp4 or int4; rows: 16, 32 or 64, at most that
-many; g: gated, N counting both halves) to a list of numbers in the order of the shape's fields.
+``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` (form: fp8, fp4 or int4; rows: 1, or 8, 16, 32 or 64 for up to
+that many; g: gated, N counting both halves) to a list of numbers in the order of the shape's fields.
 benchmarks/quantized.py --tune measures and writes them.
 """
 
@@ -16,11 +16,21 @@ import torch
 
 from headrace.kernels.linear.tuning import GemvShape
 
-__all__ = ["CodesShape", "codes_shape", "gemv_shape"]
+__all__ = ["CodesShape", "PackedShape", "codes_shape", "gemv_shape", "packed_shape", "padded_rows"]
+
+
+class PackedShape(NamedTuple):
+    """``bn`` outputs a program, ``bk`` columns a step, K split over ``splits`` programs."""
+
+    bn: int
+    bk: int
+    splits: int
+    warps: int
+    stages: int
 
 
 class CodesShape(NamedTuple):
-    """``bn`` outputs a program, K split over ``splits`` programs."""
+    """The same for 4-bit codes, whose steps are tiles (tiling.py)."""
 
     bn: int
     splits: int
@@ -28,28 +38,51 @@ class CodesShape(NamedTuple):
     stages: int
 
 
+def padded_rows(rows: int) -> int:
+    """Rows of a tile that holds ``rows`` (at most 64)."""
+    return 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64
+
+
 def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
-    """For one row and FP8 weights [n, k], n counting both halves."""
-    found = _tuned(device).get(f"fp8:1:{n}x{k}{'g' if gated else ''}")
+    """For one row and FP8 weights [n, k]."""
+    found = _tuned(device).get(_key("fp8", 1, n, k, gated))
     if found is not None:
         return GemvShape(*found)
-    bk = 2048 if k % 2048 == 0 else 1024 if k >= 1024 else 1 << max(k - 1, 15).bit_length()
-    return GemvShape(2 if gated else 4, bk, 4, 1)
+    bk = 1024 if k >= 1024 else 1 << max(k - 1, 15).bit_length()
+    return GemvShape(4, bk, 4, 1)
+
+
+def packed_shape(device: torch.device, rows: int, n: int, k: int, fp8: bool, gated: bool) -> PackedShape:
+    """For x [rows, k] and FP8 or INT8 weights [n, k]: some more programs than an H100 or H200 has multiprocessors."""
+    bm = max(16, padded_rows(rows))
+    found = _tuned(device).get(_key("fp8", bm, n, k, gated)) if fp8 else None
+    if found is not None:
+        return PackedShape(*found)
+    bk = 256 if fp8 and bm == 16 and not gated else 128
+    splits = _splits(-(-n // (128 if gated else 64)), k, bk, 4)
+    return PackedShape(64, bk, splits, 4, 4 if fp8 else 3)
 
 
 def codes_shape(device: torch.device, rows: int, n: int, k: int, fp4: bool, gated: bool) -> CodesShape:
-    """For x [rows, k] and n outputs; 4-bit weights."""
-    bm = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    total = n * (2 if gated else 1)
-    found = _tuned(device).get(f"{'fp4' if fp4 else 'int4'}:{bm}:{total}x{k}{'g' if gated else ''}")
+    """For x [rows, k] and 4-bit weights [n, k]."""
+    bm = padded_rows(rows)
+    found = _tuned(device).get(_key("fp4" if fp4 else "int4", bm, n, k, gated))
     if found is not None:
         return CodesShape(*found)
-    bn = 128 if fp4 and bm == 16 and not gated else 64
-    tiles = -(-n // bn)
+    splits = _splits(-(-n // (128 if gated else 64)), k, 256, 2)
+    return CodesShape(64, splits, 4 if bm > 16 else 2, 3)
+
+
+def _splits(tiles: int, k: int, bk: int, steps: int) -> int:
+    """Parts of K: enough for more programs than multiprocessors, each with some steps of its own."""
     splits = 1
-    while tiles * splits < 150 and splits < 8 and k // (splits * 2 * 256) >= 2:
+    while tiles * splits < 150 and splits < 8 and k // (splits * 2 * bk) >= steps:
         splits *= 2
-    return CodesShape(bn, splits, 4, 4 if bm == 16 else 3)
+    return splits
+
+
+def _key(form: str, rows: int, n: int, k: int, gated: bool) -> str:
+    return f"{form}:{rows}:{n}x{k}{'g' if gated else ''}"
 
 
 @functools.cache
