@@ -50,7 +50,7 @@ class TiledWeight:
     def restore(self) -> Fp4Weight | GroupIntWeight:
         """What was tiled: the same numbers (of zero scales and negative ones, the same products)."""
         columns = self.shape[1]
-        codes = untile_codes(self.words, self.quarter, columns)
+        codes = untile_codes(self.words, self.quarter, columns, fp4=self.fp4)
         if self.row_scale is None:
             scale = self.scale.t().contiguous()
             zero = torch.full_like(scale, _SYMMETRIC) if self.zero is None else -128 - self.zero.t().float()
@@ -83,7 +83,7 @@ def tile(weight: Fp4Weight | GroupIntWeight, quarter: int | None = None) -> Tile
     if isinstance(weight, GroupIntWeight):
         quarter = quarter or (64 if weight.group % 64 == 0 and columns % 256 == 0 else 32)
         assert can_tile(weight) and weight.group % quarter == 0, (weight.group, quarter)
-        words = tile_codes(unpack_nibbles(weight.codes), quarter)
+        words = tile_codes(unpack_nibbles(weight.codes), quarter, fp4=False)
         zero = None if bool((weight.zero == _SYMMETRIC).all()) else (-128 - weight.zero).t().bfloat16()
         zero = None if zero is None else zero.contiguous()
         return TiledWeight(
@@ -96,7 +96,13 @@ def tile(weight: Fp4Weight | GroupIntWeight, quarter: int | None = None) -> Tile
     padding = -columns % (4 * quarter) // weight.group
     scale = F.pad(scale, (0, padding), value=127)
     return TiledWeight(
-        tile_codes(codes, quarter), scale, weight.row_scale, None, (rows, columns), weight.group, quarter
+        tile_codes(codes, quarter, fp4=True),
+        scale,
+        weight.row_scale,
+        None,
+        (rows, columns),
+        weight.group,
+        quarter,
     )
 
 

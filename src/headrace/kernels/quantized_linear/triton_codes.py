@@ -26,37 +26,34 @@ MAX_ROWS = 64
 
 @triton.jit
 def _e2m1_quarters(w, s0, s1, s2, s3):
-    """int16 -> four bfloat16 of E2M1 times scale times 2**-126, two columns a time.
+    """int16 -> four bfloat16 of E2M1 times scale times 2**-126, two columns a time; scales are bfloat16 twice in int32.
 
-    A code's bits are those of a bfloat16 of the lowest exponents, subnormals included.
+    Two neighbouring columns share a scale. A code's bits are those of a bfloat16 of the lowest exponents, subnormals
+    included; tiling.py lays them so that a shift and a mask find them, the last quarter's with four more operations.
     """
     return tl.inline_asm_elementwise(
         """
         {
         .reg .b32 a, b, z;
         mov.b32 z, 0x80008000;
-        shl.b32 a, $4, 12;
-        shr.b32 b, a, 6;
-        and.b32 b, b, 0x01C001C0;
-        lop3.b32 b, a, 0x80008000, b, 0xEA;
-        fma.rn.bf16x2 $0, b, $5, z;
-        shl.b32 a, $4, 8;
-        shr.b32 b, a, 6;
-        and.b32 b, b, 0x01C001C0;
-        lop3.b32 b, a, 0x80008000, b, 0xEA;
-        fma.rn.bf16x2 $1, b, $6, z;
-        shl.b32 a, $4, 4;
-        shr.b32 b, a, 6;
-        and.b32 b, b, 0x01C001C0;
-        lop3.b32 b, a, 0x80008000, b, 0xEA;
-        fma.rn.bf16x2 $2, b, $7, z;
-        shr.b32 b, $4, 6;
-        and.b32 b, b, 0x01C001C0;
-        lop3.b32 b, $4, 0x80008000, b, 0xEA;
-        fma.rn.bf16x2 $3, b, $8, z;
+        and.b32 a, $4, 0x81C081C0;
+        fma.rn.bf16x2 $0, a, $5, z;
+        shl.b32 a, $4, 3;
+        and.b32 a, a, 0x81C081C0;
+        fma.rn.bf16x2 $1, a, $7, z;
+        shl.b32 a, $4, 6;
+        and.b32 a, a, 0x81C081C0;
+        fma.rn.bf16x2 $2, a, $9, z;
+        shl.b32 a, $4, 1;
+        and.b32 a, a, 0x80008000;
+        shr.b32 b, $4, 4;
+        lop3.b32 a, b, 0x00C000C0, a, 0xEA;
+        shr.b32 b, $4, 5;
+        lop3.b32 a, b, 0x01000100, a, 0xEA;
+        fma.rn.bf16x2 $3, a, $11, z;
         }
         """,
-        "=&r,=&r,=&r,=&r,r,r,r,r,r",
+        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
         [w, s0, s1, s2, s3],
         dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
         is_pure=True,
@@ -94,28 +91,28 @@ def _integer_quarters(w, z0, z1, z2, z3):
 
 
 @triton.jit
-def _plain_e2m1(codes):
-    """4-bit codes (int32) -> float32."""
-    bits = ((codes & 7) << 9) | ((codes & 8) << 12)
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
-
-
-@triton.jit
 def _scales(at, BN: tl.constexpr, Q: tl.constexpr, GROUP: tl.constexpr):
-    """Bytes at ``at`` [BN, Q / GROUP] -> bfloat16 [BN, Q]: of 16 columns times 2**110; of 32 columns powers of two."""
-    e = tl.load(at).to(tl.int16)
+    """Bytes at ``at`` [BN, Q / GROUP] -> int32 [BN, Q], a bfloat16 twice: of 16 columns, times 2**110; of 32, 2**e."""
+    e = tl.load(at).to(tl.int32)
     if GROUP == 16:
-        bits = e * 16 + 0x7000
+        pair = e * 0x00100010 + 0x70007000
     else:
-        bits = tl.where(e == 0, 0x0040, tl.where(e == 255, 0x7FC0, e * 128)).to(tl.int16)
-    wide = tl.broadcast_to(bits.to(tl.bfloat16, bitcast=True)[:, :, None], (BN, Q // GROUP, GROUP))
-    return wide.reshape(BN, Q)
+        bits = tl.where(e == 0, 0x0040, tl.where(e == 255, 0x7FC0, e * 128))
+        pair = bits * 0x00010001
+    return tl.broadcast_to(pair[:, :, None], (BN, Q // GROUP, GROUP)).reshape(BN, Q)
 
 
 @triton.jit
-def _plain_fp4(codes, scale, kind: tl.constexpr, GROUP: tl.constexpr):
+def _plain_fp4(w, scale, i: tl.constexpr, GROUP: tl.constexpr):
+    """Quarter i of int32 words under scales of ``_scales``, float32."""
+    if i < 3:
+        bits = w << (3 * i)
+    else:
+        bits = ((w << 1) & 0x8000) | ((w >> 4) & 0x00C0) | ((w >> 5) & 0x0100)
+    half = (bits & 0x8000) | ((bits & 0x01C0) << 3)
+    value = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
     FACTOR: tl.constexpr = 2.0**-110 if GROUP == 16 else 1.0
-    return (_plain_e2m1(codes & 15) * (scale.to(tl.float32) * FACTOR)).to(kind)
+    return value * ((scale << 16).to(tl.float32, bitcast=True) * FACTOR)
 
 
 @triton.jit
@@ -128,20 +125,20 @@ def _fp4_quarters(w, at, kind: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr, 
     s2 = _scales(at + 2 * EACH, BN, Q, GROUP)
     s3 = _scales(at + 3 * EACH, BN, Q, GROUP)
     if PLAIN:
-        codes = w.to(tl.int32)
-        w0 = _plain_fp4(codes, s0, kind, GROUP)
-        w1 = _plain_fp4(codes >> 4, s1, kind, GROUP)
-        w2 = _plain_fp4(codes >> 8, s2, kind, GROUP)
-        w3 = _plain_fp4(codes >> 12, s3, kind, GROUP)
+        words = w.to(tl.int32)
+        w0 = _plain_fp4(words, s0, 0, GROUP).to(kind)
+        w1 = _plain_fp4(words, s1, 1, GROUP).to(kind)
+        w2 = _plain_fp4(words, s2, 2, GROUP).to(kind)
+        w3 = _plain_fp4(words, s3, 3, GROUP).to(kind)
     elif GROUP == 16:
         w0, w1, w2, w3 = _e2m1_quarters(w, s0, s1, s2, s3)
     else:
-        up = tl.full([BN, Q], 2.0**126, tl.bfloat16)
+        up = tl.full([BN, Q], 0x7E807E80, tl.int32)  # 2**126 twice
         w0, w1, w2, w3 = _e2m1_quarters(w, up, up, up, up)
-        w0 = w0 * s0
-        w1 = w1 * s1
-        w2 = w2 * s2
-        w3 = w3 * s3
+        w0 = w0 * s0.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        w1 = w1 * s1.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        w2 = w2 * s2.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        w3 = w3 * s3.to(tl.int16).to(tl.bfloat16, bitcast=True)
     return w0, w1, w2, w3
 
 
@@ -292,13 +289,16 @@ def _dequantize(w_ptr, width, scale_ptr, zero_ptr, row_scale_ptr, groups, out_pt
     k = tl.program_id(1) * (4 * Q)
     w = tl.load(w_ptr + near.to(tl.int64)[:, None] * width + (k // 4 + cols)[None, :]).to(tl.int32)
     for i in tl.static_range(4):
-        codes = (w >> (4 * i)) & 15
         at_k = k + i * Q
         if FP4:
             at = near.to(tl.int64)[:, None] * groups + (at_k // GROUP + tl.arange(0, Q // GROUP))[None, :]
-            scale = _scales(scale_ptr + at, BN, Q, GROUP).to(tl.float32) * (2.0**-110 if GROUP == 16 else 1.0)
-            value = _plain_e2m1(codes) * (scale * tl.load(row_scale_ptr + near)[:, None])
+            # The product of the two scales is rounded first, as the definition has it.
+            scale = _scales(scale_ptr + at, BN, Q, GROUP)
+            ones = tl.full([BN, Q], 0x76807680 if GROUP == 16 else 0x3F803F80, tl.int32)
+            factor = (scale << 16).to(tl.float32, bitcast=True) * (2.0**-110 if GROUP == 16 else 1.0)
+            value = _plain_fp4(w, ones, i, GROUP) * (factor * tl.load(row_scale_ptr + near)[:, None])
         else:
+            codes = (w >> (4 * i)) & 15
             at = tl.minimum(at_k // GROUP, groups - 1).to(tl.int64) * N + near
             zero = -136.0
             if ZERO:
@@ -375,9 +375,9 @@ def dequantize_codes(
     width, fp4 = words.shape[1], row_scale is not None
     out = torch.empty(rows, columns, dtype=dtype, device=words.device)
     _dequantize[(triton.cdiv(rows, 32), width // quarter)](
-        words, width, scale, scale if zero is None else zero,
-        scale if row_scale is None else row_scale, scale.shape[1] if fp4 else scale.shape[0], out, rows, columns, BN=32, Q=quarter, FP4=fp4, GROUP=group,
-        ZERO=zero is not None, num_warps=4,
+        words, width, scale, scale if zero is None else zero, scale if row_scale is None else row_scale,
+        scale.shape[1] if fp4 else scale.shape[0], out, rows, columns,
+        BN=32, Q=quarter, FP4=fp4, GROUP=group, ZERO=zero is not None, num_warps=4,
     )  # fmt: skip
     return out
 
