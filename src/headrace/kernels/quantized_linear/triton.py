@@ -8,6 +8,8 @@ type (4-bit codes: triton_codes.py). FP8 sums leave the tensor core's own imprec
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -16,12 +18,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.launch import INTERPRETED, launch_options, prefetch_l2
 from headrace.kernels.linear.triton import _GATES, _SCRATCH
-from headrace.kernels.quantized_linear.triton_parts import finish, gather_parts
-from headrace.kernels.quantized_linear.tuning import PackedShape, packed_shape, padded_rows
+from headrace.kernels.quantized_linear.triton_parts import FP8_MAX, finish, gather_parts, round_tile
+from headrace.kernels.quantized_linear.tuning import PackedShape, chained_shape, packed_shape, padded_rows
 
 __all__ = [
     "FP8",
     "INT8",
+    "Following",
+    "Rounded",
+    "chained_product",
     "dequantize",
     "quantize_rows",
     "small_product",
@@ -29,19 +34,17 @@ __all__ = [
 
 FP8, INT8 = 0, 1
 MAX_ROWS = 64
-_FP8_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
 def _quantize_rows(x_ptr, x_row, gain_ptr, codes_ptr, scale_ptr, K, groups, eps,
                    GROUP: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One row; GROUP 0: one scale, else one for each GROUP columns (BK is then GROUP)."""
+    """One row; GROUP 0: one scale, else one for each GROUP columns."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BK)
-    kind = x_ptr.dtype.element_ty
     rs = 1.0
     if NORM:
         squares = tl.zeros([BK], tl.float32)
@@ -49,27 +52,37 @@ def _quantize_rows(x_ptr, x_row, gain_ptr, codes_ptr, scale_ptr, K, groups, eps,
             x = tl.load(x_ptr + row * x_row + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
             squares += x * x
         rs = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    top = tl.zeros([BK], tl.float32)
+    scale = 1.0
     if GROUP == 0:
+        top = tl.zeros([BK], tl.float32)
         for k in range(0, K, BK):
-            x = tl.load(x_ptr + row * x_row + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
-            if NORM:
-                gain = tl.load(gain_ptr + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
-                x = (x * rs * gain).to(kind).to(tl.float32)
+            x = _normed(x_ptr + row * x_row, gain_ptr, k + cols, K, rs, NORM)
             top = tl.maximum(top, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-    scale = tl.maximum(tl.max(top, 0), 1e-10) / _FP8_MAX
-    if GROUP == 0:
+        scale = tl.maximum(tl.max(top, 0), 1e-10) / FP8_MAX
         tl.store(scale_ptr + row, scale)
     for k in range(0, K, BK):
-        x = tl.load(x_ptr + row * x_row + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
-        if NORM:
-            gain = tl.load(gain_ptr + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
-            x = (x * rs * gain).to(kind).to(tl.float32)
+        x = _normed(x_ptr + row * x_row, gain_ptr, k + cols, K, rs, NORM)
         if GROUP > 0:
-            scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-10) / _FP8_MAX
-            tl.store(scale_ptr + row * groups + k // GROUP, scale)
-        y = tl.clamp(x / scale, -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+            tiles = x.reshape(BK // GROUP, GROUP)
+            each = tl.maximum(tl.max(tl.abs(tiles), 1), 1e-10) / FP8_MAX
+            g = k // GROUP + tl.arange(0, BK // GROUP)
+            tl.store(scale_ptr + row * groups + g, each, mask=g < groups)
+            y = (tiles / each[:, None]).reshape(BK)
+        else:
+            y = x / scale
+        y = tl.clamp(y, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
         tl.store(codes_ptr + row * K + k + cols, y.to(codes_ptr.dtype.element_ty), mask=k + cols < K)
+
+
+@triton.jit
+def _normed(x_ptr, gain_ptr, cols, K, rs, NORM: tl.constexpr):
+    """Columns of a row after its norm (rounded to x's type, as a norm of its own would), float32."""
+    x = tl.load(x_ptr + cols, mask=cols < K, other=0.0)
+    y = x.to(tl.float32)
+    if NORM:
+        gain = tl.load(gain_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
+        y = (y * rs * gain).to(x.dtype).to(tl.float32)
+    return y
 
 
 @triton.jit
@@ -94,7 +107,7 @@ def _spread(x, BN: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr):
 
 
 @triton.jit
-def _step(acc, x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, rows, m, m_ok, k, K, groups,
+def _step(acc, x_ptr, x_row, xs, w_ptr, scale_ptr, zero_ptr, rows, m, m_ok, k, K, groups,
           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,
           XGROUP: tl.constexpr, FORM: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
     """acc [BN, BM] plus the product over BK columns from k on."""
@@ -112,7 +125,6 @@ def _step(acc, x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, rows,
                 ws = tl.load(scale_ptr + (rows // HEIGHT).to(tl.int64) * groups + k // GROUP)
                 part = part * ws[:, None]
             if XGROUP > 0:
-                xs = tl.load(xs_ptr + m * x_groups + k // XGROUP, mask=m_ok, other=0.0)
                 part = part * xs[None, :]
             acc += part
         elif WIDEN:
@@ -128,13 +140,19 @@ def _step(acc, x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, rows,
 
 
 @triton.jit
-def _small(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr, res_ptr,
-           out_ptr, parts_ptr, arrivals_ptr, M, N, K,
+def _small(x_ptr, x_row, xs_ptr, x_groups, squares_ptr, eps, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups,
+           bias_ptr, res_ptr, out_ptr, gain_ptr, codes_ptr, next_scale_ptr, next_squares_ptr, parts_ptr, arrivals_ptr,
+           M, N, K,
            BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, FORM: tl.constexpr,
            GROUP: tl.constexpr, HEIGHT: tl.constexpr, XGROUP: tl.constexpr, ROW_SCALE: tl.constexpr,
            STATIC: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
-           WIDEN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """out[m, n] for all M rows and BN columns, over one of SPLITS ranges of K; with a gate rows n and N + n."""
+           SQUARES: tl.constexpr, STORE: tl.constexpr, ROUND: tl.constexpr, GAIN: tl.constexpr, WIDEN: tl.constexpr,
+           PDL: tl.constexpr):  # fmt: skip
+    """out[m, n] for all M rows and BN columns, over one of SPLITS ranges of K; with a gate rows n and N + n.
+
+    SQUARES: rows of x are still to be divided by their root mean square, whose sums are in SQUARES parts.
+    ROUND: the outputs are also, or only, written in FP8 for the next product.
+    """
     if PDL:
         gdc_launch_dependents()
     tile = tl.program_id(0) // SPLITS
@@ -157,12 +175,20 @@ def _small(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale
         gdc_wait()
     acc = tl.zeros([BN, BM], tl.float32)
     acc2 = tl.zeros([BN, BM], tl.float32)
+    xs = tl.zeros([BM], tl.float32)
+    if XGROUP > 0:
+        xs = tl.load(xs_ptr + m * x_groups + lo // XGROUP, mask=m_ok & (lo < K), other=0.0)
     for k in range(lo, hi, BK):
-        acc = _step(acc, x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, near, m, m_ok, k, K, groups,
+        following = xs
+        if XGROUP > 0:  # on its way while this one is used
+            ahead = k + BK
+            following = tl.load(xs_ptr + m * x_groups + ahead // XGROUP, mask=m_ok & (ahead < hi), other=0.0)
+        acc = _step(acc, x_ptr, x_row, xs, w_ptr, scale_ptr, zero_ptr, near, m, m_ok, k, K, groups,
                     BM, BN, BK, GROUP, HEIGHT, XGROUP, FORM, WIDEN)  # fmt: skip
         if GATE > 0:
-            acc2 = _step(acc2, x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, near + N, m, m_ok, k, K,
+            acc2 = _step(acc2, x_ptr, x_row, xs, w_ptr, scale_ptr, zero_ptr, near + N, m, m_ok, k, K,
                          groups, BM, BN, BK, GROUP, HEIGHT, XGROUP, FORM, WIDEN)  # fmt: skip
+        xs = following
     last = True
     if SPLITS > 1:
         acc, acc2, last = gather_parts(
@@ -177,7 +203,29 @@ def _small(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale
             xs = tl.load(xs_ptr + (m * 0 if STATIC else m), mask=m_ok, other=0.0)[None, :]
             acc = acc * xs
             acc2 = acc2 * xs
-        finish(acc, acc2, rows, near, m, m_ok, bias_ptr, res_ptr, out_ptr, N, BIAS, GATE, RESIDUAL)
+        if SQUARES > 0:
+            g = tl.arange(0, SQUARES)[:, None]
+            at = squares_ptr + m[None, :] * x_groups + g
+            total = tl.sum(tl.load(at, mask=(g < x_groups) & m_ok[None, :], other=0.0), 0)
+            rs = tl.rsqrt(total / K + eps)[None, :]
+            acc = acc * rs
+            acc2 = acc2 * rs
+        y = finish(acc, acc2, rows, near, m, m_ok, bias_ptr, res_ptr, out_ptr, N, BIAS, GATE, RESIDUAL, STORE)
+        if ROUND:
+            round_tile(
+                y,
+                tile,
+                near,
+                m,
+                m_ok,
+                gain_ptr,
+                codes_ptr,
+                next_scale_ptr,
+                next_squares_ptr,
+                N,
+                N // BN,
+                GAIN,
+            )
 
 
 @triton.jit
@@ -202,12 +250,43 @@ def quantize_rows(
     codes = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     gain, eps = norm if norm is not None else (x, 0.0)
-    bk = group or min(4096, triton.next_power_of_2(k))
+    bk = min(4096, max(triton.next_power_of_2(k), group or 1))
+    assert group is None or bk % group == 0
     options = launch_options(x.device, 4 if bk >= 1024 else 1, 1)
     _quantize_rows[(rows,)](
         x, x.stride(0), gain, codes, scale, k, groups, eps, GROUP=group or 0, BK=bk, NORM=norm is not None, **options
     )  # fmt: skip
     return codes, scale
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Rows in FP8, as one product leaves them for the next.
+
+    Attributes:
+        codes: float8_e4m3fn [M, K].
+        scale: float32 [M, K / group].
+        squares: float32 [M, K / group], or None. If given the rows are a residual stream times the gain of the RMS norm
+            that comes next, and these the sums of squares of its groups: dividing by their root is left to the product.
+        eps: of that norm.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    squares: Tensor | None = None
+    eps: float = 0.0
+
+    @property
+    def group(self) -> int:
+        return self.codes.shape[1] // self.scale.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """How a product leaves its outputs: in FP8, and with a gain [N] and eps also as they are (the residual stream)."""
+
+    gain: Tensor | None = None
+    eps: float = 0.0
 
 
 def small_product(
@@ -238,33 +317,104 @@ def small_product(
         x_scale: float32 [M, 1] or [M, K / x_group], or a scalar (static), for FP8.
         gate: the first N / 2 outputs go through it and multiply the others.
     """
+    shape = shape or packed_shape(
+        x.device, x.shape[0], weight.shape[0], x.shape[1], form == FP8, gate is not None
+    )
+    if form == FP8:
+        step = min(shape.bk, group or shape.bk, x_group or shape.bk)
+        assert not group or step == group or group % step == 0
+    else:
+        assert group % 16 == 0
+        step = min(shape.bk, group) if group > shape.bk and group % shape.bk else shape.bk
+    out, _ = _launch(
+        x, weight, scale, shape, step, form=form, group=group, height=height, zero=zero, row_scale=row_scale,
+        x_scale=x_scale, x_group=x_group, bias=bias, gate=gate, residual=residual, out_dtype=out_dtype,
+    )  # fmt: skip
+    assert out is not None
+    return out
+
+
+def chained_product(
+    x: Rounded,
+    weight: Tensor,
+    row_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    gate: str | None = None,
+    residual: Tensor | None = None,
+    following: Following | None = None,
+    out_dtype: torch.dtype,
+    shape: PackedShape | None = None,
+) -> tuple[Tensor | None, Rounded | None]:
+    """A product of a chain: FP8 comes in, and FP8 may go out, without a kernel between.
+
+    Args:
+        x: of M at most MAX_ROWS rows.
+        weight: float8_e4m3fn [N, K]; row_scale: float32 [N].
+        following: how the outputs are left; None: as they are.
+
+    Returns:
+        The outputs in ``out_dtype`` (None if ``following`` has no gain), and in FP8 (None without ``following``).
+    """
+    rounds = following is not None
+    shape = shape or chained_shape(x.codes.device, x.codes.shape[0], *weight.shape, gate is not None, rounds)
+    step = min(shape.bk, x.group)
+    assert x.group % step == 0
+    return _launch(
+        x.codes, weight, x.scale, shape, step, form=FP8, row_scale=row_scale, x_scale=x.scale, x_group=x.group,
+        squares=x.squares, eps=x.eps, bias=bias, gate=gate, residual=residual, following=following,
+        out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def _launch(
+    x: Tensor, weight: Tensor, scale: Tensor, shape: PackedShape, step: int, *, form: int, group: int = 0,
+    height: int = 1, zero: Tensor | None = None, row_scale: Tensor | None = None, x_scale: Tensor | None = None,
+    x_group: int = 0, squares: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None,
+    gate: str | None = None, residual: Tensor | None = None, following: Following | None = None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor | None, Rounded | None]:  # fmt: skip
     num_rows, k = x.shape
     n = weight.shape[0] // (1 if gate is None else 2)
     assert num_rows <= MAX_ROWS and x.stride(1) == 1 and weight.is_contiguous()
-    shape = shape or packed_shape(x.device, num_rows, weight.shape[0], k, form == FP8, gate is not None)
-    step = min(shape.bk, group or shape.bk, x_group or shape.bk) if form == FP8 else shape.bk
-    if form != FP8:
-        assert group % 16 == 0
-        step = min(shape.bk, group) if group > shape.bk and group % shape.bk else shape.bk
-    assert form != FP8 or (not group or step == group or group % step == 0)
     bm = max(16, padded_rows(num_rows))
     tiles = triton.cdiv(n, shape.bn)
-    out = torch.empty(num_rows, n, dtype=out_dtype, device=x.device)
+    gain = None if following is None else following.gain
+    stores = following is None or gain is not None
+    out = torch.empty(num_rows if stores else 0, n, dtype=out_dtype, device=x.device)
+    rounded = None
+    if following is not None:
+        assert n % shape.bn == 0
+        sums = None if gain is None else torch.empty(num_rows, tiles, dtype=torch.float32, device=x.device)
+        rounded = Rounded(
+            torch.empty(num_rows, n, dtype=torch.float8_e4m3fn, device=x.device),
+            torch.empty(num_rows, tiles, dtype=torch.float32, device=x.device),
+            sums,
+            following.eps,
+        )
     parts = arrivals = out
     if shape.splits > 1:
         tall = (1 if gate is None else 2) * shape.bn
         parts, arrivals = _SCRATCH.get(x.device, tiles * shape.splits * tall * bm, tiles)
-    groups = scale.shape[1] if group else 1
-    options = launch_options(x.device, shape.warps, shape.stages)
+    x_groups = x_scale.shape[1] if x_group and x_scale is not None else 1
+    none = weight  # stands for tensors that are not there
+
+    def given(tensor: Tensor | None) -> Tensor:
+        return none if tensor is None else tensor
+
     _small[(tiles * shape.splits,)](
-        x, x.stride(0), x if x_scale is None else x_scale, x_scale.shape[1] if x_group and x_scale is not None else 1,
-        weight, scale, scale if zero is None else zero, scale if row_scale is None else row_scale, groups,
-        x if bias is None else bias, x if residual is None else residual, out, parts, arrivals, num_rows, n, k,
+        x, x.stride(0), given(x_scale), x_groups, given(squares), eps, weight, scale, given(zero), given(row_scale),
+        scale.shape[1] if group else 1, given(bias), given(residual), out, given(gain),
+        *((none,) * 3 if rounded is None else (rounded.codes, rounded.scale, given(rounded.squares))),
+        parts, arrivals, num_rows, n, k,
         BM=bm, BN=shape.bn, BK=step, SPLITS=shape.splits, FORM=form, GROUP=group, HEIGHT=height, XGROUP=x_group,
         ROW_SCALE=row_scale is not None, STATIC=x_scale is not None and x_scale.dim() == 0, BIAS=bias is not None,
-        GATE=_GATES[gate], RESIDUAL=residual is not None, WIDEN=INTERPRETED, **options,
+        GATE=_GATES[gate], RESIDUAL=residual is not None,
+        SQUARES=0 if squares is None else max(16, triton.next_power_of_2(x_groups)), STORE=stores,
+        ROUND=rounded is not None, GAIN=gain is not None, WIDEN=INTERPRETED,
+        **launch_options(x.device, shape.warps, shape.stages),
     )  # fmt: skip
-    return out
+    return (out if stores else None), rounded
 
 
 def dequantize(weight: Tensor, scale: Tensor, zero: Tensor, *, group: int, dtype: torch.dtype) -> Tensor:

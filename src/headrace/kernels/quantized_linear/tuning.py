@@ -1,6 +1,7 @@
 """Tile shapes of the few-row kernels over weights of few bits: data for measured GPUs and shapes, a rule for others.
 
-``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` (form: fp8, fp4 or int4; rows: 1, or 8, 16, 32 or 64 for up to
+``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` (form: fp8, chain, groups,
+fp4 or int4; rows: 1, or 8, 16, 32 or 64 for up to
 that many; g: gated, N counting both halves) to a list of numbers in the order of the shape's fields.
 benchmarks/quantized.py --tune measures and writes them.
 """
@@ -16,7 +17,15 @@ import torch
 
 from headrace.kernels.linear.tuning import GemvShape
 
-__all__ = ["CodesShape", "PackedShape", "codes_shape", "gemv_shape", "packed_shape", "padded_rows"]
+__all__ = [
+    "CodesShape",
+    "PackedShape",
+    "chained_shape",
+    "codes_shape",
+    "gemv_shape",
+    "packed_shape",
+    "padded_rows",
+]
 
 
 class PackedShape(NamedTuple):
@@ -61,6 +70,18 @@ def packed_shape(device: torch.device, rows: int, n: int, k: int, fp8: bool, gat
     bk = 256 if fp8 and bm == 16 and not gated else 128
     splits = _splits(-(-n // (128 if gated else 64)), k, bk, 4)
     return PackedShape(64, bk, splits, 4, 4 if fp8 else 3)
+
+
+def chained_shape(device: torch.device, rows: int, n: int, k: int, gated: bool, rounds: bool) -> PackedShape:
+    """For FP8 rows [rows, k] that come in groups, and weights [n, k]; ``rounds``: bn columns share a scale in turn."""
+    bm = max(16, padded_rows(rows))
+    found = _tuned(device).get(_key("chain" if rounds else "groups", bm, n, k, gated))
+    if found is not None:
+        return PackedShape(*found)
+    outputs = n // 2 if gated else n
+    bn = 128 if outputs % 128 == 0 and not gated else 64
+    splits = _splits(-(-outputs // bn), k, 128, 4)
+    return PackedShape(bn, 128, splits, 8 if bm == 64 and bn == 128 else 4, 4)
 
 
 def codes_shape(device: torch.device, rows: int, n: int, k: int, fp4: bool, gated: bool) -> CodesShape:
