@@ -357,7 +357,8 @@ def chained_product(
         The outputs in ``out_dtype`` (None if ``following`` has no gain), and in FP8 (None without ``following``).
     """
     rounds = following is not None
-    shape = shape or chained_shape(x.codes.device, x.codes.shape[0], *weight.shape, gate is not None, rounds)
+    rows, (n, k) = x.codes.shape[0], weight.shape
+    shape = shape or chained_shape(x.codes.device, rows, n, k, gate is not None, rounds)
     step = min(shape.bk, x.group)
     assert x.group % step == 0
     return _launch(
