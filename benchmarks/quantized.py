@@ -162,6 +162,14 @@ def candidates(scheme: str, rows: int, n: int, k: int, gated: bool) -> list[Any]
                 found.append(GemvShape(bn, bk, warps, 1))
         return found
     bm = padded_rows(rows)
+    if scheme in ("chain", "groups"):
+        for bn, splits, stages, warps in itertools.product((64, 128), (1, 2, 4, 8), (3, 4, 6, 8), (4, 8)):
+            shared = stages * (bn * double + max(bm, 16)) * 128
+            programs = -(-outputs // bn) * splits
+            fits = shared <= 200_000 and k // (splits * 128) >= 2 and 90 <= programs <= 800
+            if fits and not (bn == 64 and warps == 8):
+                found.append(PackedShape(bn, 128, splits, warps, stages))
+        return found
     if scheme == "fp8":
         for bn, bk, splits, stages, warps in itertools.product(
             (64, 128), (128, 256), (1, 2, 4, 8), (3, 4, 6), (4, 8)
@@ -183,8 +191,14 @@ def candidates(scheme: str, rows: int, n: int, k: int, gated: bool) -> list[Any]
     return found
 
 
-def under(linears: list[ScaledLinear], x: Tensor, gate: str | None, shape: Any) -> Callable[[int], object]:
-    """The product alone (activations rounded before), with one tile shape."""
+def under(
+    scheme: str, linears: list[ScaledLinear], x: Tensor, gate: str | None, shape: Any
+) -> Callable[[int], object]:
+    """The product alone (activations rounded before), with one tile shape.
+
+    Schemes besides those of weights: ``chain`` and ``groups`` are FP8 with activations in groups, the first with
+    outputs in FP8 too.
+    """
     common: dict[str, Any] = {"gate": gate, "out_dtype": x.dtype, "shape": shape}
     if isinstance(shape, GemvShape):
 
@@ -193,6 +207,18 @@ def under(linears: list[ScaledLinear], x: Tensor, gate: str | None, shape: Any) 
             return fp8_gemv(x, linear.held.codes, scaled.row_scales(linear), **common)
 
         return one_row
+    if scheme in ("chain", "groups"):
+        rows = scaled.rounded(x)
+        gain = None if gate else torch.ones(linears[0].out_features, dtype=x.dtype, device=x.device)
+        extra: dict[str, Any] = {} if scheme == "groups" else {"following": scaled.Following(gain, 1e-6)}
+
+        def link(i: int) -> object:
+            linear = linears[i % len(linears)]
+            return kernels.chained_product(
+                rows, linear.held.codes, scaled.row_scales(linear), **extra, **common
+            )
+
+        return link
     if isinstance(shape, PackedShape):
         codes, scale = kernels.quantize_rows(x)
 
@@ -212,6 +238,13 @@ def under(linears: list[ScaledLinear], x: Tensor, gate: str | None, shape: Any) 
     return four_bits
 
 
+def tile_rows(form: str, rows: int) -> int:
+    """Rows as tuned tables count them."""
+    if form == "fp8" and rows == 1:
+        return 1
+    return padded_rows(rows) if form in ("fp4", "int4") else max(16, padded_rows(rows))
+
+
 def tune(
     model: str, schemes: list[str], row_counts: list[int], path: Path, limit: int, seconds: float
 ) -> None:
@@ -222,13 +255,23 @@ def tune(
     for rows, scheme in itertools.product(row_counts, schemes):
         jobs = []
         for name, (n, k, gate) in shapes(model).items():
-            first = packed(scheme, n, k)
-            linears = [first, *(packed(scheme, n, k) for _ in range(max(1, SPREAD // first.nbytes)))]
+            if (name == "qkv") != (scheme == "groups") and scheme in ("chain", "groups"):
+                continue
+            form = "fp8" if scheme in ("chain", "groups") else scheme
+            first = packed(form, n, k)
+            linears = [first, *(packed(form, n, k) for _ in range(max(1, SPREAD // first.nbytes)))]
             x = torch.randn(rows, k, dtype=torch.bfloat16, device=DEVICE)
             tried = candidates(scheme, rows, n, k, gate is not None)
             tried = random.Random(1).sample(tried, min(limit, len(tried)))
             jobs.append(
-                (name, n, k, gate, linears, [(shape, under(linears, x, gate, shape)) for shape in tried])
+                (
+                    name,
+                    n,
+                    k,
+                    gate,
+                    linears,
+                    [(shape, under(scheme, linears, x, gate, shape)) for shape in tried],
+                )
             )
         compile_all([partial(run, 0) for *_, runs in jobs for _, run in runs])
         for name, n, k, gate, linears, runs in jobs:
@@ -243,10 +286,8 @@ def tune(
                     print("failed:", shape, type(error).__name__, str(error)[:80], flush=True)
                     torch.cuda.synchronize()
             results.sort()
-            form = "fp8" if scheme == "fp8" else "fp4" if scheme.endswith("fp4") else "int4"
-            table[
-                f"{form}:{1 if rows == 1 and form == 'fp8' else padded_rows(rows)}:{n}x{k}{'g' if gate else ''}"
-            ] = list(results[0][1])
+            form = "fp4" if scheme.endswith("fp4") else scheme.split("-")[0]
+            table[f"{form}:{tile_rows(form, rows)}:{n}x{k}{'g' if gate else ''}"] = list(results[0][1])
             top = " ".join(f"{'/'.join(map(str, s))}={t * 1e6:.1f}" for t, s in results[:5])
             rate = linears[0].nbytes / results[0][0] / 1e12
             print(f"{scheme} {name} M={rows} {rate:.2f} TB/s | {top} | worst {results[-1][0] * 1e6:.1f} "
