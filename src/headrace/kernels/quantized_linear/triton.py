@@ -181,8 +181,8 @@ def _small(x_ptr, x_row, xs_ptr, x_groups, squares_ptr, eps, w_ptr, scale_ptr, z
     for k in range(lo, hi, BK):
         following = xs
         if XGROUP > 0:  # on its way while this one is used
-            ahead = k + BK
-            following = tl.load(xs_ptr + m * x_groups + ahead // XGROUP, mask=m_ok & (ahead < hi), other=0.0)
+            to = k + BK
+            following = tl.load(xs_ptr + m * x_groups + to // XGROUP, mask=m_ok & (to < hi), other=0.0)
         acc = _step(acc, x_ptr, x_row, xs, w_ptr, scale_ptr, zero_ptr, near, m, m_ok, k, K, groups,
                     BM, BN, BK, GROUP, HEIGHT, XGROUP, FORM, WIDEN)  # fmt: skip
         if GATE > 0:
