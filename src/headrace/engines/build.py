@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from headrace.config.plan.facts import Facts
 from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS
 from headrace.config.plan.scratch import Scratch, largest_load, scratch
 from headrace.config.plan.shape import read_shape
+from headrace.config.quantization import is_small
 from headrace.config.spec import EngineSpec
 from headrace.config.support import require_supported
 from headrace.engines.encode import EncodeCore
@@ -47,6 +49,8 @@ from headrace.scheduling.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["build", "choose_device", "choose_dtype", "choose_encode_dtype", "eos_token_ids"]
+
+logger = logging.getLogger("headrace.core")
 
 
 def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Ready]:
@@ -123,7 +127,14 @@ def _build_generate(
 ) -> tuple[GenerateCore, Ready]:
     dtype = choose_dtype(spec, checkpoint, device, packs=True)
     # What is refused is refused before gigabytes are read.
-    cache_dtype = kv_dtype(spec, checkpoint, read_config(checkpoint.config), dtype)
+    declared = read_config(checkpoint.config)
+    cache_dtype = kv_dtype(spec, checkpoint, declared, dtype)
+    if spec.quantization and is_small(declared.num_layers, declared.hidden_size):
+        logger.warning(
+            "%s in %s: models of this size lose more by fewer bits than they save; measure it with headrace verify",
+            spec.name,
+            spec.quantization,
+        )
     fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
     check_quality(spec, checkpoint, dtype, cache_dtype, changed=fewer)
     shape = read_shape(facts)
