@@ -25,6 +25,8 @@ from torch import Tensor
 from benchmarks.common import Recorder, arguments, device_name, model_config
 from benchmarks.kernels import compile_all, graph_seconds
 from headrace.config.quantization import quantization_type
+from headrace.kernels.attention.fp4 import FP4
+from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
 from headrace.kernels.linear.triton import small_linear
 from headrace.kernels.linear.tuning import GemvShape
 from headrace.kernels.quantized_linear import triton as kernels
@@ -32,6 +34,7 @@ from headrace.kernels.quantized_linear import tuning
 from headrace.kernels.quantized_linear.triton_codes import four_bit_product
 from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
 from headrace.kernels.quantized_linear.tuning import CodesShape, PackedShape, padded_rows
+from headrace.kvcache.pool import allocate_caches
 from headrace.layers.linear import Linear
 from headrace.quantization import device as scaled
 from headrace.quantization.registry import load_time
@@ -80,17 +83,54 @@ def packed_linear(linears: list[ScaledLinear], x: Tensor, gate: str | None, i: i
     return scaled.fused(linears[i % len(linears)], x, gate=gate)
 
 
+def cache_slope(
+    recorder: Recorder, model: str, count: int = 16, lengths: tuple[int, int] = (4096, 32768)
+) -> None:
+    """How much longer a decode step's attention takes for each further key of every sequence, by the cache's format."""
+    c = model_config(model)
+    heads, kv, dim = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+    slopes = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn), ("fp4", FP4)):
+        seconds = []
+        for length in lengths:
+            per = length // 16
+            caches = allocate_caches([(kv, dim)] * 2, count * per + 1, 16, dtype, DEVICE)
+            for cache in caches:
+                cache.k.view(torch.uint8).random_(0, 100)
+                cache.v.view(torch.uint8).random_(0, 100)
+            tables = (torch.randperm(count * per, device=DEVICE).int() + 1).view(count, per)
+            lens = torch.full((count,), length, dtype=torch.int32, device=DEVICE)
+            q = torch.randn(count, heads, dim, dtype=torch.bfloat16, device=DEVICE)
+            space = DecodeWorkspace.allocate(count, heads, kv, dim, DEVICE)
+
+            def run(i: int, caches: Any = caches, q: Tensor = q, rest: Any = (tables, lens, space)) -> None:
+                decode_attention(q, caches[i % 2].k, caches[i % 2].v, *rest, scale=0.088)
+
+            seconds.append(graph_seconds(run, 4))
+            del caches
+        slopes[name] = (seconds[1] - seconds[0]) / (lengths[1] - lengths[0])
+        recorder.row(
+            model=model, precision=f"{name} cache", case=f"attention of a layer, {count} sequences, {lengths} keys",
+            metric="seconds_per_key", value=slopes[name], seconds=[float(f"{t:.4g}") for t in seconds],
+            of_bf16=round(slopes[name] / slopes["bf16"], 3),
+        )  # fmt: skip
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="qwen3-8b")
     parser.add_argument("--schemes", nargs="+", default=["fp8", "nvfp4", "int4-g128"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64])
     parser.add_argument("--tune", action="store_true", help="write tile shapes instead")
+    parser.add_argument("--cache", action="store_true", help="attention over caches of each format instead")
     parser.add_argument("--limit", type=int, default=24, help="candidates of one case at most")
     parser.add_argument("--seconds", type=float, default=600.0, help="for tuning")
     parser.add_argument("--tuned", help="file to write, instead of the one in the package")
     args = parser.parse_args()
     recorder = Recorder("quantized", args)
+    if args.cache:
+        cache_slope(recorder, args.model)
+        return
     if args.tune:
         path = (
             args.tuned

@@ -462,6 +462,8 @@ def decode_attention(
         gains, cos, sin, eps = fused.weight, fused.cos, fused.sin, fused.eps
         assert new_k is not None and new_v is not None and new_k.stride() == new_v.stride()
     shape = decode_shape(num_seqs * num_kv_heads, padded)
+    if k_cache.dtype is torch.uint8 and shape.tile > 32:  # decoding takes registers
+        shape = shape._replace(tile=32)
     most = num_seqs * num_kv_heads * MAX_SPLITS
     programs = min(most, num_multiprocessors(q.device) * shape.programs)
     options = launch_options(q.device, shape.warps, shape.stages)
