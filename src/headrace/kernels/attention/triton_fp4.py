@@ -48,14 +48,12 @@ def round_fp4(x, ROWS: tl.constexpr, DP: tl.constexpr):
     bits = tl.minimum(tl.maximum(bits - _OFFSET, 0), 254)
     factor = ((bits + _OFFSET) << 20).to(tl.float32, bitcast=True)
     scale = tl.where(broken, 255, bits).to(tl.uint8)
-    m = tl.abs(groups / factor[:, :, None])
-    code = (
-        (m > 0.25).to(tl.int32)
-        + (m >= 0.75).to(tl.int32)
-        + (m > 1.25).to(tl.int32)
-        + (m >= 1.75).to(tl.int32)
-    )
-    code += (m > 2.5).to(tl.int32) + (m >= 3.5).to(tl.int32) + (m > 5.0).to(tl.int32)
+    # Half-way points between neighbours, times the scale: exact, where a division of the device's would not be.
+    m = tl.abs(groups)
+    f = factor[:, :, None]
+    code = (m > 0.25 * f).to(tl.int32) + (m >= 0.75 * f).to(tl.int32) + (m > 1.25 * f).to(tl.int32)
+    code += (m >= 1.75 * f).to(tl.int32) + (m > 2.5 * f).to(tl.int32) + (m >= 3.5 * f).to(tl.int32)
+    code += (m > 5.0 * f).to(tl.int32)
     sign = (groups.to(tl.int32, bitcast=True) >> 28) & 8
     low, high = tl.split((code | sign).reshape(ROWS, DP // 2, 2))
     codes = (low | (high << 4)).to(tl.uint8)
