@@ -358,7 +358,7 @@ def chained_product(
     """
     rounds = following is not None
     rows, (n, k) = x.codes.shape[0], weight.shape
-    shape = shape or chained_shape(x.codes.device, rows, n, k, gate is not None, rounds)
+    shape = shape or chained_shape(x.codes.device, rows, n, k, gate is not None, rounds, x.group)
     step = min(shape.bk, x.group)
     assert x.group % step == 0
     return _launch(

@@ -72,16 +72,23 @@ def packed_shape(device: torch.device, rows: int, n: int, k: int, fp8: bool, gat
     return PackedShape(64, bk, splits, 4, 4 if fp8 else 3)
 
 
-def chained_shape(device: torch.device, rows: int, n: int, k: int, gated: bool, rounds: bool) -> PackedShape:
-    """For FP8 rows [rows, k] that come in groups, and weights [n, k]; ``rounds``: bn columns share a scale in turn."""
+def chained_shape(
+    device: torch.device, rows: int, n: int, k: int, gated: bool, rounds: bool, group: int
+) -> PackedShape:
+    """For FP8 rows [rows, k] with a scale for ``group`` columns, and weights [n, k].
+
+    ``rounds``: the outputs are rounded too, bn columns with one scale.
+    """
     bm = max(16, padded_rows(rows))
     found = _tuned(device).get(_key("chain" if rounds else "groups", bm, n, k, gated))
     if found is not None:
         return PackedShape(*found)
     outputs = n // 2 if gated else n
-    bn = 128 if outputs % 128 == 0 and not gated else 64
-    splits = _splits(-(-outputs // bn), k, 128, 4)
-    return PackedShape(bn, 128, splits, 8 if bm == 64 and bn == 128 else 4, 4)
+    if gated or not rounds or outputs % 128:
+        splits = 1 if gated else _splits(-(-outputs // 64), k, 128, 4, 300)
+        return PackedShape(64, 128, splits, 4, 4 if gated or bm == 64 else 6)
+    splits = _splits(outputs // 128, k, 128, 4)
+    return PackedShape(128, 128, splits, 8 if bm == 64 else 4, 4 if bm == 64 else 6 if group >= 128 else 8)
 
 
 def codes_shape(device: torch.device, rows: int, n: int, k: int, fp4: bool, gated: bool) -> CodesShape:
@@ -90,14 +97,15 @@ def codes_shape(device: torch.device, rows: int, n: int, k: int, fp4: bool, gate
     found = _tuned(device).get(_key("fp4" if fp4 else "int4", bm, n, k, gated))
     if found is not None:
         return CodesShape(*found)
-    splits = _splits(-(-n // (128 if gated else 64)), k, 256, 2)
-    return CodesShape(64, splits, 4 if bm > 16 else 2, 3)
+    # Small programs, several on each multiprocessor: while one waits another decodes.
+    splits = _splits(-(-n // (128 if gated else 64)), k, 256, 2, 400 if bm <= 16 else 150)
+    return CodesShape(64, splits, 2 if bm <= 16 else 4, 3)
 
 
-def _splits(tiles: int, k: int, bk: int, steps: int) -> int:
-    """Parts of K: enough for more programs than multiprocessors, each with some steps of its own."""
+def _splits(tiles: int, k: int, bk: int, steps: int, programs: int = 150) -> int:
+    """Parts of K: enough for ``programs``, each with some steps of its own."""
     splits = 1
-    while tiles * splits < 150 and splits < 8 and k // (splits * 2 * bk) >= steps:
+    while tiles * splits < programs and splits < 8 and k // (splits * 2 * bk) >= steps:
         splits *= 2
     return splits
 
