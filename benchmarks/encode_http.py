@@ -5,8 +5,8 @@
 A checkpoint folder with random weights and a small trained tokenizer is written, and served by `headrace serve` as a
 user would. Every text has about 400 tokens. ``engine_embeddings_s`` is the loop alone over the same token ids, in a
 process of its own before the server starts; ``start_s`` runs from the start of the server's process to the first
-embedding over HTTP (``cold``: the first start of this run, ``warm``: the second one). A case is items a request x
-requests in flight. The client has processes of its own, so that parsing numbers is not what is measured.
+embedding over HTTP (of the first start of this run, which may compile kernels, and of the next one). A case is items a
+request x requests in flight. The client has processes of its own, so that parsing numbers is not what is measured.
 """
 
 from __future__ import annotations
@@ -63,25 +63,75 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({**names, "tokenizer_class": "BertTokenizer"}))
 
 
+def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a published checkpoint's tensors."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    found: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, out: int, inputs: int, bias: bool) -> None:
+        found[f"{name}.weight"] = (out, inputs)
+        if bias:
+            found[f"{name}.bias"] = (out,)
+
+    if config.get("model_type") == "bert":
+        tables = {
+            "word": "vocab_size",
+            "position": "max_position_embeddings",
+            "token_type": "type_vocab_size",
+        }
+        found |= {
+            f"embeddings.{name}_embeddings.weight": (config[size], hidden) for name, size in tables.items()
+        }
+        norms = ["embeddings.LayerNorm"]
+        for i in range(config["num_hidden_layers"]):
+            layer = f"encoder.layer.{i}."
+            for name in (
+                "attention.self.query",
+                "attention.self.key",
+                "attention.self.value",
+                "attention.output.dense",
+            ):
+                linear(layer + name, hidden, hidden, True)
+            linear(layer + "intermediate.dense", inner, hidden, True)
+            linear(layer + "output.dense", hidden, inner, True)
+            norms += [f"{layer}{name}.LayerNorm" for name in ("attention.output", "output")]
+        return found | {f"{name}.{leaf}": (hidden,) for name in norms for leaf in ("weight", "bias")}
+    size = config["head_dim"]
+    heads = {
+        "q": config["num_attention_heads"],
+        "k": config["num_key_value_heads"],
+        "v": config["num_key_value_heads"],
+    }
+    found |= {"embed_tokens.weight": (config["vocab_size"], hidden), "norm.weight": (hidden,)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"layers.{i}."
+        for name, count in heads.items():
+            linear(f"{layer}self_attn.{name}_proj", count * size, hidden, False)
+        linear(f"{layer}self_attn.o_proj", hidden, heads["q"] * size, False)
+        for name in ("gate", "up"):
+            linear(f"{layer}mlp.{name}_proj", inner, hidden, False)
+        linear(f"{layer}mlp.down_proj", hidden, inner, False)
+        found |= {f"{layer}self_attn.{name}_norm.weight": (size,) for name in ("q", "k")}
+        found |= {f"{layer}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    return found
+
+
 def write_checkpoint(folder: Path, name: str) -> None:
     """Random weights under the names of the published checkpoint, with its pooling."""
     import torch
-    import transformers
+    from safetensors.torch import save_file
 
-    config = {key: value for key, value in model_config(name).items() if key != "architectures"}
-    bert = config.pop("model_type", "") == "bert"
+    config = model_config(name)
+    bert = config.get("model_type") == "bert"
+    config = {"model_type": "qwen3", **config, "pad_token_id": 0}
+    dtype = torch.float16 if bert else torch.bfloat16
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = (
-        (transformers.BertConfig, transformers.BertModel)
-        if bert
-        else (transformers.Qwen3Config, transformers.Qwen3Model)
-    )
-    with torch.device(device):
-        model: Any = kind[1](kind[0](**config))
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            weight.data.normal_(0.0, 0.02)
-    model.to(torch.float16 if bert else torch.bfloat16).save_pretrained(folder)
+    tensors = {}
+    for key, shape in shapes_of(config).items():
+        center = 1.0 if len(shape) == 1 and key.endswith("weight") else 0.0
+        tensors[key] = torch.empty(shape, device=device).normal_(center, 0.02).to(dtype).cpu()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
     names = ("Transformer", "Pooling", "Normalize")
     paths = ("", "1_Pooling", "2_Normalize")
     modules = [
@@ -208,10 +258,10 @@ def measure(record: Recorder, name: str, folder: Path, args: Any) -> None:
     common: dict[str, Any] = {"model": name, "precision": args.precision}
     engine = in_process(engine_rate, str(folder), name, args.texts, args.tokens)
     record.row(**common, case=f"{args.texts}x{args.tokens + 2}", metric="engine_embeddings_s", value=engine)
-    for kind in ("cold", "warm"):
+    for start in range(args.starts):
         server = Server(folder, args.serve or [])
-        record.row(**common, case=kind, metric="start_s", value=server.start_seconds)
-        if kind == "cold":
+        record.row(**common, case=f"start {start + 1}", metric="start_s", value=server.start_seconds)
+        if start + 1 < args.starts:
             server.close()
     try:
         for batch, at_once in CASES:
@@ -234,6 +284,7 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=398, help="words of a text; two special tokens are added"
     )
+    parser.add_argument("--starts", type=int, default=2, help="of the server; the first may compile kernels")
     parser.add_argument("--client-processes", type=int, default=4)
     parser.add_argument("--serve", nargs=argparse.REMAINDER, help="more flags for headrace serve (last)")
     args = parser.parse_args()

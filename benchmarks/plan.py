@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,17 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+PACKAGED: dict[str, dict[str, Any]] = {
+    "minilm": {},
+    "minilm, bfloat16": {"dtype": "bfloat16"},
+    "smollm2-135m": {"kv_cache_bytes": 64 << 20, "max_num_seqs": 16, "max_model_len": 1024},
+    "smollm2-135m, float32": {
+        "kv_cache_bytes": 64 << 20, "max_num_seqs": 16, "max_model_len": 1024, "dtype": "float32"
+    },
+    "gemma3-270m": {"kv_cache_bytes": 64 << 20, "max_num_seqs": 8, "max_model_len": 1024},
+    "qwen2.5-coder-0.5b": {"kv_cache_bytes": 64 << 20, "max_num_seqs": 8, "max_model_len": 1024},
+}  # fmt: skip
+
 
 def write_folder(folder: Path, config: dict[str, Any]) -> None:
     """config.json and random bfloat16 weights under their Hugging Face names. Runs in a process of its own."""
@@ -91,8 +104,12 @@ def write_folder(folder: Path, config: dict[str, Any]) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def drive(core: Any, ready: Any, max_num_seqs: int) -> None:
-    """Steps of every kind that serving takes."""
+def drive(core: Any, ready: Any, rounds: list[tuple[int, int]]) -> None:
+    """Steps of every kind that serving takes.
+
+    Args:
+        rounds: of so many requests with so many tokens.
+    """
     from headrace.types import EncodeParams, EncodeTask, Request, SamplingParams
 
     rng = random.Random(0)
@@ -100,16 +117,17 @@ def drive(core: Any, ready: Any, max_num_seqs: int) -> None:
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 1.0, "top_p": 0.9},
-        {"temperature": 1.0},
+        {"temperature": 0.0, "logprobs": 3},
+        {"temperature": 0.0, "prompt_logprobs": 1},
     ]
     longest = ready.max_model_len - 30
-    for count, length in ((1, 30), (8, 900), (3, 9000), (max_num_seqs, 40)):
+    for count, length in rounds:
         length = min(length, longest)
         core.add(
             Request(
                 id=f"{count}-{i}",
                 token_ids=tuple(rng.randrange(ready.vocab_size) for _ in range(length)),
-                sampling=None if encodes else SamplingParams(max_tokens=20, ignore_eos=True, **kinds[i % 3]),
+                sampling=None if encodes else SamplingParams(max_tokens=20, ignore_eos=True, **kinds[i % 4]),
                 encode=EncodeParams(task=EncodeTask.EMBED) if encodes else None,
             )
             for i in range(count)
@@ -133,7 +151,7 @@ def measure(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     taken = torch.cuda.memory_stats()["segment.all.allocated"]
-    drive(core, ready, spec.max_num_seqs)
+    drive(core, ready, [(1, 30), (8, 900), (3, 9000), (spec.max_num_seqs, 40)])
     torch.cuda.synchronize()
     after, _ = torch.cuda.mem_get_info()
     reserved = torch.cuda.memory_reserved()
@@ -157,8 +175,64 @@ def measure(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class _Peak:
+    """Most anonymous memory of this process while the context lasts: what the kernel cannot take back."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    @staticmethod
+    def now() -> int:
+        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+        return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.0005):
+            self.most = max(self.most, self.now())
+
+    def __enter__(self) -> _Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def measure_cpu(model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The same of a packaged model without a GPU: most anonymous memory of the core's process."""
+    from headrace.config.spec import EngineSpec
+    from headrace.engines.build import build
+    from headrace.engines.plan import cpu_machine, plan_for
+
+    spec = EngineSpec(model=model, device="cpu", num_threads=1, **settings)
+    budget = plan_for(spec, cpu_machine()).budget
+    core, ready = build(spec)
+    start = _Peak.now()
+    full = ready.max_model_len - 30
+    with _Peak() as peak:
+        drive(core, ready, [(1, 30), (ready.max_num_seqs, 40), (6, full), (8, full // 2)])
+    return {
+        "used": peak.most,
+        "planned": budget.used,
+        "ratio": round(budget.used / peak.most, 4),
+        "used_at_start": start,
+        "pool": int(ready.summary.get("kv_bytes", 0)),
+        "planned_pool": budget.pool,
+        "weights": int(ready.summary["weight_bytes"]),
+        "planned_weights": budget.weights,
+        "planned_process": budget.process,
+        "planned_activations": budget.activations,
+        "build_s": ready.summary["seconds"],
+    }
+
+
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--cpu", action="store_true", help="the packaged models that are here, without a GPU")
+    parser.add_argument("--one-cpu", nargs=2, metavar=("MODEL", "SETTINGS"), help=argparse.SUPPRESS)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "SETTINGS"), help=argparse.SUPPRESS)
     parser.add_argument("--write", nargs=2, metavar=("FOLDER", "NAME"), help=argparse.SUPPRESS)
@@ -171,6 +245,35 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(Path(args.one[0]), json.loads(args.one[1]))))
         return
+    if args.one_cpu:
+        print(json.dumps(measure_cpu(args.one_cpu[0], json.loads(args.one_cpu[1]))))
+        return
+    rows = _cpu_rows() if args.cpu else _gpu_rows(args)
+    recorder = Recorder("plan", args)
+    for name, precision, found in rows:
+        used = found.pop("used")
+        recorder.row(
+            model=name, precision=precision, case="plan against use", metric="used_bytes", value=used, **found
+        )
+
+
+Row = tuple[str, str, dict[str, Any]]
+
+
+def _cpu_rows() -> list[Row]:
+    from headrace.checkpoints.fetch import installed
+
+    rows = []
+    for name, settings in PACKAGED.items():
+        model = name.split(",")[0]
+        found = _child("--one-cpu", model, json.dumps(settings)) if installed(model) is not None else ""
+        if found:
+            rows.append((name, str(settings.get("dtype", "auto")), json.loads(found)))
+            print(name, found, flush=True)
+    return rows
+
+
+def _gpu_rows(args: argparse.Namespace) -> list[Row]:
     began, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models:
@@ -186,12 +289,7 @@ def main() -> None:
             if found:
                 rows.append((name, settings.get("quantization", "bf16"), json.loads(found)))
                 print(name, found, flush=True)
-    recorder = Recorder("plan", args)
-    for name, precision, found in rows:
-        used = found.pop("used")
-        recorder.row(
-            model=name, precision=precision, case="plan against use", metric="used_bytes", value=used, **found
-        )
+    return rows
 
 
 def _child(*arguments: str) -> str:

@@ -97,7 +97,13 @@ def build_core(
     return GenerateCore(runner, scheduler, overlap=overlap)
 
 
-def requests(count: int, output: int, sampled: bool) -> list[Request]:
+DRAWN = {
+    "drawn": [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7}],
+    "filtered": [{"top_p": 0.8}, {"top_k": 7, "temperature": 1.5}, {"temperature": 0.0}, {"min_p": 0.1}, {}],
+}
+
+
+def requests(count: int, output: int, sampled: bool, kinds: str = "") -> list[Request]:
     rng = random.Random(count)
     made = []
     shared = tuple(rng.randrange(VOCAB) for _ in range(8))
@@ -110,6 +116,8 @@ def requests(count: int, output: int, sampled: bool) -> list[Request]:
             {"temperature": 0.0, "repetition_penalty": 1.3},
             {"temperature": 0.8, "top_k": 5, "seed": i, "logprobs": 2},
         ][kind]
+        if kinds:
+            options = {"seed": i, **DRAWN[kinds][i % len(DRAWN[kinds])]}
         params = SamplingParams(max_tokens=rng.randint(2, output), ignore_eos=True, **options)
         made.append(Request(id=str(i), token_ids=prompt, sampling=params))
     return made
@@ -149,10 +157,22 @@ def test_fused_graphs(name: str, sampled: bool, monkeypatch: pytest.MonkeyPatch)
     expected = drain(build_core(model, graphs=False), work)
     core = build_core(model, graphs=True, overlap=True)
     assert drain(core, work) == expected
-    monkeypatch.setattr("headrace.models.decoder_fast.NARROW_STREAM_ROWS", 1)
+    monkeypatch.setattr("headrace.models.decoder_fast.STREAM_ROWS", 1)
     assert drain(build_core(model, graphs=True), work) == expected
     monkeypatch.setattr("headrace.models.decoder_fast.SMALL_ROWS", 1)
     assert drain(build_core(model, graphs=True), work) == expected
+
+
+@pytest.mark.parametrize("kinds", DRAWN)
+def test_drawing_graphs(kinds: str) -> None:
+    """Steps that draw within their graph draw what the sampler draws behind the plain forward."""
+    model = build_model("qwen3" if ON_GPU else "gemma3")
+    work = requests(9, 40 if ON_GPU else 12, True, kinds)
+    expected = drain(build_core(model, graphs=False), work)
+    core = build_core(model, graphs=True, overlap=True, chunk=16)
+    assert drain(core, work) == expected
+    assert isinstance(core.runner, GraphRunner)
+    assert kinds in {key.kind for key in core.runner._graphs}
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from headrace.kernels.linear import reference
+from headrace.kernels.linear import reference, tuning
 from headrace.kernels.linear import triton_stream as fast
 from headrace.kernels.linear.triton_stream import add_linear, begin_stream, stream_argmax, stream_linear
 from headrace.kernels.linear.tuning import StreamShape
@@ -67,6 +70,40 @@ def test_split_sums() -> None:
     stream = add_linear(x, weight, begin_stream(residual, gain[:96]), gain[:96])
     assert error(stream.x, reference.small_linear(x, weight, residual=residual)) < 2 * tolerance(dtype)
     assert error(stream.squares.sum(0), stream.x.double().square().sum(1)) < 1e-5
+
+
+def measured_shapes() -> list[StreamShape]:
+    """Every shape that a GPU was measured with, once."""
+    tables = (Path(tuning.__file__).parent / "tuned").glob("*.json")
+    found = {
+        tuple(v) for path in tables for k, v in json.loads(path.read_text()).items() if k.startswith("s")
+    }
+    shapes = [StreamShape(*numbers) for numbers in sorted(found, key=str)]
+    return [
+        shape for shape in shapes if ON_GPU or shape.bm <= 16
+    ]  # the interpreter takes seconds for wide tiles
+
+
+@pytest.mark.parametrize("shape", measured_shapes(), ids=str)
+def test_measured_shapes(shape: StreamShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and outputs that do not fill their tiles; norm before, norm after, gate, and the largest product."""
+    monkeypatch.setattr(fast, "stream_shape", lambda *_: shape)
+    dtype, rows, n, k = DTYPES[0], shape.bm - 3, 2 * shape.bn + 24, 328
+    x, weight = randn(rows, k, dtype=dtype, seed=0), randn(n, k, dtype=dtype, seed=1, scale=k**-0.5)
+    gain, next_gain = randn(k, dtype=dtype, seed=2), randn(n, dtype=dtype, seed=3)
+    gated_bytes = 2 * shape.stages * shape.bk * (shape.bm + 2 * shape.bn)
+    for gate in (None, "silu") if gated_bytes <= 220 << 10 else (None,):  # the table has shapes for either
+        expected = reference.small_linear(x.float(), weight.float(), norm=(gain, EPS), gate=gate)
+        out = stream_linear(begin_stream(x, gain), weight, eps=EPS, gate=gate)
+        assert error(out, expected) < 2 * tolerance(dtype)
+    residual = randn(rows, n, dtype=dtype, seed=4)
+    stream = add_linear(x, weight, begin_stream(residual, next_gain), next_gain)
+    expected = reference.small_linear(x.float(), weight.float(), residual=residual.float())
+    assert error(stream.x, expected) < 2 * tolerance(dtype)
+    assert error(stream.squares.sum(0), stream.x.double().square().sum(1)) < 1e-5
+    best = reference.small_linear(x.float(), weight.float(), norm=(gain, EPS))
+    got = stream_argmax(begin_stream(x, gain), weight, eps=EPS)
+    assert error(best.gather(1, got[:, None])[:, 0], best.amax(1)) < tolerance(dtype)
 
 
 def test_groups_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

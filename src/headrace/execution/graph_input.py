@@ -9,7 +9,17 @@ import numpy as np
 
 from headrace.scheduling.plan import Chunk
 
-__all__ = ["DECODE", "MIXED_SEQS", "MIXED_TOKENS", "GraphKey", "StepArrays", "fill", "ladder", "up"]
+__all__ = [
+    "DECODE",
+    "MIXED_SEQS",
+    "MIXED_TOKENS",
+    "GraphKey",
+    "StepArrays",
+    "fill",
+    "fill_draws",
+    "ladder",
+    "up",
+]
 
 # Finer than powers of two: a padded row or token costs as much as a real one.
 DECODE = (
@@ -43,7 +53,8 @@ class GraphKey(NamedTuple):
 
     Attributes:
         tokens, seqs: sizes that the step is padded to.
-        kind: decode to ``tokens`` (greedy) or to ``logits``, or ``mixed``.
+        kind: decode to ``tokens`` (greedy), to ``drawn`` tokens, to ``filtered`` ones (drawn behind top-k, top-p and
+            min-p), or to ``logits``; or ``mixed``.
         some_single, fresh: of a mixed step, see AttentionBatch.
     """
 
@@ -54,9 +65,21 @@ class GraphKey(NamedTuple):
     fresh: bool = False
 
     @property
+    def lanes(self) -> int:
+        """Sequences, rounded up so that tensors are aligned to 16 bytes: Triton compiles anew for others."""
+        return -(-self.seqs // 4) * 4
+
+    @property
     def size(self) -> int:
-        """int32 values that the host sends: packed [4, tokens], query_starts, seq_lens and rows."""
-        return 4 * self.tokens + (3 * self.seqs + 1 if self.kind == "mixed" else 0)
+        """int32 values that the host sends: packed [4, tokens]; query_starts, seq_lens and rows of a mixed step;
+        the tensors of Draws in ``lanes``."""
+        size = 4 * self.tokens + (3 * self.seqs + 1 if self.kind == "mixed" else 0)
+        return size + (6 * self.lanes if self.draws else 0)
+
+    @property
+    def draws(self) -> bool:
+        """The graph draws random tokens."""
+        return self.kind in ("drawn", "filtered")
 
 
 class StepArrays(NamedTuple):
@@ -103,6 +126,15 @@ def fill(
         seq_lens[:num], seq_lens[num:] = starts + counts, 0
         seq_rows[:num], seq_rows[num:] = rows, padding
     return packed
+
+
+def fill_draws(flat: np.ndarray, key: GraphKey, arrays: list[np.ndarray]) -> None:
+    """Write the tensors of Draws, [S] and [S, 2] of four bytes a value, behind the rest of ``flat``."""
+    at = 4 * key.tokens
+    for array in arrays:
+        end = at + key.lanes * (array.size // len(array))
+        flat[at : at + array.size], flat[at + array.size : end] = array.reshape(-1).view(np.int32), 0
+        at = end
 
 
 def _tokens(chunks: list[Chunk]) -> list[int]:

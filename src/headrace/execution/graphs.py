@@ -1,9 +1,9 @@
 """Steps as CUDA graphs: one launch a step, captured at ladders of sizes when first needed.
 
 All that a step needs from the host is four integers a token and three a sequence, in one copy; block tables and
-last tokens stay on the device by row. In a decode step every sequence has one new token and samples: the graph
-runs from there to tokens or logits. A mixed step's graph runs to hidden states. Longer steps take the Runner's
-plain way, which is also the specification of these.
+last tokens stay on the device by row. In a decode step every sequence has one new token and samples: the graph runs
+from there to tokens, or to logits where some row wants more than a draw. A mixed step's graph runs to hidden states.
+Longer steps take the Runner's plain way, which is also the specification of these.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from headrace.execution.graph_input import (
     GraphKey,
     StepArrays,
     fill,
+    fill_draws,
     ladder,
     up,
 )
 from headrace.execution.runner import Runner, Step
 from headrace.execution.sampler import Masks, Sampled
+from headrace.kernels.sampling import Draws, draw_rows
 from headrace.kernels.step import argmax_rows, begin_step
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.models.decoder import DecoderModel
 from headrace.scheduling.plan import Chunk, StepPlan
-from headrace.scheduling.sequence import Sequence
 
 if TYPE_CHECKING:
     from headrace.models.decoder_fast import DecodeBatch, FastDecoder
@@ -53,7 +54,7 @@ class GraphStep(Step):
     Attributes:
         input: int32 [key.size].
         updates: rows of the block tables that changed, int64 [N], and their contents.
-        tokens: int64 [P], of a greedy decode graph.
+        tokens: int64 [P], of a decode graph that ends there.
     """
 
     key: GraphKey = _NO_GRAPH
@@ -117,11 +118,13 @@ class GraphRunner(Runner):
         self._seq_sizes = ladder(MIXED_SEQS, max_num_seqs)
         self._graphs: dict[GraphKey, _Graph] = {}
         self._memory = GraphMemory(device) if capture and device.type == "cuda" else None
-        largest = max(4 * max_num_seqs, GraphKey(MIXED_TOKENS[-1], max_num_seqs, "mixed").size)
+        largest = max(
+            GraphKey(max_num_seqs, max_num_seqs, "drawn").size,
+            GraphKey(MIXED_TOKENS[-1], max_num_seqs, "mixed").size,
+        )
         pinned = device.type == "cuda"
         self._stages = [torch.zeros(largest, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
         self._turn = 0
-        self._plain = np.zeros(max_num_seqs, bool)
         self._changed: list[tuple[int, int]] = []
         self._fast = _fast_decoder(model, max_model_len) if fast and not fixed else None
         self._workspace = None if self._fast is None else self._fast.workspace(max_num_seqs)
@@ -130,8 +133,6 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def prepare(self, plan: StepPlan) -> Step:
-        for sequence in plan.admitted:
-            self._plain[sequence.row] = _is_plain(sequence)
         self._changed = []
         if plan.num_tokens > MIXED_TOKENS[-1]:
             return super().prepare(plan)
@@ -142,7 +143,7 @@ class GraphRunner(Runner):
         arrays = StepArrays.of(plan.chunks)
         if len(chunks) == plan.num_tokens:
             size = up(self.decode_sizes, len(chunks))
-            key = GraphKey(size, size, "tokens" if self._plain[arrays.rows].all() else "logits")
+            key = GraphKey(size, size, self._decode_kind(arrays.rows))
             return self._stage(GraphStep(plan, chunks, None, key=key), arrays)
         key = GraphKey(
             up(MIXED_TOKENS, plan.num_tokens),
@@ -155,11 +156,23 @@ class GraphRunner(Runner):
         last = self._last(plan) if chunks else None
         return self._stage(GraphStep(plan, chunks, None, last, key=key), arrays)
 
+    def _decode_kind(self, rows: np.ndarray) -> str:
+        """Where a decode step's graph ends: where nothing else is asked for, in tokens."""
+        sampler = self.sampler
+        if not sampler.simple[rows].all():
+            return "logits"
+        if not sampler.temperature[rows].any():
+            return "tokens"
+        return "filtered" if any(sampler.filters(rows)) else "drawn"
+
     def _stage(self, step: GraphStep, arrays: StepArrays) -> GraphStep:
         """Write the step's input."""
         self._turn = (self._turn + 1) % _STAGES
         step.input = self._stages[self._turn][: step.key.size]
-        packed = fill(step.input.numpy(), step.key, step.plan.chunks, arrays, self._padding)
+        flat = step.input.numpy()
+        packed = fill(flat, step.key, step.plan.chunks, arrays, self._padding)
+        if step.key.draws:
+            fill_draws(flat, step.key, self.sampler.draw_arrays(arrays.rows, step.chunks))
         self._update_tables(step.plan.chunks)
         if self._changed:
             self._place_blocks(step, packed, arrays)
@@ -203,10 +216,10 @@ class GraphRunner(Runner):
         if not isinstance(step, GraphStep) or step.key.kind == "mixed":
             return super().run(step)
         output = self._replay(step)[: len(step.chunks)]
-        if step.key.kind == "tokens":
-            step.tokens = output
-        else:
+        if step.key.kind == "logits":
             step.logits = output
+        else:
+            step.tokens = output
         return step
 
     def _hidden(self, step: Step) -> Tensor:
@@ -227,7 +240,7 @@ class GraphRunner(Runner):
     def sample(self, step: Step, masks: Masks | None = None) -> Step:
         if not isinstance(step, GraphStep) or step.tokens is None:
             return super().sample(step, masks)
-        assert not masks, "constrained rows are not plain"
+        assert not masks, "constrained rows are not simple"
         step.sampled = Sampled(step.tokens, [], None)
         step.tokens = None
         self._send(step)
@@ -257,7 +270,8 @@ class GraphRunner(Runner):
         given = torch.zeros(key.size, dtype=torch.int32, device=self.device)
         packed = given[: 4 * key.tokens].view(4, key.tokens)
         packed[0], packed[3] = self._padding, -1
-        given[4 * key.tokens + 2 * key.seqs + 1 :] = self._padding
+        if key.kind == "mixed":
+            given[4 * key.tokens + 2 * key.seqs + 1 :] = self._padding
         compute = self._compute_mixed if key.kind == "mixed" else self._compute_decode
         output: list[Tensor] = []
 
@@ -282,20 +296,23 @@ class GraphRunner(Runner):
             batch = self._decode_batch(inputs.embedded, inputs.seq_lens, rows)
             if key.kind == "tokens":
                 return self._fast.tokens(batch, self._last_tokens)
-            return self._fast.logits(batch)
-        attention = AttentionBatch(
-            query_starts=torch.arange(key.seqs + 1, dtype=torch.int32, device=self.device),
-            seq_lens=inputs.seq_lens,
-            block_tables=self._device_tables[rows.long()],
-            slots=inputs.slots,
-            caches=self.caches,
-            max_query_len=1,
-            max_seq_len=self.max_model_len,
-            fixed=self.fixed,
-        )
-        logits = model.logits(model(PackedBatch(inputs.token_ids, inputs.positions, attention)))
+            logits = self._fast.logits(batch)
+        else:
+            attention = AttentionBatch(
+                query_starts=torch.arange(key.seqs + 1, dtype=torch.int32, device=self.device),
+                seq_lens=inputs.seq_lens,
+                block_tables=self._device_tables[rows.long()],
+                slots=inputs.slots,
+                caches=self.caches,
+                max_query_len=1,
+                max_seq_len=self.max_model_len,
+                fixed=self.fixed,
+            )
+            logits = model.logits(model(PackedBatch(inputs.token_ids, inputs.positions, attention)))
         if key.kind == "logits":
             return logits
+        if key.draws:
+            return draw_rows(logits, _draws(given, key), last_tokens=self._last_tokens, rows=rows)
         tokens = argmax_rows(logits)
         self._last_tokens[rows.long()] = tokens
         return tokens
@@ -325,15 +342,17 @@ class GraphRunner(Runner):
         return self.decoder(PackedBatch(inputs.token_ids, inputs.positions, attention))  # type: ignore[no-any-return]
 
 
-def _is_plain(sequence: Sequence) -> bool:
-    """Its next token is always the most likely one, and nothing else is asked for."""
-    s = sequence.sampling
-    return (
-        s.greedy
-        and s.logprobs is None
-        and not s.logit_bias
-        and not (s.min_tokens and sequence.stop_ids)
-        and not sequence.needs_history
+def _draws(given: Tensor, key: GraphKey) -> Draws:
+    """What fill_draws wrote."""
+    numbers = given[4 * key.tokens :].split([key.lanes] * 4 + [2 * key.lanes])
+    temperature, top_k, top_p, min_p, keys = numbers
+    return Draws(
+        temperature.view(torch.float32),
+        top_k,
+        top_p.view(torch.float32),
+        min_p.view(torch.float32),
+        keys.view(-1, 2),
+        *[key.kind == "filtered"] * 3,
     )
 
 

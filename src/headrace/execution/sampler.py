@@ -137,6 +137,7 @@ class Sampler:
         self.seed = np.zeros(max_num_seqs, np.uint64)
         self.scores = np.zeros(max_num_seqs, bool)  # log-probabilities are asked for
         self.edits = np.zeros(max_num_seqs, bool)  # see _is_edited
+        self.simple = np.ones(max_num_seqs, bool)  # none of both, and no constraint
         self._histories: dict[int, _History] = {}
 
     def admit(self, sequence: Sequence) -> None:
@@ -149,6 +150,7 @@ class Sampler:
         self.seed[row] = np.uint64(sequence.seed & 0xFFFFFFFFFFFFFFFF)
         self.scores[row] = s.logprobs is not None
         self.edits[row] = _is_edited(sequence)
+        self.simple[row] = not (self.scores[row] or self.edits[row] or s.constraint is not None)
 
     def sample(
         self,
@@ -167,7 +169,7 @@ class Sampler:
         """
         rows = np.fromiter((c.row for c in chunks), np.int32, len(chunks))
         scored = np.flatnonzero(self.scores[rows]).tolist()
-        arrays = self._draw_arrays(rows, chunks)
+        arrays = self.draw_arrays(rows, chunks)
         edited = np.flatnonzero(self.edits[rows])
         if len(edited):
             arrays += self._edit_arrays(edited, [chunks[i] for i in edited])
@@ -182,7 +184,7 @@ class Sampler:
         if masks is not None:
             forbid_rows(logits, masks.rows, masks.bits)
         temperature, top_k, top_p, min_p, keys = tensors[:5]
-        draws = Draws(temperature, top_k, top_p, min_p, keys, *self._filters(rows))
+        draws = Draws(temperature, top_k, top_p, min_p, keys, *self.filters(rows))
         tokens = draw_rows(logits, draws, last_tokens=last_tokens, rows=on_device)
         if raw is None:
             return Sampled(tokens, [], None)
@@ -195,13 +197,13 @@ class Sampler:
         (tokens,) = upload([np.asarray(targets, np.int32)], self.device)
         return HostScores(_scores(logits, tokens.long(), k), [k] * len(targets))
 
-    def _draw_arrays(self, rows: np.ndarray, chunks: list[Chunk]) -> list[np.ndarray]:
+    def draw_arrays(self, rows: np.ndarray, chunks: list[Chunk]) -> list[np.ndarray]:
         """The tensors of Draws."""
         positions = np.fromiter((c.start + c.count for c in chunks), np.int64, len(chunks))
         columns = [column[rows] for column in (self.temperature, self.top_k, self.top_p, self.min_p)]
         return [*columns, race_keys(self.seed[rows], positions)]
 
-    def _filters(self, rows: np.ndarray) -> tuple[bool, bool, bool]:
+    def filters(self, rows: np.ndarray) -> tuple[bool, bool, bool]:
         """Whether some row uses top-k, top-p and min-p."""
         drawn = rows[self.temperature[rows] > 0.0]
         top_k, top_p, min_p = (column[drawn] for column in (self.top_k, self.top_p, self.min_p))

@@ -101,7 +101,7 @@ class ConfigReader:
         """Refuse a field that is set to anything but these values."""
         value = self.get(name)
         if value is not None and value not in (allowed := list(allowed)):
-            raise self.refuse(name, value, f"one of {allowed}")
+            raise self.refuse(name, value, f"one of {allowed}" if allowed else "none")
 
     def refuse(self, name: str, value: Any, expected: str) -> UnsupportedCheckpoint:
         """The error for a field; raise it."""

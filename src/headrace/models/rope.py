@@ -35,6 +35,7 @@ def read_ropes(
     theta: float = 10_000.0,
     local_theta: float | None = None,
     aliases: Mapping[str, str] | None = None,
+    partial: bool = False,
 ) -> tuple[RopeConfig, RopeConfig | None]:
     """The rotary embeddings of full-attention layers, and of sliding ones where they differ.
 
@@ -45,6 +46,8 @@ def read_ropes(
         theta: the family's base where the file names none.
         local_theta: the same for sliding layers, in families that give these an embedding of their own.
         aliases: rope types that the family spells differently.
+        partial: the family rotates only a part of each head where ``partial_rotary_factor`` says so. Others
+            refuse such a factor: implementations of theirs disagree about it.
     """
     theta = config.number("rope_theta", theta)
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -63,15 +66,15 @@ def read_ropes(
             local_theta = theta
     if local_theta is not None:
         local_theta = config.number("rope_local_base_freq", local_theta)
-    read = _RopeReader(config, head_dim, aliases or {})
+    read = _RopeReader(config, head_dim, aliases or {}, partial)
     return read(scaling, theta), None if local_theta is None else read(local, local_theta)
 
 
 class _RopeReader:
     """Resolves one rope dictionary."""
 
-    def __init__(self, config: ConfigReader, head_dim: int, aliases: Mapping[str, str]) -> None:
-        self.config, self.head_dim, self.aliases = config, head_dim, aliases
+    def __init__(self, config: ConfigReader, head_dim: int, aliases: Mapping[str, str], partial: bool) -> None:
+        self.config, self.head_dim, self.aliases, self.may_be_partial = config, head_dim, aliases, partial
         self.partial = config.number("partial_rotary_factor", 1.0)
         self.context = config.integer("max_position_embeddings", 2048)
         self.original = config.get(_ORIGINAL)
@@ -88,7 +91,12 @@ class _RopeReader:
                     f"rope_scaling.{name}", value, f"no such field with rope type {kind!r}"
                 )
         theta = self._number(rope, "rope_theta", theta)
-        dim = int(self.head_dim * self._number(rope, "partial_rotary_factor", self.partial))
+        factor = self._number(rope, "partial_rotary_factor", self.partial)
+        if factor != 1 and not self.may_be_partial:
+            raise self.config.refuse(
+                "partial_rotary_factor", factor, "1 or none: this family rotates whole heads"
+            )
+        dim = int(self.head_dim * factor)
         if dim % 2 or not 0 < dim <= self.head_dim:
             expected = (
                 f"one that gives an even number of rotated dimensions, not {dim} (partial_rotary_factor)"

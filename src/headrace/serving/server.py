@@ -39,6 +39,7 @@ class Server:
             access_log=None,
             shutdown_timeout=_LAST_WORDS,
             keepalive_timeout=75.0,
+            auto_decompress=False,  # serving/body.py does it, within limits
         )
         self._site: web.TCPSite | None = None
 

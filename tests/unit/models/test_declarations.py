@@ -249,3 +249,31 @@ def test_old_and_new_rope_spellings_agree(architecture: str) -> None:
         old["rope_theta"] = parameters["rope_theta"]
         old["partial_rotary_factor"] = parameters.get("partial_rotary_factor")
     assert read_config(old) == read_config(new)
+
+
+@pytest.mark.parametrize("architecture", list(HF_CONFIGS))
+@pytest.mark.parametrize("place", ["top", "rope_parameters"])
+def test_a_part_of_the_head_is_rotated_by_phi_alone(architecture: str, place: str) -> None:
+    """transformers ignores the factor in the other families and vLLM follows it: neither is a safe guess."""
+    config = config_of(architecture, head_dim=16)
+    if place == "top":
+        config["rope_theta"] = 10_000.0
+        config.pop("rope_parameters")
+        config["partial_rotary_factor"] = 0.5
+    else:
+        config["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.5,
+        }
+    if architecture == "Phi3ForCausalLM":
+        assert read_config(config).rope.dim == 8
+    else:
+        with pytest.raises(UnsupportedCheckpoint, match="partial_rotary_factor"):
+            read_config(config)
+
+
+def test_gemma_2_does_not_look_both_ways() -> None:
+    """transformers masks Gemma 2 causally whatever this field of Gemma 3 says."""
+    with pytest.raises(UnsupportedCheckpoint, match="use_bidirectional_attention"):
+        read_config({**config_of("Gemma2ForCausalLM"), "use_bidirectional_attention": True})

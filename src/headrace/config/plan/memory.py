@@ -8,11 +8,13 @@ from __future__ import annotations
 import msgspec
 
 from headrace.config.plan.scratch import Scratch
+from headrace.config.plan.shape import ModelShape
 
 __all__ = [
     "CPU_ENCODE_TOKENS",
     "CPU_POOL_BYTES",
     "CPU_POOL_SHARE",
+    "CPU_PROCESS_BYTES",
     "CPU_STEP_TOKENS",
     "CUDA_ENCODE_TOKENS",
     "CUDA_PROCESS_BYTES",
@@ -20,6 +22,7 @@ __all__ = [
     "Budget",
     "pool_blocks",
     "pool_budget",
+    "process_bytes",
     "shard",
 ]
 
@@ -34,6 +37,13 @@ CUDA_ENCODE_TOKENS = 16384
 # Of one process, seen on an H200: the driver's context (527 MiB), PyTorch's kernels (92), cuBLAS's (66), streams
 # (70), and our own (12).
 CUDA_PROCESS_BYTES = 767 * MIB
+
+# The same without a GPU, seen with PyTorch 2.13 on Linux: what Python, PyTorch and the engine keep beside files.
+CPU_PROCESS_BYTES = 160 * MIB
+_TOKENIZER_BYTES = (
+    230,
+    700,
+)  # of an entry of the vocabulary: WordPiece of encoders, byte pairs with their merges
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,16 +88,30 @@ def pool_blocks(room: int, block_bytes: int, *, max_num_seqs: int, context: int,
     return min(room // block_bytes, most)
 
 
+def process_bytes(shape: ModelShape, *, cuda: bool) -> int:
+    """What a core takes of the device before any tensor; without a GPU its tokenizer lies there, too."""
+    if cuda:
+        return CUDA_PROCESS_BYTES
+    return CPU_PROCESS_BYTES + shape.vocab * _TOKENIZER_BYTES[not shape.bidirectional]
+
+
 def pool_budget(
-    *, cuda: bool, total: int, fraction: float, weights: int, scratch: Scratch, fixed: int | None
+    *,
+    cuda: bool,
+    total: int,
+    fraction: float,
+    process: int,
+    weights: int,
+    scratch: Scratch,
+    fixed: int | None,
 ) -> Budget:
     """Split a device; the pool is what is left.
 
     Args:
+        process: see process_bytes.
         total: bytes of the device; on a CPU those available now.
         fixed: ``kv_cache_bytes`` when it was set.
     """
-    process = CUDA_PROCESS_BYTES if cuda else 0
     activations = scratch.state + scratch.plain + scratch.pooled
     usable = int(total * fraction) if cuda else total
     taken = process + weights + activations + scratch.objects

@@ -31,7 +31,7 @@ _FARTHEST = tl.constexpr(
 )  # the distance of all tokens with less than e^-32 of the best one's probability
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _edit(logits_ptr, logits_row, rows_ptr, bias_starts, bias_ids, bias_ptr, history_starts, history_ids, counts_ptr,
           penalties_ptr, R, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:

@@ -45,6 +45,7 @@ def _read(config: ConfigReader, pattern: int, **choices: Any) -> DecoderConfig:
 
 def read_gemma2(config: ConfigReader) -> DecoderConfig:
     config.get("hidden_act")  # stated by some files, and overruled by hidden_activation
+    config.only("use_bidirectional_attention", [False])  # Gemma 3's; Gemma 2 always masks causally
     return _read(config, 2, attention_soft_cap=config.optional_number("attn_logit_softcapping"))
 
 

@@ -15,7 +15,7 @@ def read(config: ConfigReader) -> DecoderConfig:
     aliases = {"su": "longrope", "yarn": "longrope"}  # early names of the same thing in this family
     return standard(
         config,
-        ropes=lambda head_dim: read_ropes(config, head_dim, aliases=aliases),
+        ropes=lambda head_dim: read_ropes(config, head_dim, aliases=aliases, partial=True),
         windows=(window,) * config.integer("num_hidden_layers"),
         norm_eps=1e-5,
     )

@@ -72,6 +72,10 @@ async def create_file(request: web.Request) -> web.Response:
         raise InvalidRequest(
             "the body must be multipart/form-data with purpose and file", code="invalid_body"
         )
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise InvalidRequest(
+            "the form is compressed; send it plain", param="Content-Encoding", code="unsupported_encoding"
+        )
     part_path, purpose, filename = store.new_path(), None, None
     try:
         async for part in await request.multipart():

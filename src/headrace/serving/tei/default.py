@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
+from headrace.errors import HeadraceError
+from headrace.serving.body import content
 from headrace.serving.openai.embeddings import embeddings
 from headrace.serving.openai.tokens import tokenize_chat, tokenize_prompt
 from headrace.serving.state import STATE
@@ -50,8 +52,8 @@ _decoder = msgspec.json.Decoder(_Shape)
 
 async def _shape(request: web.Request) -> _Shape:
     """What a body holds; nothing for one that cannot be read, which the route then refuses."""
-    with contextlib.suppress(msgspec.DecodeError, web.HTTPException, UnicodeDecodeError, RecursionError):
-        return _decoder.decode(await request.read())
+    with contextlib.suppress(msgspec.DecodeError, HeadraceError, UnicodeDecodeError, RecursionError):
+        return _decoder.decode(await content(request))
     return _Shape()
 
 
