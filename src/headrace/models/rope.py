@@ -73,7 +73,9 @@ def read_ropes(
 class _RopeReader:
     """Resolves one rope dictionary."""
 
-    def __init__(self, config: ConfigReader, head_dim: int, aliases: Mapping[str, str], partial: bool) -> None:
+    def __init__(
+        self, config: ConfigReader, head_dim: int, aliases: Mapping[str, str], partial: bool
+    ) -> None:
         self.config, self.head_dim, self.aliases, self.may_be_partial = config, head_dim, aliases, partial
         self.partial = config.number("partial_rotary_factor", 1.0)
         self.context = config.integer("max_position_embeddings", 2048)
