@@ -2,20 +2,28 @@
 
     python -m benchmarks.encode --threads 2 --record
 
-Both get the same texts and give unit vectors; runs alternate and the best of each counts, so that other load on
-the machine hurts both alike. `latency_ms` is one short text alone, the median. The floor is the time of the
-linear maps alone, at the rate of one large product in the same precision on this machine.
+All get the same texts and give unit vectors; runs alternate and the best of each counts, so that other load on
+the machine hurts all alike. `--peers PYTHON --onnx FOLDER` adds fastembed and infinity-emb from a Python that has
+them (benchmarks/encode_peer.py); FOLDER holds the checkpoint as model.onnx with its tokenizer, which
+`optimum-cli export onnx --task feature-extraction` makes of ours: no registry offers one. `latency_ms` is one short
+text alone, the median. The floor is the time of the linear maps alone, at the rate of one large product in the same
+precision on this machine.
 
 With --shapes: the rate of the loop itself on a GPU, see encode_random.py.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,22 +112,61 @@ def sentence_transformers(batch: int) -> Callable[[list[str]], Any]:
     )
 
 
+class Peer:
+    """fastembed or infinity-emb in a Python of its own, fed by files."""
+
+    def __init__(self, name: str, python: str, folder: str, threads: int, work: Path) -> None:
+        script = Path(__file__).with_name("encode_peer.py")
+        self.files = work / f"{name}.json", work / f"{name}.npy"
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [python, str(script), name, folder, str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        )  # fmt: skip
+        self._line()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a peer ended with {self.process.wait()}")
+        return line
+
+    def seconds(self, texts: list[str]) -> float:
+        """What these took, by its own clock."""
+        assert self.process.stdin is not None
+        self.files[0].write_text(json.dumps(texts))
+        self.process.stdin.write(f"{self.files[0]} {self.files[1]}\n")
+        self.process.stdin.flush()
+        return float(self._line())
+
+    def __call__(self, texts: list[str]) -> np.ndarray[Any, Any]:
+        self.seconds(texts)
+        vectors: np.ndarray[Any, Any] = np.load(self.files[1])
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def seconds_of(run: Callable[[list[str]], Any], texts: list[str]) -> float:
+    """Of one run."""
+    return run.seconds(texts) if isinstance(run, Peer) else _seconds(partial(run, texts))
+
+
 def compare(
     record: Recorder,
     engines: dict[str, Ours],
-    peer: Callable[[list[str]], Any] | None,
+    peers: dict[str, Callable[[list[str]], Any]],
     case: str,
     texts: list[str],
     args: Any,
 ) -> None:
     """Alternating runs of one case; a row each."""
-    runs: dict[str, Callable[[list[str]], Any]] = {**engines, **({PEER: peer} if peer else {})}
+    runs: dict[str, Callable[[list[str]], Any]] = {**engines, **peers}
     vectors = {name: run(texts) for name, run in runs.items()}
     reference = vectors.get(PEER, vectors[args.dtypes[0]])
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(args.runs):
         for name, run in runs.items():
-            best[name] = min(best[name], _seconds(partial(run, texts)))
+            best[name] = min(best[name], seconds_of(run, texts))
     for name, seconds in best.items():
         ours, floor = engines.get(name), None
         if ours is not None:
@@ -142,7 +189,9 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--no-peer", action="store_true", help="without sentence-transformers")
+    parser.add_argument("--peers", metavar="PYTHON", help="one that has fastembed and infinity-emb")
+    parser.add_argument("--onnx", metavar="FOLDER", help="the checkpoint for fastembed")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "int8"])
     shapes = parser.add_argument_group("random weights of real shapes, from token ids (encode_random.py)")
     shapes.add_argument("--shapes", nargs="+", help="bge-large, qwen3-embedding-0.6b")
@@ -157,13 +206,18 @@ def main() -> None:
     if args.shapes:
         encode_random.measure(record, args)
         return
-    peer = None if args.no_peer else sentence_transformers(32)
+    peers: dict[str, Callable[[list[str]], Any]] = {} if args.no_peer else {PEER: sentence_transformers(32)}
+    work = tempfile.TemporaryDirectory()
+    if args.peers:
+        folders = {"fastembed": args.onnx, "infinity": str(resolve("minilm"))}
+        for name, folder in folders.items():
+            peers[name] = Peer(name, args.peers, folder, args.threads, Path(work.name))
     engines = {name: Ours(name) for name in args.dtypes}
     for case, shape in CASES.items():
-        compare(record, engines, peer, case, texts_of(shape, seed=len(case)), args)
+        compare(record, engines, peers, case, texts_of(shape, seed=len(case)), args)
     one = texts_of((1, 8, 8), seed=1)
-    for name, run in {**engines, **({PEER: peer} if peer else {})}.items():
-        times = [_seconds(partial(run, one)) for _ in range(60)]
+    for name, run in {**engines, **peers}.items():
+        times = [seconds_of(run, one) for _ in range(60)]
         record.row(
             model="minilm", precision=name if name in engines else "float32", case="one text", metric="latency_ms",
             value=statistics.median(times) * 1e3, engine="headrace" if name in engines else name, threads=args.threads,

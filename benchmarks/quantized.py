@@ -1,7 +1,7 @@
 """Products of few rows over weights of few bits, beside bf16 and torch's scaled product, on a model's shapes.
 
     python -m benchmarks.quantized --model qwen3-8b --record
-    python -m benchmarks.quantized --sweep          # other tile shapes, to choose from
+    python -m benchmarks.quantized --tune     # writes src/headrace/kernels/quantized_linear/tuned/<gpu>.json
 
 Each figure is a median over replays of a CUDA graph that walks over enough different weights not to fit the cache,
 with the rounding of activations included for FP8. Bytes are those of the weights and their scales.
@@ -10,18 +10,31 @@ with the rounding of activations included for FP8. Bytes are those of the weight
 from __future__ import annotations
 
 import itertools
+import json
+import random
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Recorder, arguments, model_config
-from benchmarks.kernels import graph_seconds
+from benchmarks.common import Recorder, arguments, device_name, model_config
+from benchmarks.kernels import compile_all, graph_seconds
 from headrace.config.quantization import quantization_type
+from headrace.kernels.attention.fp4 import FP4
+from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
 from headrace.kernels.linear.triton import small_linear
+from headrace.kernels.linear.tuning import GemvShape
 from headrace.kernels.quantized_linear import triton as kernels
+from headrace.kernels.quantized_linear import tuning
+from headrace.kernels.quantized_linear.triton_codes import four_bit_product
+from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
+from headrace.kernels.quantized_linear.tuning import CodesShape, PackedShape, padded_rows
+from headrace.kvcache.pool import allocate_caches
 from headrace.layers.linear import Linear
 from headrace.quantization import device as scaled
 from headrace.quantization.registry import load_time
@@ -29,13 +42,6 @@ from headrace.quantization.scaled import ScaledLinear
 
 DEVICE = torch.device("cuda")
 SPREAD = 192 << 20  # bytes that one graph walks over
-SWEEP = [
-    kernels.PackedShape(*shape)
-    for shape in itertools.chain(
-        itertools.product((64, 128), (128, 256), (1, 2, 4), (4,), (3, 4)),
-        [(128, 128, 1, 8, 4), (128, 128, 2, 8, 4), (64, 512, 1, 4, 3), (32, 256, 2, 4, 4), (64, 64, 4, 4, 5)],
-    )
-]
 
 
 def shapes(model: str) -> dict[str, tuple[int, int, str | None]]:
@@ -77,14 +83,61 @@ def packed_linear(linears: list[ScaledLinear], x: Tensor, gate: str | None, i: i
     return scaled.fused(linears[i % len(linears)], x, gate=gate)
 
 
+def cache_slope(
+    recorder: Recorder, model: str, count: int = 16, lengths: tuple[int, int] = (4096, 32768)
+) -> None:
+    """How much longer a decode step's attention takes for each further key of every sequence, by the cache's format."""
+    c = model_config(model)
+    heads, kv, dim = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+    slopes = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn), ("fp4", FP4)):
+        seconds = []
+        for length in lengths:
+            per = length // 16
+            caches = allocate_caches([(kv, dim)] * 2, count * per + 1, 16, dtype, DEVICE)
+            for cache in caches:
+                cache.k.view(torch.uint8).random_(0, 100)
+                cache.v.view(torch.uint8).random_(0, 100)
+            tables = (torch.randperm(count * per, device=DEVICE).int() + 1).view(count, per)
+            lens = torch.full((count,), length, dtype=torch.int32, device=DEVICE)
+            q = torch.randn(count, heads, dim, dtype=torch.bfloat16, device=DEVICE)
+            space = DecodeWorkspace.allocate(count, heads, kv, dim, DEVICE)
+
+            def run(i: int, caches: Any = caches, q: Tensor = q, rest: Any = (tables, lens, space)) -> None:
+                decode_attention(q, caches[i % 2].k, caches[i % 2].v, *rest, scale=0.088)
+
+            seconds.append(graph_seconds(run, 4))
+            del caches
+        slopes[name] = (seconds[1] - seconds[0]) / (lengths[1] - lengths[0])
+        recorder.row(
+            model=model, precision=f"{name} cache", case=f"attention of a layer, {count} sequences, {lengths} keys",
+            metric="seconds_per_key", value=slopes[name], seconds=[float(f"{t:.4g}") for t in seconds],
+            of_bf16=round(slopes[name] / slopes["bf16"], 3),
+        )  # fmt: skip
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="qwen3-8b")
     parser.add_argument("--schemes", nargs="+", default=["fp8", "nvfp4", "int4-g128"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64])
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--tune", action="store_true", help="write tile shapes instead")
+    parser.add_argument("--cache", action="store_true", help="attention over caches of each format instead")
+    parser.add_argument("--limit", type=int, default=24, help="candidates of one case at most")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for tuning")
+    parser.add_argument("--tuned", help="file to write, instead of the one in the package")
     args = parser.parse_args()
     recorder = Recorder("quantized", args)
+    if args.cache:
+        cache_slope(recorder, args.model)
+        return
+    if args.tune:
+        path = (
+            args.tuned
+            or Path(tuning.__file__).parent / "tuned" / f"{device_name().lower().replace(' ', '-')}.json"
+        )
+        tune(args.model, args.schemes, args.rows, Path(path), args.limit, args.seconds)
+        return
     totals: dict[tuple[str, int], float] = {}
 
     def note(scheme: str, rows: int, name: str, seconds: float, rate: float) -> None:
@@ -106,8 +159,6 @@ def main() -> None:
             first = packed(scheme, n, k)
             linears = [first, *(packed(scheme, n, k) for _ in range(max(1, SPREAD // first.nbytes)))]
             for rows, x in inputs.items():
-                if args.sweep and rows > 1:
-                    sweep(linears, x, gate, f"{scheme} {name} M={rows}")
                 note(scheme, rows, name, *measure(partial(packed_linear, linears, x, gate), first.nbytes))
             if scheme == "fp8":
                 torch_scaled(
@@ -131,7 +182,7 @@ def torch_scaled(
             codes, scale = kernels.quantize_rows(x)
             return torch._scaled_mm(
                 codes,
-                linear.quantized.codes.t(),
+                linear.held.codes.t(),
                 scale_a=scale,
                 scale_b=scaled.row_scales(linear)[None, :],
                 out_dtype=torch.bfloat16,
@@ -140,30 +191,151 @@ def torch_scaled(
         note(rows, *measure(run, linears[0].nbytes))
 
 
-def sweep(linears: list[ScaledLinear], x: Tensor, gate: str | None, label: str) -> None:
-    """Print the best tile shapes."""
-    original = kernels.packed_shape
-    found = []
+def candidates(scheme: str, rows: int, n: int, k: int, gated: bool) -> list[Any]:
+    """Tile shapes worth trying; n counts both halves."""
+    outputs = n // 2 if gated else n
+    double = 2 if gated else 1
+    found: list[Any] = []
+    if rows == 1 and scheme == "fp8":
+        for bn, bk, warps in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (2, 4, 8)):
+            if 16 <= bn * bk // (32 * warps) * double <= 128 and bk >= 128 * warps and k % bk == 0:
+                found.append(GemvShape(bn, bk, warps, 1))
+        return found
+    bm = padded_rows(rows)
+    if scheme in ("chain", "groups"):
+        for bn, splits, stages, warps in itertools.product((64, 128), (1, 2, 4, 8), (3, 4, 6, 8), (4, 8)):
+            shared = stages * (bn * double + max(bm, 16)) * 128
+            programs = -(-outputs // bn) * splits
+            fits = shared <= 200_000 and k // (splits * 128) >= 2 and 90 <= programs <= 800
+            if fits and not (bn == 64 and warps == 8):
+                found.append(PackedShape(bn, 128, splits, warps, stages))
+        return found
+    if scheme == "fp8":
+        for bn, bk, splits, stages, warps in itertools.product(
+            (64, 128), (128, 256), (1, 2, 4, 8), (3, 4, 6), (4, 8)
+        ):
+            shared = stages * (bn * double + bm) * bk
+            programs = -(-outputs // bn) * splits
+            fits = shared <= 200_000 and k // (splits * bk) >= 2 and 90 <= programs <= 800
+            if fits and not (bn == 64 and warps == 8):
+                found.append(PackedShape(bn, bk, splits, warps, stages))
+        return found
+    for bn, splits, stages, warps in itertools.product(
+        (32, 64, 128), (1, 2, 4, 8), (2, 3, 4, 6), (1, 2, 4, 8)
+    ):
+        shared = stages * (bn * double * 128 + bm * 512)
+        programs = -(-outputs // bn) * splits
+        fits = shared <= 110_000 and k // (splits * 256) >= 2 and 120 <= programs <= 1600
+        if fits and 16 <= bn // warps <= 32 and not (scheme.endswith("fp4") and bn < 32 * warps):
+            found.append(CodesShape(bn, splits, warps, stages))
+    return found
 
-    def under(shape: kernels.PackedShape) -> Callable[[int], object]:
+
+def under(
+    scheme: str, linears: list[ScaledLinear], x: Tensor, gate: str | None, shape: Any
+) -> Callable[[int], object]:
+    """The product alone (activations rounded before), with one tile shape.
+
+    Schemes besides those of weights: ``chain`` and ``groups`` are FP8 with activations in groups, the first with
+    outputs in FP8 too.
+    """
+    common: dict[str, Any] = {"gate": gate, "out_dtype": x.dtype, "shape": shape}
+    if isinstance(shape, GemvShape):
+
+        def one_row(i: int) -> object:
+            linear = linears[i % len(linears)]
+            return fp8_gemv(x, linear.held.codes, scaled.row_scales(linear), **common)
+
+        return one_row
+    if scheme in ("chain", "groups"):
+        rows = scaled.rounded(x)
+        gain = None if gate else torch.ones(linears[0].out_features, dtype=x.dtype, device=x.device)
+        extra: dict[str, Any] = {} if scheme == "groups" else {"following": scaled.Following(gain, 1e-6)}
+
+        def link(i: int) -> object:
+            linear = linears[i % len(linears)]
+            return kernels.chained_product(
+                rows, linear.held.codes, scaled.row_scales(linear), **extra, **common
+            )
+
+        return link
+    if isinstance(shape, PackedShape):
+        codes, scale = kernels.quantize_rows(x)
+
         def run(i: int) -> object:
-            kernels.packed_shape = lambda *_: shape
-            return scaled.fused(linears[i % len(linears)], x, gate=gate)
+            linear = linears[i % len(linears)]
+            weight, rows = linear.held, scaled.row_scales(linear)
+            return kernels.small_product(
+                codes, weight.codes, weight.scale, form=kernels.FP8, row_scale=rows, x_scale=scale, **common
+            )
 
         return run
 
-    try:
-        for shape in SWEEP:
-            try:
-                _, rate = measure(under(shape), linears[0].nbytes)
-            except Exception as error:  # a tile that does not fit shared memory is no candidate
-                print(label, shape, type(error).__name__, flush=True)
+    def four_bits(i: int) -> object:
+        weight = linears[i % len(linears)].held
+        return four_bit_product(x, **scaled._tiles(weight), rows=weight.shape[0], **common)
+
+    return four_bits
+
+
+def tile_rows(form: str, rows: int) -> int:
+    """Rows as tuned tables count them."""
+    if form == "fp8" and rows == 1:
+        return 1
+    return padded_rows(rows) if form in ("fp4", "int4") else max(16, padded_rows(rows))
+
+
+def tune(
+    model: str, schemes: list[str], row_counts: list[int], path: Path, limit: int, seconds: float
+) -> None:
+    """Write the fastest tile shape of every case to ``path``, beside what is there, while time lasts."""
+    table: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    for rows, scheme in itertools.product(row_counts, schemes):
+        jobs = []
+        for name, (n, k, gate) in shapes(model).items():
+            if (name == "qkv") != (scheme == "groups") and scheme in ("chain", "groups"):
                 continue
-            found.append((rate, shape))
-    finally:
-        kernels.packed_shape = original
-    for rate, shape in sorted(found, reverse=True)[:3]:
-        print(label, f"{rate / 1e12:.2f} TB/s", tuple(shape), flush=True)
+            form = "fp8" if scheme in ("chain", "groups") else scheme
+            first = packed(form, n, k)
+            linears = [first, *(packed(form, n, k) for _ in range(max(1, SPREAD // first.nbytes)))]
+            x = torch.randn(rows, k, dtype=torch.bfloat16, device=DEVICE)
+            tried = candidates(scheme, rows, n, k, gate is not None)
+            tried = random.Random(1).sample(tried, min(limit, len(tried)))
+            jobs.append(
+                (
+                    name,
+                    n,
+                    k,
+                    gate,
+                    linears,
+                    [(shape, under(scheme, linears, x, gate, shape)) for shape in tried],
+                )
+            )
+        compile_all([partial(run, 0) for *_, runs in jobs for _, run in runs])
+        for name, n, k, gate, linears, runs in jobs:
+            if time.perf_counter() - began > seconds:
+                print("out of time before", scheme, rows, name, flush=True)
+                return
+            results = []
+            for shape, run in runs:
+                try:
+                    results.append((graph_seconds(run, max(8, 2 * SPREAD // linears[0].nbytes), 5), shape))
+                except Exception as error:  # a tile that does not fit shared memory is no candidate
+                    print("failed:", shape, type(error).__name__, str(error)[:80], flush=True)
+                    torch.cuda.synchronize()
+            results.sort()
+            form = "fp4" if scheme.endswith("fp4") else scheme.split("-")[0]
+            table[f"{form}:{tile_rows(form, rows)}:{n}x{k}{'g' if gate else ''}"] = list(results[0][1])
+            top = " ".join(f"{'/'.join(map(str, s))}={t * 1e6:.1f}" for t, s in results[:5])
+            rate = linears[0].nbytes / results[0][0] / 1e12
+            print(f"{scheme} {name} M={rows} {rate:.2f} TB/s | {top} | worst {results[-1][0] * 1e6:.1f} "
+                  f"at {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+            lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
+            path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        del jobs
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

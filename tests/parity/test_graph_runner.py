@@ -157,7 +157,7 @@ def test_fused_graphs(name: str, sampled: bool, monkeypatch: pytest.MonkeyPatch)
     expected = drain(build_core(model, graphs=False), work)
     core = build_core(model, graphs=True, overlap=True)
     assert drain(core, work) == expected
-    monkeypatch.setattr("headrace.models.decoder_fast.NARROW_STREAM_ROWS", 1)
+    monkeypatch.setattr("headrace.models.decoder_fast.STREAM_ROWS", 1)
     assert drain(build_core(model, graphs=True), work) == expected
     monkeypatch.setattr("headrace.models.decoder_fast.SMALL_ROWS", 1)
     assert drain(build_core(model, graphs=True), work) == expected

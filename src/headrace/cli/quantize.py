@@ -31,7 +31,11 @@ FLAGS = ("revision", "device")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this command."""
     add = parser.add_argument
-    add("model", metavar="MODEL|config.yaml", help="folder or hub id with 16-bit weights, or a configuration")
+    add(
+        "model",
+        metavar="MODEL|config.yaml",
+        help="folder, hub id, packaged name or .gguf, or a configuration",
+    )
     add("--out", required=True, metavar="DIR", help="folder to write")
     add(
         "--type",
@@ -42,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="FILE|DATASET", help="calibration data: a file, or a data set of the hub")
     add("--rows", type=int, metavar="N", help="rows used, at most (1024)")
     add("--max-tokens", type=int, metavar="N", help="tokens of each row (1536)")
+    add(
+        "--static-activations",
+        action="store_true",
+        help="fp8 types: one calibrated scale for each layer's input, instead of a scale a token as it comes",
+    )
     add("--no-calibration", action="store_true", help="round to nearest, without data")
     add_spec_flags(parser, FLAGS)
 
@@ -66,24 +75,29 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{spec.model} is already quantized: {checkpoint.label}; give the 16-bit weights")
     from headrace.engines.quantize import (
         fingerprint_texts,
-        importance_by_tensor,
+        inputs_by_tensor,
         quantize_checkpoint,
         uses_calibration,
     )
 
-    importance, fingerprint = None, ""
+    inputs, fingerprint = None, ""
+    if args.static_activations and args.no_calibration:
+        raise ConfigError(
+            "--static-activations needs calibration; leave --no-calibration out", param="static"
+        )
     with _bars() as tell:
-        if uses_calibration(name) and not args.no_calibration:
+        if args.static_activations or (uses_calibration(name) and not args.no_calibration):
             from headrace.engines.build import choose_device
 
             texts = _texts(args, spec, checkpoint)
             fingerprint = fingerprint_texts(texts)
-            importance = importance_by_tensor(checkpoint, texts, choose_device(spec), tell)
+            inputs = inputs_by_tensor(checkpoint, texts, choose_device(spec), tell)
         out = quantize_checkpoint(
             checkpoint,
             name,
             Path(args.out),
-            importance=importance,
+            inputs=inputs,
+            static=args.static_activations,
             calibrated_by=fingerprint,
             progress=tell,
         )

@@ -11,7 +11,9 @@ import msgspec
 
 from headrace.errors import ConfigError, nearest
 
-__all__ = ["HOSTED", "TYPES", "QuantizationType", "quantization_type"]
+__all__ = ["HOSTED", "TYPES", "QuantizationType", "is_small", "quantization_type"]
+
+_SMALL = 60_000  # layers times hidden size: some 3 B parameters
 
 
 class QuantizationType(msgspec.Struct, frozen=True):
@@ -90,3 +92,8 @@ def quantization_type(name: str) -> QuantizationType:
             param="quantization",
         )
     return found
+
+
+def is_small(layers: int, hidden: int) -> bool:
+    """Whether a model is of a size that fewer bits are known to hurt (docs/quantization.md has measurements)."""
+    return layers * hidden < _SMALL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from headrace.config.plan.facts import Facts
 from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS
 from headrace.config.plan.scratch import Scratch, largest_load, scratch
 from headrace.config.plan.shape import read_shape
+from headrace.config.quantization import is_small
 from headrace.config.spec import EngineSpec
 from headrace.config.support import require_supported
 from headrace.engines.encode import EncodeCore
@@ -38,6 +40,7 @@ from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
 from headrace.models.encode_backbone import is_causal_family
 from headrace.models.loading import Progress
+from headrace.models.registry import read_config
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.linear import PackedLinear
 from headrace.quantization.registry import keeps_packed
@@ -46,6 +49,8 @@ from headrace.scheduling.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["build", "choose_device", "choose_dtype", "choose_encode_dtype", "eos_token_ids"]
+
+logger = logging.getLogger("headrace.core")
 
 
 def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Ready]:
@@ -123,13 +128,21 @@ def _build_generate(
     spec: EngineSpec, checkpoint: Checkpoint, facts: Facts, device: torch.device, progress: Progress | None
 ) -> tuple[GenerateCore, Ready]:
     dtype = choose_dtype(spec, checkpoint, device, packs=True)
+    # What is refused is refused before gigabytes are read.
+    declared = read_config(checkpoint.config)
+    cache_dtype = kv_dtype(spec, checkpoint, declared, dtype)
+    if spec.quantization and is_small(declared.num_layers, declared.hidden_size):
+        logger.warning(
+            "%s in %s: models of this size lose more by fewer bits than they save; measure it with headrace verify",
+            spec.name,
+            spec.quantization,
+        )
+    fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
+    check_quality(spec, checkpoint, dtype, cache_dtype, changed=fewer)
     shape = read_shape(facts)
     if not (spec.quantization or isinstance(checkpoint, QuantizedCheckpoint)):
         take_for_weights(device, facts, shape, dtype)
     model = load_weights(spec, checkpoint, dtype, device, progress)
-    cache_dtype = kv_dtype(spec, checkpoint, model.config, dtype)
-    fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
-    check_quality(spec, checkpoint, dtype, cache_dtype, changed=fewer)
     if model.config.headless:
         raise UnsupportedCheckpoint(
             f"{spec.model}: {checkpoint.config.get('architectures')} has no language-model head; "

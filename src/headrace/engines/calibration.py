@@ -1,8 +1,9 @@
-"""What the inputs of a decoder's linears look like on text: the mean square of every column."""
+"""What the inputs of a decoder's linears look like on text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,33 +12,47 @@ from headrace.layers.linear import Linear
 from headrace.layers.packed import PackedBatch
 from headrace.models.decoder import DecoderModel
 
-__all__ = ["column_importance"]
+__all__ = ["Inputs", "input_statistics"]
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Of one linear.
+
+    Attributes:
+        mean_square: of each input column, float32 [in].
+        peak: the largest magnitude seen.
+    """
+
+    mean_square: Tensor
+    peak: float = 0.0
+    rows: int = 0
 
 
 @torch.inference_mode()
-def column_importance(
+def input_statistics(
     model: DecoderModel,
     texts: Sequence[list[int]],
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor]:
-    """Mean square of each input column, float32 [in], by the linear's path within the model.
+) -> dict[str, Inputs]:
+    """What each linear meets, by its path within the model.
 
     Args:
         model: unquantized.
         texts: token ids; each is one sequence.
         progress: texts done, texts in all.
     """
-    sums: dict[str, Tensor] = {}
-    rows: dict[str, int] = {}
+    found: dict[str, Inputs] = {}
     handles = []
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].flatten(0, -2).float()
-            total = x.square().sum(0)
-            sums[path] = sums[path] + total if path in sums else total
-            rows[path] = rows.get(path, 0) + x.shape[0]
+            seen = found.setdefault(path, Inputs(torch.zeros(x.shape[1], device=x.device)))
+            seen.mean_square += x.square().sum(0)
+            seen.peak = max(seen.peak, float(x.abs().max()))
+            seen.rows += x.shape[0]
 
         return add
 
@@ -53,4 +68,6 @@ def column_importance(
     finally:
         for handle in handles:
             handle.remove()
-    return {path: (total / rows[path]).cpu() for path, total in sums.items()}
+    for inputs in found.values():
+        inputs.mean_square = (inputs.mean_square / inputs.rows).cpu()
+    return found

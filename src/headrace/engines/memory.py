@@ -17,6 +17,7 @@ from headrace.config.plan.weights import weigh
 from headrace.config.spec import EngineSpec
 from headrace.errors import DoesNotFit
 from headrace.execution.device_memory import grow
+from headrace.kernels.attention.cache import cache_width
 
 __all__ = [
     "available_bytes",
@@ -58,7 +59,7 @@ def kv_block_bytes(layout: list[tuple[int, int]], block_size: int, dtype: torch.
     Args:
         layout: (num_kv_heads, head_dim) of each layer.
     """
-    return sum(2 * heads * dim for heads, dim in layout) * block_size * dtype.itemsize
+    return sum(2 * heads * cache_width(dim, dtype) for heads, dim in layout) * block_size * dtype.itemsize
 
 
 def take_for_weights(device: torch.device, facts: Facts, shape: ModelShape, dtype: torch.dtype) -> None:

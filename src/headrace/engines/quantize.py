@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,14 +15,17 @@ from torch import Tensor
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.folder import FolderCheckpoint
+from headrace.checkpoints.gguf import GGUFCheckpoint
 from headrace.config.plan.weights import classify
 from headrace.config.quantization import QuantizationType, quantization_type
-from headrace.engines.calibration import column_importance
+from headrace.engines.calibration import Inputs, input_statistics
 from headrace.errors import ConfigError, UnsupportedCheckpoint
+from headrace.kernels.quantized_linear.formats import FP8_MAX
 from headrace.models.loading import linear_sources, load_decoder
 from headrace.quantization.writing import WRITABLE, packed_tensors, quantization_config, round_weight
+from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["Progress", "importance_by_tensor", "quantize_checkpoint"]
+__all__ = ["Progress", "inputs_by_tensor", "quantize_checkpoint"]
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
 
@@ -36,7 +40,8 @@ def quantize_checkpoint(
     name: str,
     out: Path,
     *,
-    importance: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Inputs] | None = None,
+    static: bool = False,
     calibrated_by: str = "",
     progress: Progress | None = None,
     shard_bytes: int = _SHARD_BYTES,
@@ -44,22 +49,32 @@ def quantize_checkpoint(
     """Write ``checkpoint`` quantized as ``name`` into the folder ``out``; an interrupted run goes on where it was.
 
     Args:
-        checkpoint: a Hugging Face folder with 16- or 32-bit weights.
-        importance: of columns, by tensor name (see importance_by_tensor); only 4-bit formats use it.
-        calibrated_by: fingerprint of what importance was made from, so that a resumed run does not mix two.
+        checkpoint: a Hugging Face folder with 16- or 32-bit weights, or a GGUF file, whose blocks are dequantized
+            first (and what they lost stays lost).
+        inputs: by tensor name (see inputs_by_tensor): 4-bit formats weigh errors by them.
+        static: FP8 activations get the scale of the largest input that calibration met, instead of their own.
+        calibrated_by: fingerprint of what ``inputs`` was made from, so that a resumed run does not mix two.
 
     Raises ConfigError, UnsupportedCheckpoint; also when ``out`` holds something else.
     """
-    if not isinstance(checkpoint, FolderCheckpoint):
+    if not isinstance(checkpoint, (FolderCheckpoint, GGUFCheckpoint)):
         raise UnsupportedCheckpoint(
-            f"{checkpoint.path}: quantize reads Hugging Face folders with 16- or 32-bit safetensors, and this is none"
+            f"{checkpoint.path}: quantize reads Hugging Face folders with 16- or 32-bit safetensors, and GGUF files; "
+            "this is neither"
         )
     kind = quantization_type(name)
     if kind.weights not in WRITABLE:
         raise ConfigError(
             f"type {name!r} cannot be written; expected one of {', '.join(WRITABLE)}", param="type"
         )
-    mark = {"checkpoint": checkpoint.fingerprint, "type": name, "calibration": calibrated_by}
+    if static and (kind.weights != "fp8" or inputs is None):
+        raise ConfigError(
+            f"static activation scales are for the fp8 types and need calibration; the type is {name!r}",
+            param="static",
+        )
+    mark: dict[str, Any] = {"checkpoint": checkpoint.fingerprint, "type": name, "calibration": calibrated_by}
+    if static:
+        mark["static"] = True
     _open_folder(out, mark)
     chosen = [tensor for tensor in checkpoint.names() if converts(tensor, checkpoint, kind)]
     if not chosen:
@@ -69,18 +84,20 @@ def quantize_checkpoint(
     for number, names in enumerate(groups, 1):
         file = out / f"model-{number:05}-of-{len(groups):05}.safetensors"
         if not file.exists():
-            _write_shard(checkpoint, names, set(chosen), kind, importance or {}, file, number == 1)
+            _write_shard(checkpoint, names, set(chosen), kind, inputs or {}, static, file)
         where |= dict.fromkeys(_names_in(file), file.name)
         if progress is not None:
             progress("shards", number, len(groups))
-    _finish(checkpoint, out, kind, chosen, where)
+    _finish(checkpoint, out, kind, chosen, where, static)
     return out
 
 
 def converts(name: str, checkpoint: Checkpoint, kind: QuantizationType) -> bool:
     """Whether this tensor is a linear's matrix that the type rounds."""
     info = checkpoint.info(name)
-    if len(info.shape) != 2 or not name.endswith(".weight") or info.dtype not in ("F32", "F16", "BF16"):
+    if len(info.shape) != 2 or not name.endswith(".weight"):
+        return False
+    if isinstance(checkpoint, FolderCheckpoint) and info.dtype not in ("F32", "F16", "BF16"):
         return False
     group = classify(name)
     if name.endswith((".gate.weight", ".router.weight")):
@@ -88,17 +105,17 @@ def converts(name: str, checkpoint: Checkpoint, kind: QuantizationType) -> bool:
     return group == "mlp" or group == "experts" or (group == "attention" and kind.layers == "all")
 
 
-def importance_by_tensor(
+def inputs_by_tensor(
     checkpoint: Checkpoint, texts: Sequence[list[int]], device: torch.device, progress: Progress | None = None
-) -> dict[str, Tensor]:
-    """Run the unquantized decoder over texts; for each tensor of a linear the mean square of its input columns.
+) -> dict[str, Inputs]:
+    """Run the unquantized decoder over texts; for each tensor of a linear, what it meets.
 
     Raises UnknownArchitecture or UnsupportedCheckpoint when no decoder reads the checkpoint.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = load_decoder(checkpoint.config, checkpoint, dtype=dtype, device=device)
     tell = None if progress is None else lambda done, total: progress("calibration", done, total)
-    found = column_importance(model, [ids for ids in texts if ids], progress=tell)
+    found = input_statistics(model, [ids for ids in texts if ids], progress=tell)
     sources = linear_sources(checkpoint.config, checkpoint)
     return {name: value for path, value in found.items() for name in sources[path]}
 
@@ -142,27 +159,38 @@ def _write_shard(
     names: Sequence[str],
     chosen: set[str],
     kind: QuantizationType,
-    importance: Mapping[str, Tensor],
+    inputs: Mapping[str, Inputs],
+    static: bool,
     file: Path,
-    first: bool,
 ) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     for name in names:
         tensor = checkpoint.load(name)
+        if isinstance(checkpoint, GGUFCheckpoint) and tensor.dtype is torch.float32:
+            tensor = tensor.bfloat16()
         if name not in chosen:
             tensors[name] = tensor.contiguous()
             continue
         base = name.removesuffix(".weight")
-        packed = round_weight(tensor, kind.weights, importance.get(name))
+        met = inputs.get(name)
+        packed = round_weight(tensor, kind.weights, None if met is None else met.mean_square)
         tensors |= {key: value.contiguous() for key, value in packed_tensors(base, packed).items()}
+        if static:
+            tensors[f"{base}.input_scale"] = torch.tensor([_input_scale(name, met)])
         if kind.kv_cache == "fp8" and base.endswith(".k_proj"):
             attention = base.removesuffix(".k_proj")
             tensors |= {f"{attention}.k_scale": torch.ones(1), f"{attention}.v_scale": torch.ones(1)}
     part = file.with_suffix(".part")
     save_file(tensors, part, metadata={"format": "pt"})
     part.rename(file)  # a shard is there whole or not at all
+
+
+def _input_scale(name: str, met: Inputs | None) -> float:
+    if met is None or not met.peak > 0 or not math.isfinite(met.peak):
+        raise ConfigError(f"calibration says nothing of the input of {name}: give other texts", param="data")
+    return met.peak / FP8_MAX
 
 
 def _names_in(file: Path) -> list[str]:
@@ -172,17 +200,32 @@ def _names_in(file: Path) -> list[str]:
         return list(handle.keys())
 
 
+def _copy_text(checkpoint: FolderCheckpoint | GGUFCheckpoint, out: Path) -> None:
+    """Tokenizer, templates and generation settings: the files beside the weights, or what the GGUF file says."""
+    if isinstance(checkpoint, FolderCheckpoint):
+        for entry in sorted(checkpoint.path.iterdir()):
+            weights = entry.suffix in (".safetensors", ".bin", ".pt", ".gguf") or entry.name == _TABLE
+            if entry.is_file() and not weights and entry.name != "config.json":
+                shutil.copyfile(entry, out / entry.name)
+        return
+    tokenizer = Tokenizer.from_path(checkpoint.path)
+    tokenizer.backend.save(str(out / "tokenizer.json"))
+    settings: dict[str, Any] = dict(tokenizer.special_tokens)
+    if "default" in tokenizer.sources.templates:
+        settings["chat_template"] = tokenizer.sources.templates["default"]
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), "utf-8")
+    (out / "generation_config.json").write_text(json.dumps(checkpoint.generation_config, indent=2), "utf-8")
+
+
 def _finish(
-    checkpoint: FolderCheckpoint,
+    checkpoint: FolderCheckpoint | GGUFCheckpoint,
     out: Path,
     kind: QuantizationType,
     chosen: Sequence[str],
     where: Mapping[str, str],
+    static: bool,
 ) -> None:
-    for entry in sorted(checkpoint.path.iterdir()):
-        weights = entry.suffix in (".safetensors", ".bin", ".pt", ".gguf") or entry.name == _TABLE
-        if entry.is_file() and not weights and entry.name != "config.json":
-            shutil.copyfile(entry, out / entry.name)
+    _copy_text(checkpoint, out)
     size = sum(file.stat().st_size for file in out.glob("model-*.safetensors"))
     table = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
     (out / _TABLE).write_text(json.dumps(table, indent=1), "utf-8")
@@ -193,7 +236,7 @@ def _finish(
         if name not in chosen and len(checkpoint.info(name).shape) == 2 and classify(name) != "embedding"
     ]
     ignored = sorted({*left, "lm_head"})
-    config = {**checkpoint.config, "quantization_config": quantization_config(kind, ignored)}
+    config = {**checkpoint.config, "quantization_config": quantization_config(kind, ignored, static=static)}
     (out / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
     (out / _MARK).unlink()
 

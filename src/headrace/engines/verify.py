@@ -17,6 +17,7 @@ from headrace.engines.quality import Measured, save_measured
 from headrace.engines.scoring import piecewise_logits
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError
+from headrace.kernels.attention.fp4 import FP4
 from headrace.layers.linear import Linear
 from headrace.models.decoder import DecoderModel
 from headrace.quantization.audit import MatrixError, audit
@@ -267,5 +268,5 @@ class _LayerErrors:
 
 def _describe(spec: EngineSpec, checkpoint: Checkpoint, dtype: torch.dtype, cache: torch.dtype) -> str:
     form = spec.quantization or (checkpoint.label if isinstance(checkpoint, QuantizedCheckpoint) else "")
-    names = (str(kind).removeprefix("torch.") for kind in (dtype, cache))
+    names = ("fp4" if kind is FP4 else str(kind).removeprefix("torch.") for kind in (dtype, cache))
     return "{}: {}{}, cache {}".format(spec.name, form + ", " if form else "", *names)

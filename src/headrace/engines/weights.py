@@ -9,6 +9,7 @@ from headrace.checkpoints.resolve import open_checkpoint, resolve
 from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError
+from headrace.kernels.attention.fp4 import FP4, GROUP
 from headrace.models.declaration import DecoderConfig
 from headrace.models.decoder import DecoderModel
 from headrace.models.loading import Progress, load_decoder
@@ -22,6 +23,7 @@ _KV_TYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "fp8": torch.float8_e4m3fn,
+    "fp4": FP4,
 }
 
 
@@ -83,10 +85,16 @@ def kv_dtype(
         raise ConfigError(
             f"kv_cache_dtype is {name!r}; expected auto, {', '.join(_KV_TYPES)}", param="kv_cache_dtype"
         )
-    if name == "fp8" and config.qkv_bias:
+    if name in ("fp8", "fp4") and config.qkv_bias:
         raise ConfigError(
-            f"{source} asks for an FP8 KV cache, and this model adds a bias to q, k and v, whose outliers FP8 "
-            "cannot hold: answers would suffer. Use kv_cache_dtype auto (with quantization fp8 if you like)",
+            f"{source} asks for an {name.upper()} KV cache, and this model adds a bias to q, k and v, whose outliers "
+            f"{name.upper()} cannot hold: answers would suffer. Use kv_cache_dtype auto (with quantization fp8 if you "
+            "like)",
+            param="kv_cache_dtype",
+        )
+    if name == "fp4" and config.head_dim % GROUP:
+        raise ConfigError(
+            f"{source} asks for an FP4 KV cache, which takes heads of a multiple of {GROUP} dimensions; use fp8",
             param="kv_cache_dtype",
         )
     return _KV_TYPES[name]

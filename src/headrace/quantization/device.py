@@ -6,31 +6,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from headrace.kernels.norm import rms_norm
 from headrace.kernels.quantized_linear import quantize_rows
 from headrace.kernels.quantized_linear import triton as kernels
 from headrace.kernels.quantized_linear.formats import to_fp8
+from headrace.kernels.quantized_linear.triton import Following, Rounded
+from headrace.kernels.quantized_linear.triton_codes import dequantize_codes, four_bit_product
+from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
 from headrace.quantization.scaled import ScaledLinear
-from headrace.quantization.schemes.fp4 import MXFP4_GROUP, Fp4Weight
 from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
+from headrace.quantization.tiled import TiledWeight
 
-__all__ = ["fused", "has_kernel", "product"]
+__all__ = ["Following", "Rounded", "chained", "chains", "fused", "has_kernel", "product", "rounded"]
 
 _GROUP = 128  # columns that share an activation's scale, for weights in blocks
 
 
 def has_kernel(linear: ScaledLinear) -> bool:
     """Whether ``fused`` takes this linear."""
-    weight = linear.quantized
+    weight = linear.held
     if isinstance(weight, Fp8Weight):
         blocks = weight.block[1] < weight.shape[1]
         return linear.activations.kind != "none" and (not blocks or weight.block[1] % _GROUP == 0)
-    if isinstance(weight, Fp4Weight):
-        return weight.shape[1] % 32 == 0
-    return weight.order is None and weight.group % 16 == 0
+    if isinstance(weight, GroupIntWeight):
+        return weight.bits == 8 and weight.order is None and weight.group % 16 == 0
+    return isinstance(weight, TiledWeight)
 
 
 def fused(
@@ -46,11 +49,13 @@ def fused(
     Args:
         x: [M, K], M at most kernels.MAX_ROWS.
     """
-    weight = linear.quantized
+    weight = linear.held
     common: dict[str, Any] = {"bias": linear.bias, "gate": gate, "residual": residual, "out_dtype": x.dtype}
     if isinstance(weight, Fp8Weight):
+        if x.shape[0] == 1 and _whole_rows(weight) and weight.shape[1] % 8 == 0:
+            return fp8_gemv(x, weight.codes, row_scales(linear), norm=norm, **common)
         codes, scale = _rounded(linear, x, norm)
-        blocks = weight.block[1] < weight.shape[1] or weight.block[0] not in (1, weight.shape[0])
+        blocks = not _whole_rows(weight)
         return kernels.small_product(
             codes,
             weight.codes,
@@ -65,14 +70,49 @@ def fused(
         )
     if norm is not None:
         x = rms_norm(x, *norm)
-    return kernels.small_product(x, **_packed(weight), **common)
+    if isinstance(weight, TiledWeight):
+        return four_bit_product(x, **_tiles(weight), rows=weight.shape[0], **common)
+    assert isinstance(weight, GroupIntWeight)
+    parts: dict[str, Any] = {"form": kernels.INT8, "group": weight.group, "zero": weight.zero}
+    return kernels.small_product(x, weight.codes, weight.scale, **parts, **common)
+
+
+def chains(linear: nn.Module) -> bool:
+    """Whether ``chained`` takes this linear: FP8 with a scale a row, and activations rounded as they come."""
+    if not isinstance(linear, ScaledLinear) or not isinstance(linear.held, Fp8Weight):
+        return False
+    fits = _whole_rows(linear.held) and all(size % _GROUP == 0 for size in linear.held.shape)
+    return fits and linear.activations.kind == "token"
+
+
+def rounded(x: Tensor, norm: tuple[Tensor, float] | None = None) -> Rounded:
+    """The start of a chain: rows in FP8 (after an RMS norm, if given), each 128 columns with their own scale."""
+    return Rounded(*quantize_rows(x, group=_GROUP, norm=norm))
+
+
+def chained(
+    linear: ScaledLinear,
+    x: Rounded,
+    *,
+    gate: str | None = None,
+    residual: Tensor | None = None,
+    following: Following | None = None,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Rounded | None]:
+    """``act(x @ weight.T + bias) + residual`` with x and maybe the outputs in FP8; see kernels' chained_product."""
+    weight = linear.held
+    assert isinstance(weight, Fp8Weight)
+    return kernels.chained_product(
+        x, weight.codes, row_scales(linear), bias=linear.bias, gate=gate, residual=residual, following=following,
+        out_dtype=dtype,
+    )  # fmt: skip
 
 
 def product(linear: ScaledLinear, x: Tensor) -> Tensor:
     """``x @ weight.T + bias`` of any number of rows, in the type of x."""
     if x.shape[0] <= kernels.MAX_ROWS and has_kernel(linear):
         return fused(linear, x if x.stride(1) == 1 else x.contiguous())
-    weight = linear.quantized
+    weight = linear.held
     if isinstance(weight, Fp8Weight):
         if _torch_multiplies(linear, x):
             codes, scale = quantize_rows(x.contiguous())
@@ -83,30 +123,41 @@ def product(linear: ScaledLinear, x: Tensor) -> Tensor:
             return out if linear.bias is None else out + linear.bias
         rounded = linear.activations.rounded(x).to(x.dtype)
         return F.linear(rounded, weight.dequantize().to(x.dtype), linear.bias)
-    if has_kernel(linear):
-        dense = kernels.dequantize(**_packed(weight), dtype=x.dtype)
-    else:
-        dense = weight.dequantize().to(x.dtype)
-    return F.linear(x, dense, linear.bias)
+    return F.linear(x, _dense(linear, x.dtype), linear.bias)
+
+
+def _dense(linear: ScaledLinear, dtype: torch.dtype) -> Tensor:
+    """The weights in 16 bits, for products of many rows."""
+    weight = linear.held
+    if isinstance(weight, TiledWeight):
+        rows, columns = weight.shape
+        return dequantize_codes(**_tiles(weight), rows=rows, columns=columns, dtype=dtype)
+    if isinstance(weight, GroupIntWeight) and has_kernel(linear):
+        return kernels.dequantize(weight.codes, weight.scale, weight.zero, group=weight.group, dtype=dtype)
+    return weight.dequantize().to(dtype)
 
 
 def row_scales(linear: ScaledLinear) -> Tensor:
     """float32 [rows] of an FP8 weight with a scale a row or one in all, made once."""
     found = linear.row_scale
     if found is None:
-        weight = linear.quantized
+        weight = linear.held
         assert isinstance(weight, Fp8Weight)
         found = linear.row_scale = weight.scale.expand(weight.shape[0], 1).reshape(-1).contiguous()
     return found
 
 
+def _whole_rows(weight: Fp8Weight) -> bool:
+    """Whether each row has one scale."""
+    return weight.block[1] >= weight.shape[1] and weight.block[0] in (1, weight.shape[0])
+
+
 def _torch_multiplies(linear: ScaledLinear, x: Tensor) -> bool:
     """Whether torch._scaled_mm takes rows and scales as they are."""
-    weight = linear.quantized
+    weight = linear.held
     assert isinstance(weight, Fp8Weight)
-    whole = weight.block[1] >= weight.shape[1] and weight.block[0] in (1, weight.shape[0])
     even = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
-    return whole and even and linear.activations.kind == "token" and x.dtype is torch.bfloat16
+    return _whole_rows(weight) and even and linear.activations.kind == "token" and x.dtype is torch.bfloat16
 
 
 def _rounded(linear: ScaledLinear, x: Tensor, norm: tuple[Tensor, float] | None) -> tuple[Tensor, Tensor]:
@@ -117,11 +168,8 @@ def _rounded(linear: ScaledLinear, x: Tensor, norm: tuple[Tensor, float] | None)
     return quantize_rows(x, group=_GROUP if kind == "group" else None, norm=norm)
 
 
-def _packed(weight: Fp4Weight | GroupIntWeight) -> dict[str, Any]:
-    if isinstance(weight, Fp4Weight):
-        form = kernels.MXFP4 if weight.group == MXFP4_GROUP else kernels.NVFP4
-        parts = {"weight": weight.packed, "scale": weight.scale, "row_scale": weight.row_scale}
-        return {**parts, "form": form, "group": weight.group}
-    form = kernels.INT4 if weight.bits == 4 else kernels.INT8
-    parts = {"weight": weight.codes, "scale": weight.scale, "zero": weight.zero}
-    return {**parts, "form": form, "group": weight.group}
+def _tiles(weight: TiledWeight) -> dict[str, Any]:
+    return {
+        "words": weight.words, "scale": weight.scale, "zero": weight.zero, "row_scale": weight.row_scale,
+        "group": weight.group, "quarter": weight.quarter,
+    }  # fmt: skip

@@ -14,6 +14,7 @@ from headrace.kernels.quantized_linear import round_activations
 from headrace.quantization.schemes.fp4 import Fp4Weight
 from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
+from headrace.quantization.tiled import TiledWeight, can_tile, tile
 
 __all__ = ["Activations", "QuantizedWeight", "ScaledLinear", "joined_linear"]
 
@@ -71,10 +72,13 @@ class ScaledLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.parts = parts or (self.out_features,)
         assert sum(self.parts) == self.out_features
-        self.quantized, self.activations = weight, activations
-        self.bias = bias
+        self.activations, self.bias = activations, bias
         self.row_scale: Tensor | None = None  # kept by quantization/device.py
         self._on_gpu = _device(weight).type == "cuda"
+        # On GPUs 4-bit weights are held as their kernels read them.
+        self.held: QuantizedWeight | TiledWeight = weight
+        if self._on_gpu and not isinstance(weight, Fp8Weight) and can_tile(weight):
+            self.held = tile(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the type of x."""
@@ -98,6 +102,15 @@ class ScaledLinear(nn.Module):
         starts = range(0, self.out_features, step)
         return torch.cat([F.linear(x, weight.rows(at, at + step).dequantize()) for at in starts], dim=1)
 
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The weight; made anew from what is held, where that is a TiledWeight."""
+        return self.held.restore() if isinstance(self.held, TiledWeight) else self.held
+
+    @quantized.setter
+    def quantized(self, weight: QuantizedWeight) -> None:
+        self.held = weight
+
     def dequantize(self) -> Tensor:
         """The weights that forward multiplies with, float32 [out, in]."""
         return self.quantized.dequantize()
@@ -105,7 +118,7 @@ class ScaledLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Memory held by the weights."""
-        return self.quantized.nbytes
+        return self.held.nbytes
 
 
 def _device(weight: QuantizedWeight) -> torch.device:

@@ -63,11 +63,14 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     return words
 
 
-def quantization_config(kind: QuantizationType, ignored: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    kind: QuantizationType, ignored: Sequence[str], *, static: bool = False
+) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
     Args:
         ignored: linear modules that stay in 16 bits.
+        static: FP8 activations have one scale a module, stored as ``input_scale``.
     """
     form = kind.weights
     weights: dict[str, Any] = {"symmetric": True, "dynamic": False, "observer": "minmax"}
@@ -78,6 +81,8 @@ def quantization_config(kind: QuantizationType, ignored: Sequence[str]) -> dict[
         )
         weights |= {"num_bits": 8, "type": "float", **strategy}
         inputs = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
+        if static:
+            inputs |= {"dynamic": False, "strategy": "tensor"}
         if form == "fp8_block":
             inputs |= {"strategy": "group", "group_size": 128}
         stored = "float-quantized"

@@ -13,7 +13,7 @@ from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.cli.main import main
 from headrace.config.quantization import quantization_type
 from headrace.engines import quantize as module
-from headrace.engines.quantize import importance_by_tensor, quantize_checkpoint
+from headrace.engines.quantize import inputs_by_tensor, quantize_checkpoint
 from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.layers.packed import PackedBatch
 from headrace.models.loading import load_decoder
@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
         if len(made) == 2:
             raise KeyboardInterrupt
         real(*args)  # type: ignore[arg-type]
-        made.append(str(args[5]))
+        made.append(str(args[6]))
 
     monkeypatch.setattr(module, "_write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(ConfigError, match="unfinished run of something else"):
         written(folder, tmp_path / "b", "fp4", shard_bytes=30_000)
     again: list[str] = []
-    monkeypatch.setattr(module, "_write_shard", lambda *args: (again.append(str(args[5])), real(*args)))
+    monkeypatch.setattr(module, "_write_shard", lambda *args: (again.append(str(args[6])), real(*args)))
     resumed = written(folder, tmp_path / "b", "fp8", shard_bytes=30_000)
     assert not set(again) & set(made)
     assert len(again) == len(shards) - 2
@@ -97,6 +97,33 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
         assert torch.equal(whole.load(name), resumed.load(name))
     with pytest.raises(ConfigError, match="something else already"):
         written(folder, tmp_path / "b", "fp8")
+
+
+def test_static_activations(folder: Path, tmp_path: Path) -> None:
+    """One calibrated scale a layer, read back; inputs beyond it saturate."""
+    texts = [[(7 * i + j) % 300 for j in range(30)] for i in range(4)]
+    inputs = inputs_by_tensor(FolderCheckpoint(folder), texts, CPU)
+    checkpoint = written(folder, tmp_path / "q", "fp8", inputs=inputs, static=True)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert checkpoint.modules[name].activations().kind == "static"
+    torch.testing.assert_close(
+        checkpoint.modules[name].activations().scale, torch.tensor(inputs[name].peak / 448)
+    )
+    dynamic = written(folder, tmp_path / "d", "fp8")
+    plain = FolderCheckpoint(folder)
+    want = load_decoder(plain.config, plain, dtype=torch.float32, device="cpu")
+    got = [
+        load_decoder(source.config, source, dtype=torch.float32, device="cpu", keep_packed=True)
+        for source in (checkpoint, dynamic)
+    ]
+    batch = PackedBatch.for_encoding([texts[0]], causal=True)
+    logits = want.logits(want(batch))
+    static, token = (float((m.logits(m(batch)) - logits).norm() / logits.norm()) for m in got)
+    assert 0.5 * token < static < 2 * token
+    with pytest.raises(ConfigError, match="static activation scales are for the fp8 types"):
+        quantize_checkpoint(FolderCheckpoint(folder), "fp4", tmp_path / "r", inputs=inputs, static=True)
+    with pytest.raises(ConfigError, match="static activation scales"):
+        quantize_checkpoint(FolderCheckpoint(folder), "fp8", tmp_path / "r", static=True)
 
 
 def test_calibration_lowers_the_error_that_counts(folder: Path, tmp_path: Path) -> None:
@@ -107,7 +134,8 @@ def test_calibration_lowers_the_error_that_counts(folder: Path, tmp_path: Path) 
     (folder.parent / "config.json").write_text((folder / "config.json").read_text())
     checkpoint = FolderCheckpoint(folder.parent)
     texts = [[(7 * i + j) % 300 for j in range(30)] for i in range(4)]
-    importance = importance_by_tensor(checkpoint, texts, CPU)
+    inputs = inputs_by_tensor(checkpoint, texts, CPU)
+    importance = {name: met.mean_square for name, met in inputs.items()}
     name = "model.layers.0.self_attn.q_proj.weight"
     assert importance[name].shape == (64,)
     assert importance[name][:6].min() > 20 * importance[name][6:].mean()
@@ -118,7 +146,7 @@ def test_calibration_lowers_the_error_that_counts(folder: Path, tmp_path: Path) 
             for given in (None, weights)
         ]
         assert errors[1] < errors[0]
-    got = written(folder.parent, tmp_path / "q", "fp4", importance=importance, calibrated_by="x")
+    got = written(folder.parent, tmp_path / "q", "fp4", inputs=inputs, calibrated_by="x")
     assert torch.equal(got.load(name), round_weight(full, "nvfp4", weights).dequantize())
 
 

@@ -186,6 +186,29 @@ def test_quality_gate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         gate(quality="refuse")
 
 
+def test_serving_refuses_before_it_loads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from headrace.engines import build as module
+
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path))
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    spec = EngineSpec(model=str(folder), path=folder, quantization="fp8", dtype="float32", device="cpu")
+
+    def loads(*_: object) -> None:
+        raise RuntimeError("weights are read")
+
+    monkeypatch.setattr(module, "load_weights", loads)
+    with pytest.raises(ConfigError, match="nobody has measured it here; run: headrace verify"):
+        module.build(msgspec.structs.replace(spec, quality="refuse"))
+    for quality in ("warn", "off"):
+        caplog.clear()
+        with pytest.raises(RuntimeError, match="weights are read"):
+            module.build(msgspec.structs.replace(spec, quality=quality))
+        assert ("nobody has measured" in caplog.text) == (quality == "warn")
+        assert "models of this size" in caplog.text
+
+
 def test_an_fp8_cache_is_refused_where_it_is_known_to_harm(tmp_path: Path) -> None:
     other = write_llama(tmp_path / "q", **SHAPE)
     config = json.loads((other / "config.json").read_text())
@@ -197,10 +220,17 @@ def test_an_fp8_cache_is_refused_where_it_is_known_to_harm(tmp_path: Path) -> No
     for name in [n for n in tensors if "q_proj" in n or "k_proj" in n or "v_proj" in n]:
         tensors[name.replace("weight", "bias")] = torch.zeros(tensors[name].shape[0])
     save_file(tensors, other / "model.safetensors")
-    for changes in ({"kv_cache_dtype": "fp8"}, {"quantization": "fp8_kv"}):
+    for changes in ({"kv_cache_dtype": "fp8"}, {"kv_cache_dtype": "fp4"}, {"quantization": "fp8_kv"}):
         spec = EngineSpec(model=str(other), path=other, device="cpu", **changes)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="bias to q, k and v"):
             verify(spec, lambda _: TEXTS)
+
+
+def test_an_fp4_cache(folder: Path) -> None:
+    """Measured like any other; the tiny model's heads have 16 dimensions, one scale each."""
+    report = check(load(folder), folder, cache=torch.float4_e2m1fn_x2)
+    finer = check(load(folder), folder, cache=torch.float8_e4m3fn)
+    assert 0 < finer.mean_kl < report.mean_kl < 0.5
 
 
 def test_texts(tmp_path: Path) -> None:

@@ -252,8 +252,6 @@ def test_no_more_of_a_compressed_body_is_unpacked_than_may_be_read(
     assert not unpacked
 
 
-
-
 def test_unknown_route_and_method(server: LiveServer) -> None:
     status, body, _ = server.post("/v1/chat/completion", OK_CHAT)
     assert status == 404

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from headrace.config.plan.facts import Facts
 from headrace.config.plan.shape import ModelShape
-from headrace.config.quantization import quantization_type
+from headrace.config.quantization import is_small, quantization_type
 from headrace.config.spec import EngineSpec
 
 __all__ = ["licence_files", "warnings"]
@@ -70,11 +70,11 @@ def _numbers(facts: Facts, shape: ModelShape, spec: EngineSpec, engine: str, dty
     kv = spec.kv_cache_dtype
     if kv == "auto" and spec.quantization:
         kv = quantization_type(spec.quantization).kv_cache
-    if kv == "fp8" and "Qwen2" in facts.architecture:
-        yield "an fp8 KV cache hurts models with a bias in q, k and v, as this one; serve refuses it: leave it out"
+    if kv in ("fp8", "fp4") and "Qwen2" in facts.architecture:
+        yield f"an {kv} KV cache hurts models with a bias in q, k and v, as this one; serve refuses it: leave it out"
     if spec.quantization and engine == "bert":
         yield "quantizing a small encoder saves little and costs accuracy: 16 bit is advised"
-    if spec.quantization and shape.layers * shape.hidden < 60_000:
+    if spec.quantization and is_small(shape.layers, shape.hidden):
         yield "quantizing a model of this size costs accuracy: best from some 8 B parameters"
     if shape.context and spec.max_model_len is None and shape.context > 131_072:
         yield f"the checkpoint allows {shape.context} tokens: set --max-model-len to what requests need"

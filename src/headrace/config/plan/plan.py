@@ -31,7 +31,7 @@ from headrace.errors import ConfigError, DoesNotFit
 __all__ = ["Machine", "Option", "Plan", "draw_plan", "human_bytes"]
 
 _UNKNOWN = 1 << 17  # tokens of a context that config.json says nothing of
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "fp4": 0.5}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "fp4": 0.5625}
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -444,7 +444,7 @@ def _layouts(facts: Facts, shape: ModelShape, machine: Machine, now: _Layout) ->
         options.append((replace(now, scheme="nvfp4"), "fp4 weights"))
     if free and gpu is not None and not gpu.has_fp8 and now.scheme != "int4":
         options.append((replace(now, scheme="int4"), "int4 weights"))
-    if not shape.encoder and now.kv_dtype != "fp8":
+    if not shape.encoder and now.kv_dtype not in ("fp8", "fp4"):
         options.append((replace(now, kv_dtype="fp8"), "fp8 KV cache"))
         options += [
             (replace(layout, kv_dtype="fp8"), f"{what} and KV cache")

@@ -32,7 +32,7 @@ POOLINGS = (
     ),
     *("weighted_mean", "weightedmean", "splade", "colbert", "m3", "yes_no"),
 )
-KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8")
+KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "fp4")
 
 
 class Size(Type):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from headrace.kernels.attention.cache import store, take
+from headrace.kernels.attention.cache import readable, store, take
 
 if TYPE_CHECKING:
     from headrace.layers.packed import AttentionBatch
@@ -51,7 +51,9 @@ def attention(
         keys, values = k[rows], v[rows]
         if cache is not None:
             blocks = batch.block_tables[i].long()[: -(-length // cache.k.shape[1])]  # type: ignore[index]
-            keys, values = (take(pool, blocks).flatten(0, 1)[:length] for pool in (cache.k, cache.v))
+            keys, values = (
+                readable(take(pool, blocks)).flatten(0, 1)[:length] for pool in (cache.k, cache.v)
+            )
         out[rows] = _one(q[rows], keys, values, batch.causal, scale, window, soft_cap)
     return out
 

@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from headrace.kernels.attention.fp4 import FP4
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
+from headrace.kernels.attention.triton_fp4 import round_fp4, store_fp4
 from headrace.kernels.attention.triton_fresh import fresh_attention, fresh_covers
 from headrace.kernels.attention.triton_packed import packed_attention
 from headrace.kernels.attention.triton_prefill import prefill_attention
@@ -35,11 +37,20 @@ def _write_cache(k_ptr, v_ptr, row, head_stride, k_cache, v_cache, cache_block, 
     d = tl.arange(0, DP)[None, :]
     ok = (h < H) & (d < D) & (slot >= 0)
     at = token * row + h * head_stride + d
-    to = (slot // BLOCK) * cache_block + (slot % BLOCK) * cache_token + h * cache_head + d
+    to = (slot // BLOCK) * cache_block + (slot % BLOCK) * cache_token + h * cache_head
     k = tl.load(k_ptr + at, mask=ok, other=0.0)
     v = tl.load(v_ptr + at, mask=ok, other=0.0)
-    tl.store(k_cache + to, k.to(k_cache.dtype.element_ty), mask=ok)
-    tl.store(v_cache + to, v.to(v_cache.dtype.element_ty), mask=ok)
+    if k_cache.dtype.element_ty == tl.uint8:
+        heads = tl.arange(0, HP)
+        rows = (slot // BLOCK) * cache_block + (slot % BLOCK) * cache_token + heads * cache_head
+        row_ok = (heads < H) & (slot >= 0)
+        codes, scale, _ = round_fp4(k.to(tl.float32), HP, DP)
+        store_fp4(k_cache, rows, codes, scale, row_ok, D, DP)
+        codes, scale, _ = round_fp4(v.to(tl.float32), HP, DP)
+        store_fp4(v_cache, rows, codes, scale, row_ok, D, DP)
+    else:
+        tl.store(k_cache + to + d, k.to(k_cache.dtype.element_ty), mask=ok)
+        tl.store(v_cache + to + d, v.to(v_cache.dtype.element_ty), mask=ok)
 
 
 def write_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -48,6 +59,8 @@ def write_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: T
         k, v = k.contiguous(), v.contiguous()
     assert k.stride(2) == 1 and k_cache.stride() == v_cache.stride() and k_cache.stride(3) == 1
     heads, dim = k.shape[1:]
+    if k_cache.dtype is FP4:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     _write_cache[(k.shape[0],)](
         k, v, k.stride(0), k.stride(1), k_cache, v_cache, *k_cache.stride()[:3], slots,
         BLOCK=k_cache.shape[1], H=heads, HP=triton.next_power_of_2(heads), D=dim, DP=triton.next_power_of_2(dim),

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from headrace.kernels.attention.fp4 import FP4
+from headrace.kernels.attention.triton_fp4 import load_fp4, round_fp4, store_fp4
 from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors, sequence_lanes
 
 __all__ = [
@@ -65,9 +67,11 @@ def decode_shape(num_heads: int, padded: int) -> DecodeShape:
     if padded > 128:
         return DecodeShape(32, 128, 1, 4, 3)
     if num_heads <= 32:
-        return DecodeShape(16, 64, 8, 1, 4)
+        return DecodeShape(64, 64, 1, 4, 3)
     if num_heads <= 128:
-        return DecodeShape(32, 512, 6, 1, 3)
+        # Not many small programs here: behind a kernel that fills some multiprocessors only, those with work would
+        # all land on the others (one H200, Qwen3-8B, 16 sequences: 34 microseconds a layer more).
+        return DecodeShape(64, 512, 2, 4, 4)
     return DecodeShape(16, 1024, 8, 1, 4)
 
 
@@ -133,9 +137,12 @@ def _blocks(table_ptr, key, hi, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head_offset, BLOCK: tl.constexpr,
-               TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr,
-               MASKED: tl.constexpr):  # fmt: skip
-    """Keys and values [TILE, DP] from ``key`` on; with MASKED zero from ``hi`` on. WIDE: 64-bit offsets."""
+               TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+               dtype: tl.constexpr):  # fmt: skip
+    """Keys and values [TILE, DP] from ``key`` on; with MASKED zero from ``hi`` on. WIDE: 64-bit offsets.
+
+    As the cache has them, or in ``dtype`` from an FP4 cache (bytes).
+    """
     at = key + tl.arange(0, TILE)
     d = tl.arange(0, DP)[None, :]
     if WIDE:
@@ -143,7 +150,11 @@ def _load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head
     slot = blocks * cache_block + (at.to(tl.uint32) % BLOCK).to(tl.int32) * cache_token + head_offset
     at_k = k_cache + slot[:, None] + d
     at_v = v_cache + slot[:, None] + d
-    if MASKED:
+    if k_cache.dtype.element_ty == tl.uint8:
+        there = at < hi
+        k = load_fp4(k_cache, slot, there, TILE, D, DP, dtype)
+        v = load_fp4(v_cache, slot, there, TILE, D, DP, dtype)
+    elif MASKED:
         full = (at < hi)[:, None] & (d < D)
         k = tl.load(at_k, mask=full, other=0.0)
         v = tl.load(at_v, mask=full, other=0.0)
@@ -303,7 +314,7 @@ def _decode(
         tail = lo + tl.maximum(hi - lo - 1, 0) // TILE * TILE
         blocks = _blocks(table_ptr, tail, hi, BLOCK, TILE)
         k, v = _load_tile(k_cache, v_cache, blocks, tail, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                          TILE, D, DP, WIDE, True)  # fmt: skip
+                          TILE, D, DP, WIDE, True, dtype)  # fmt: skip
         # Blocks are always read one tile ahead: were they read with their keys, the software pipeline would have
         # to empty itself for each tile.
         blocks = _blocks(table_ptr, lo, tail, BLOCK, TILE)
@@ -352,11 +363,18 @@ def _decode(
                 other_k = tl.load(k_at + swap[None, :], mask=k_ok, other=0.0).to(tl.float32)
             q = _norm_rope(q.to(tl.float32), other, gain, gain_other, cos, sin, D, R, eps, NORM, dtype)
             new_k = _norm_rope(new_k, other_k, gain_k, gain_k_other, cos, sin, D, R, eps, NORM, dtype)
-            slot = block * cache_block + (pos % BLOCK) * cache_token + head * cache_head + one + d[None, :]
-            new_k = new_k.to(k_cache.dtype.element_ty)
-            new_v = new_v.to(v_cache.dtype.element_ty)
-            tl.store(k_cache + slot, new_k, mask=k_ok)
-            tl.store(v_cache + slot, new_v, mask=k_ok)
+            slot = block * cache_block + (pos % BLOCK) * cache_token + head * cache_head
+            if k_cache.dtype.element_ty == tl.uint8:
+                only = newest & (tl.arange(0, 1) == 0)
+                codes, scales, new_k = round_fp4(new_k.to(tl.float32), 1, DP)
+                store_fp4(k_cache, slot + tl.arange(0, 1), codes, scales, only, D, DP)
+                codes, scales, new_v = round_fp4(new_v.to(tl.float32), 1, DP)
+                store_fp4(v_cache, slot + tl.arange(0, 1), codes, scales, only, D, DP)
+            else:
+                new_k = new_k.to(k_cache.dtype.element_ty)
+                new_v = new_v.to(v_cache.dtype.element_ty)
+                tl.store(k_cache + slot + one + d[None, :], new_k, mask=k_ok)
+                tl.store(v_cache + slot + one + d[None, :], new_v, mask=k_ok)
             score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
             if CAPPED:
                 score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
@@ -369,7 +387,7 @@ def _decode(
         for key in range(lo, tail, TILE):
             following = _blocks(table_ptr, key + TILE, tail, BLOCK, TILE)
             k, v = _load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                              TILE, D, DP, WIDE, False)  # fmt: skip
+                              TILE, D, DP, WIDE, False, dtype)  # fmt: skip
             blocks = following
             acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, TILE, scale, soft_cap, CAPPED, False)
 
@@ -417,7 +435,7 @@ def decode_attention(
 
     Args:
         q: [T, Hq, D], last dimension contiguous.
-        k_cache, v_cache: [num_blocks, block_size, Hkv, D], equal strides.
+        k_cache, v_cache: [num_blocks, block_size, Hkv, D], equal strides; of an FP4 cache the last is fp4.row_bytes(D).
         tables: int32 [*, B]; sequence s uses row ``rows[s]`` if rows is given, else row s.
         seq_lens: int32 [S]; 0: no sequence.
         workspace: of at least S sequences.
@@ -429,6 +447,8 @@ def decode_attention(
     Returns:
         out.
     """
+    if k_cache.dtype is FP4:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
     num_seqs = seq_lens.shape[0]
@@ -444,6 +464,8 @@ def decode_attention(
         gains, cos, sin, eps = fused.weight, fused.cos, fused.sin, fused.eps
         assert new_k is not None and new_v is not None and new_k.stride() == new_v.stride()
     shape = decode_shape(num_seqs * num_kv_heads, padded)
+    if k_cache.dtype is torch.uint8 and shape.tile > 32:  # decoding takes registers
+        shape = shape._replace(tile=32)
     most = num_seqs * num_kv_heads * MAX_SPLITS
     programs = min(most, num_multiprocessors(q.device) * shape.programs)
     options = launch_options(q.device, shape.warps, shape.stages)

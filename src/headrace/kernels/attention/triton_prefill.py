@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from headrace.kernels.attention.fp4 import FP4
 from headrace.kernels.attention.triton_decode import padded_dim
+from headrace.kernels.attention.triton_fp4 import load_fp4
 from headrace.kernels.launch import INTERPRETED, launch_options, sequence_lanes
 
 __all__ = ["prefill_attention"]
@@ -42,7 +44,10 @@ def _span(acc, peak, norm, q, k_ptr, v_ptr, table_ptr, key_row, first_key, kv_bl
             slot = block * kv_block + (at.to(tl.uint32) % BLOCK).to(tl.int32) * kv_token
         else:
             slot = (first_key + at).to(tl.int64) * key_row
-        if MASKED:
+        if k_ptr.dtype.element_ty == tl.uint8:
+            k = load_fp4(k_ptr, slot, ok, TILE, D, DP, dtype)
+            v = load_fp4(v_ptr, slot, ok, TILE, D, DP, dtype)
+        elif MASKED:
             kv_ok = ok[:, None] & (d[None, :] < D)
             k = tl.load(k_ptr + slot[:, None] + d[None, :], mask=kv_ok, other=0.0)
             v = tl.load(v_ptr + slot[:, None] + d[None, :], mask=kv_ok, other=0.0)
@@ -168,7 +173,8 @@ def prefill_attention(
 
     Args:
         q: [T, Hq, D].
-        k, v: with ``tables`` the cache [num_blocks, block_size, Hkv, D], else this batch's [T, Hkv, D].
+        k, v: with ``tables`` the cache [num_blocks, block_size, Hkv, D] (of FP4: its rows), else this batch's
+            [T, Hkv, D].
         query_starts: int32 [S + 1].
         seq_lens: int32 [S], keys of each sequence.
         tables: int32 [S, B].
@@ -180,6 +186,8 @@ def prefill_attention(
     Returns:
         out.
     """
+    if k.dtype is FP4:
+        k, v = k.view(torch.uint8), v.view(torch.uint8)
     num_tokens, num_heads, head_dim = q.shape
     num_seqs = seq_lens.shape[0]
     group = num_heads // k.shape[-2]

@@ -2,13 +2,13 @@
 
 As in kernels/linear the weights are on the wide side of the product and the batch on the narrow one, and K is split
 over programs where N alone does not fill the device; the last program to arrive adds the parts in order.
-FP8 weights meet FP8 activations, so nothing is converted; 4- and 8-bit codes are decoded in registers to the
-activations' type. FP8 sums leave the tensor core's own imprecise accumulator every 128 columns.
+FP8 weights meet FP8 activations, so nothing is converted; 8-bit integers are decoded in registers to the activations'
+type (4-bit codes: triton_codes.py). FP8 sums leave the tensor core's own imprecise accumulator every 128 columns.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,56 +17,34 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.launch import INTERPRETED, launch_options, prefetch_l2
-from headrace.kernels.linear.triton import _GATES, _SCRATCH, _gate
+from headrace.kernels.linear.triton import _GATES, _SCRATCH
+from headrace.kernels.quantized_linear.triton_parts import FP8_MAX, finish, gather_parts, round_tile
+from headrace.kernels.quantized_linear.tuning import PackedShape, chained_shape, packed_shape, padded_rows
 
 __all__ = [
     "FP8",
-    "INT4",
     "INT8",
-    "MXFP4",
-    "NVFP4",
-    "PackedShape",
+    "Following",
+    "Rounded",
+    "chained_product",
     "dequantize",
     "quantize_rows",
     "small_product",
 ]
 
-FP8, NVFP4, MXFP4, INT4, INT8 = 0, 1, 2, 3, 4
+FP8, INT8 = 0, 1
 MAX_ROWS = 64
-_FP8_MAX = tl.constexpr(448.0)
-
-
-class PackedShape(NamedTuple):
-    """``bn`` outputs a program, ``bk`` columns a step, K split over ``splits`` programs."""
-
-    bn: int
-    bk: int
-    splits: int
-    warps: int
-    stages: int
-
-
-def packed_shape(rows: int, n: int, k: int, form: int, gated: bool) -> PackedShape:
-    """A rule: some more programs than the 132 multiprocessors of an H100 or H200 (measured there on Qwen3-8B)."""
-    bn = 64
-    bk = 256 if form == FP8 and rows <= 16 else 128
-    tiles = -(-n // bn)
-    splits = 1
-    while tiles * splits < 150 and splits < 8 and k // (splits * 2 * bk) >= 4:
-        splits *= 2
-    return PackedShape(bn, bk, splits, 4, 4 if form == FP8 and not gated else 3)
 
 
 @triton.jit
 def _quantize_rows(x_ptr, x_row, gain_ptr, codes_ptr, scale_ptr, K, groups, eps,
                    GROUP: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One row; GROUP 0: one scale, else one for each GROUP columns (BK is then GROUP)."""
+    """One row; GROUP 0: one scale, else one for each GROUP columns."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BK)
-    kind = x_ptr.dtype.element_ty
     rs = 1.0
     if NORM:
         squares = tl.zeros([BK], tl.float32)
@@ -74,34 +52,52 @@ def _quantize_rows(x_ptr, x_row, gain_ptr, codes_ptr, scale_ptr, K, groups, eps,
             x = tl.load(x_ptr + row * x_row + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
             squares += x * x
         rs = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    top = tl.zeros([BK], tl.float32)
+    scale = 1.0
     if GROUP == 0:
+        top = tl.zeros([BK], tl.float32)
         for k in range(0, K, BK):
-            x = tl.load(x_ptr + row * x_row + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
-            if NORM:
-                gain = tl.load(gain_ptr + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
-                x = (x * rs * gain).to(kind).to(tl.float32)
+            x = _normed(x_ptr + row * x_row, gain_ptr, k + cols, K, rs, NORM)
             top = tl.maximum(top, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-    scale = tl.maximum(tl.max(top, 0), 1e-10) / _FP8_MAX
-    if GROUP == 0:
+        scale = tl.maximum(tl.max(top, 0), 1e-10) / FP8_MAX
         tl.store(scale_ptr + row, scale)
     for k in range(0, K, BK):
-        x = tl.load(x_ptr + row * x_row + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
-        if NORM:
-            gain = tl.load(gain_ptr + k + cols, mask=k + cols < K, other=0.0).to(tl.float32)
-            x = (x * rs * gain).to(kind).to(tl.float32)
+        x = _normed(x_ptr + row * x_row, gain_ptr, k + cols, K, rs, NORM)
         if GROUP > 0:
-            scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-10) / _FP8_MAX
-            tl.store(scale_ptr + row * groups + k // GROUP, scale)
-        y = tl.clamp(x / scale, -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+            tiles = x.reshape(BK // GROUP, GROUP)
+            each = tl.maximum(tl.max(tl.abs(tiles), 1), 1e-10) / FP8_MAX
+            g = k // GROUP + tl.arange(0, BK // GROUP)
+            tl.store(scale_ptr + row * groups + g, each, mask=g < groups)
+            y = (tiles / each[:, None]).reshape(BK)
+        else:
+            y = x / scale
+        y = tl.clamp(y, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
         tl.store(codes_ptr + row * K + k + cols, y.to(codes_ptr.dtype.element_ty), mask=k + cols < K)
 
 
 @triton.jit
-def _e2m1(codes):
-    """4-bit codes (int32) -> float32, times 2**-14: the code's bits are those of a float16, subnormals included."""
-    bits = ((codes & 7) << 9) | ((codes & 8) << 12)
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+def _normed(x_ptr, gain_ptr, cols, K, rs, NORM: tl.constexpr):
+    """Columns of a row after its norm (rounded to x's type, as a norm of its own would), float32."""
+    x = tl.load(x_ptr + cols, mask=cols < K, other=0.0)
+    y = x.to(tl.float32)
+    if NORM:
+        gain = tl.load(gain_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
+        y = (y * rs * gain).to(x.dtype).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _eight_bits(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN: tl.constexpr, BK: tl.constexpr,
+                GROUP: tl.constexpr):  # fmt: skip
+    """float32 [BN, BK] of 8-bit codes from column k on."""
+    COUNT: tl.constexpr = BK // GROUP if GROUP < BK else 1
+    g = k // GROUP + tl.arange(0, COUNT)
+    at = rows.to(tl.int64)[:, None] * groups + g[None, :]
+    ok = g[None, :] < groups
+    cols = k + tl.arange(0, BK)
+    codes = tl.load(w_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=cols[None, :] < K, other=0)
+    scale = _spread(tl.load(scale_ptr + at, mask=ok, other=0.0), BN, COUNT, BK // COUNT)
+    zero = _spread(tl.load(zero_ptr + at, mask=ok, other=0.0), BN, COUNT, BK // COUNT)
+    return (codes.to(tl.float32) - zero) * scale
 
 
 @triton.jit
@@ -111,50 +107,7 @@ def _spread(x, BN: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr):
 
 
 @triton.jit
-def _decode(codes, scale_at, zero_at, ok, BN: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr,
-            FORM: tl.constexpr):  # fmt: skip
-    """Codes int32 [BN, COUNT * EACH] under COUNT scales a row -> float32."""
-    if FORM == 1:
-        scale = tl.load(scale_at, mask=ok, other=0.0).to(tl.float32) * 16384.0
-    elif FORM == 2:
-        e = tl.load(scale_at, mask=ok, other=0).to(tl.int32)
-        scale = tl.where(e == 0, 0x00400000, e << 23).to(tl.float32, bitcast=True) * 16384.0
-    else:
-        scale = tl.load(scale_at, mask=ok, other=0.0)
-    scale = _spread(scale, BN, COUNT, EACH)
-    if FORM <= 2:
-        return _e2m1(codes) * scale
-    zero = _spread(tl.load(zero_at, mask=ok, other=0.0), BN, COUNT, EACH)
-    return (codes.to(tl.float32) - zero) * scale
-
-
-@triton.jit
-def _tile(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-          FORM: tl.constexpr):  # fmt: skip
-    """float32 (low, high) of BK columns from k on. Of 4-bit formats even and odd columns; else (all, all)."""
-    COUNT: tl.constexpr = BK // GROUP if GROUP < BK else 1
-    g = k // GROUP + tl.arange(0, COUNT)
-    at = rows.to(tl.int64)[:, None] * groups + g[None, :]
-    ok = g[None, :] < groups
-    if FORM == 4:
-        cols = k + tl.arange(0, BK)
-        codes = tl.load(
-            w_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], mask=cols[None, :] < K, other=0
-        )
-        low = _decode(codes.to(tl.int32), scale_ptr + at, zero_ptr + at, ok, BN, COUNT, BK // COUNT, FORM)
-        high = low
-    else:
-        HALF: tl.constexpr = BK // 2
-        cols = k // 2 + tl.arange(0, HALF)
-        packed = tl.load(w_ptr + rows.to(tl.int64)[:, None] * (K // 2) + cols[None, :],
-                         mask=cols[None, :] < K // 2, other=0).to(tl.int32)  # fmt: skip
-        low = _decode(packed & 15, scale_ptr + at, zero_ptr + at, ok, BN, COUNT, HALF // COUNT, FORM)
-        high = _decode(packed >> 4, scale_ptr + at, zero_ptr + at, ok, BN, COUNT, HALF // COUNT, FORM)
-    return low, high
-
-
-@triton.jit
-def _step(acc, x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, rows, m, m_ok, k, K, groups,
+def _step(acc, x_ptr, x_row, xs, w_ptr, scale_ptr, zero_ptr, rows, m, m_ok, k, K, groups,
           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,
           XGROUP: tl.constexpr, FORM: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
     """acc [BN, BM] plus the product over BK columns from k on."""
@@ -172,7 +125,6 @@ def _step(acc, x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, rows,
                 ws = tl.load(scale_ptr + (rows // HEIGHT).to(tl.int64) * groups + k // GROUP)
                 part = part * ws[:, None]
             if XGROUP > 0:
-                xs = tl.load(xs_ptr + m * x_groups + k // XGROUP, mask=m_ok, other=0.0)
                 part = part * xs[None, :]
             acc += part
         elif WIDEN:
@@ -180,36 +132,32 @@ def _step(acc, x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, rows,
         else:
             acc = tl.dot(w, x, acc, out_dtype=tl.float32, max_num_imprecise_acc=128)
     else:
-        low, high = _tile(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN, BK, GROUP, FORM)
-        if FORM == 4:
-            x_at = x_ptr + m[None, :].to(tl.int64) * x_row + cols[:, None]
-            x = tl.load(x_at, mask=(cols[:, None] < K) & m_ok[None, :], other=0.0)
-            acc = tl.dot(low.to(x.dtype), x, acc, out_dtype=tl.float32, input_precision="ieee")
-        else:
-            pairs = k + 2 * tl.arange(0, BK // 2)
-            x_at = x_ptr + m[None, :].to(tl.int64) * x_row + pairs[:, None]
-            ok = (pairs[:, None] < K) & m_ok[None, :]
-            even = tl.load(x_at, mask=ok, other=0.0)
-            odd = tl.load(x_at + 1, mask=ok, other=0.0)
-            acc = tl.dot(low.to(even.dtype), even, acc, out_dtype=tl.float32, input_precision="ieee")
-            acc = tl.dot(high.to(odd.dtype), odd, acc, out_dtype=tl.float32, input_precision="ieee")
+        w = _eight_bits(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN, BK, GROUP)
+        x_at = x_ptr + m[None, :].to(tl.int64) * x_row + cols[:, None]
+        x = tl.load(x_at, mask=(cols[:, None] < K) & m_ok[None, :], other=0.0)
+        acc = tl.dot(w.to(x.dtype), x, acc, out_dtype=tl.float32, input_precision="ieee")
     return acc
 
 
 @triton.jit
-def _small(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr, res_ptr,
-           out_ptr, parts_ptr, arrivals_ptr, M, N, K,
+def _small(x_ptr, x_row, xs_ptr, x_groups, squares_ptr, eps, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups,
+           bias_ptr, res_ptr, out_ptr, gain_ptr, codes_ptr, next_scale_ptr, next_squares_ptr, parts_ptr, arrivals_ptr,
+           M, N, K,
            BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, FORM: tl.constexpr,
            GROUP: tl.constexpr, HEIGHT: tl.constexpr, XGROUP: tl.constexpr, ROW_SCALE: tl.constexpr,
            STATIC: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
-           WIDEN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """out[m, n] for all M rows and BN columns, over one of SPLITS ranges of K; with a gate rows n and N + n."""
+           SQUARES: tl.constexpr, STORE: tl.constexpr, ROUND: tl.constexpr, GAIN: tl.constexpr, WIDEN: tl.constexpr,
+           PDL: tl.constexpr):  # fmt: skip
+    """out[m, n] for all M rows and BN columns, over one of SPLITS ranges of K; with a gate rows n and N + n.
+
+    SQUARES: rows of x are still to be divided by their root mean square, whose sums are in SQUARES parts.
+    ROUND: the outputs are also, or only, written in FP8 for the next product.
+    """
     if PDL:
         gdc_launch_dependents()
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     rows = tile * BN + tl.arange(0, BN)
-    n_ok = rows < N
     near = tl.minimum(rows, N - 1)  # rows past N repeat the last one
     m = tl.arange(0, BM)
     m_ok = m < M
@@ -217,45 +165,35 @@ def _small(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale
     lo = split * span
     hi = tl.minimum(lo + span, K)
     if PDL:
-        BYTES: tl.constexpr = BK if (FORM == 0 or FORM == 4) else BK // 2
-        PER: tl.constexpr = 1 if (FORM == 0 or FORM == 4) else 2
-        lines = tl.arange(0, max(BYTES // 128, 1)) * 128
-        ahead = w_ptr + near.to(tl.int64)[:, None] * (K // PER)
+        lines = tl.arange(0, max(BK // 128, 1)) * 128
+        ahead = w_ptr + near.to(tl.int64)[:, None] * K
         for k in range(lo, tl.minimum(hi, lo + 4 * BK), BK):
-            at = ahead + tl.minimum(k // PER + lines, K // PER - 1)[None, :]
+            at = ahead + tl.minimum(k + lines, K - 1)[None, :]
             prefetch_l2(at)
             if GATE > 0:
-                prefetch_l2(at + N.to(tl.int64) * (K // PER))
+                prefetch_l2(at + N.to(tl.int64) * K)
         gdc_wait()
     acc = tl.zeros([BN, BM], tl.float32)
     acc2 = tl.zeros([BN, BM], tl.float32)
+    xs = tl.zeros([BM], tl.float32)
+    if XGROUP > 0:
+        xs = tl.load(xs_ptr + m * x_groups + lo // XGROUP, mask=m_ok & (lo < K), other=0.0)
     for k in range(lo, hi, BK):
-        acc = _step(acc, x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, near, m, m_ok, k, K, groups,
+        following = xs
+        if XGROUP > 0:  # on its way while this one is used
+            to = k + BK
+            following = tl.load(xs_ptr + m * x_groups + to // XGROUP, mask=m_ok & (to < hi), other=0.0)
+        acc = _step(acc, x_ptr, x_row, xs, w_ptr, scale_ptr, zero_ptr, near, m, m_ok, k, K, groups,
                     BM, BN, BK, GROUP, HEIGHT, XGROUP, FORM, WIDEN)  # fmt: skip
         if GATE > 0:
-            acc2 = _step(acc2, x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, near + N, m, m_ok, k, K,
+            acc2 = _step(acc2, x_ptr, x_row, xs, w_ptr, scale_ptr, zero_ptr, near + N, m, m_ok, k, K,
                          groups, BM, BN, BK, GROUP, HEIGHT, XGROUP, FORM, WIDEN)  # fmt: skip
+        xs = following
     last = True
     if SPLITS > 1:
-        TALL: tl.constexpr = 2 * BN if GATE > 0 else BN
-        n = tl.arange(0, BN)
-        base = parts_ptr + tile.to(tl.int64) * (SPLITS * TALL * BM)
-        mine = base + split * (TALL * BM)
-        tl.store(mine + n[:, None] * BM + m[None, :], acc)
-        if GATE > 0:
-            tl.store(mine + (BN + n[:, None]) * BM + m[None, :], acc2)
-        tl.debug_barrier()
-        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-        if last:
-            tl.debug_barrier()
-            acc = tl.zeros([BN, BM], tl.float32)
-            acc2 = tl.zeros([BN, BM], tl.float32)
-            for i in tl.static_range(SPLITS):
-                part = base + i * (TALL * BM)
-                acc += tl.load(part + n[:, None] * BM + m[None, :], cache_modifier=".cg")
-                if GATE > 0:
-                    acc2 += tl.load(part + (BN + n[:, None]) * BM + m[None, :], cache_modifier=".cg")
-            tl.store(arrivals_ptr + tile, 0)
+        acc, acc2, last = gather_parts(
+            acc, acc2, parts_ptr, arrivals_ptr, tile, split, m, BM, BN, SPLITS, GATE
+        )
     if last:
         if ROW_SCALE:
             acc = acc * tl.load(row_scale_ptr + near)[:, None]
@@ -265,40 +203,41 @@ def _small(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale
             xs = tl.load(xs_ptr + (m * 0 if STATIC else m), mask=m_ok, other=0.0)[None, :]
             acc = acc * xs
             acc2 = acc2 * xs
-        if BIAS:
-            acc += tl.load(bias_ptr + near).to(tl.float32)[:, None]
-        if GATE > 0:
-            if BIAS:
-                acc2 += tl.load(bias_ptr + near + N).to(tl.float32)[:, None]
-            acc = _gate(acc, GATE) * acc2
-        ok = n_ok[:, None] & m_ok[None, :]
-        at = m[None, :].to(tl.int64) * N + rows[:, None]
-        if RESIDUAL:
-            acc += tl.load(res_ptr + at, mask=ok, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
+        if SQUARES > 0:
+            g = tl.arange(0, SQUARES)[:, None]
+            at = squares_ptr + m[None, :] * x_groups + g
+            total = tl.sum(tl.load(at, mask=(g < x_groups) & m_ok[None, :], other=0.0), 0)
+            rs = tl.rsqrt(total / K + eps)[None, :]
+            acc = acc * rs
+            acc2 = acc2 * rs
+        y = finish(acc, acc2, rows, near, m, m_ok, bias_ptr, res_ptr, out_ptr, N, BIAS, GATE, RESIDUAL, STORE)
+        if ROUND:
+            round_tile(
+                y,
+                tile,
+                near,
+                m,
+                m_ok,
+                gain_ptr,
+                codes_ptr,
+                next_scale_ptr,
+                next_squares_ptr,
+                N,
+                N // BN,
+                GAIN,
+            )
 
 
 @triton.jit
-def _dequantize(w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups, out_ptr, N, K, BN: tl.constexpr, BK: tl.constexpr,
-                FORM: tl.constexpr, GROUP: tl.constexpr, ROW_SCALE: tl.constexpr):  # fmt: skip
+def _dequantize(w_ptr, scale_ptr, zero_ptr, groups, out_ptr, N, K, BN: tl.constexpr, BK: tl.constexpr,
+                GROUP: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     near = tl.minimum(rows, N - 1)
     k = tl.program_id(1) * BK
-    low, high = _tile(w_ptr, scale_ptr, zero_ptr, near, k, K, groups, BN, BK, GROUP, FORM)
-    if ROW_SCALE:
-        factor = tl.load(row_scale_ptr + near)[:, None]
-        low = low * factor
-        high = high * factor
-    ok = (rows < N)[:, None]
-    if FORM == 4:
-        cols = k + tl.arange(0, BK)
-        tl.store(out_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], low.to(out_ptr.dtype.element_ty),
-                 mask=ok & (cols[None, :] < K))  # fmt: skip
-    else:
-        cols = k + 2 * tl.arange(0, BK // 2)
-        at = out_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
-        tl.store(at, low.to(out_ptr.dtype.element_ty), mask=ok & (cols[None, :] < K))
-        tl.store(at + 1, high.to(out_ptr.dtype.element_ty), mask=ok & (cols[None, :] < K))
+    value = _eight_bits(w_ptr, scale_ptr, zero_ptr, near, k, K, groups, BN, BK, GROUP)
+    cols = k + tl.arange(0, BK)
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], value.to(out_ptr.dtype.element_ty),
+             mask=(rows < N)[:, None] & (cols[None, :] < K))  # fmt: skip
 
 
 def quantize_rows(
@@ -311,12 +250,43 @@ def quantize_rows(
     codes = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     gain, eps = norm if norm is not None else (x, 0.0)
-    bk = group or min(4096, triton.next_power_of_2(k))
+    bk = min(4096, max(triton.next_power_of_2(k), group or 1))
+    assert group is None or bk % group == 0
     options = launch_options(x.device, 4 if bk >= 1024 else 1, 1)
     _quantize_rows[(rows,)](
         x, x.stride(0), gain, codes, scale, k, groups, eps, GROUP=group or 0, BK=bk, NORM=norm is not None, **options
     )  # fmt: skip
     return codes, scale
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Rows in FP8, as one product leaves them for the next.
+
+    Attributes:
+        codes: float8_e4m3fn [M, K].
+        scale: float32 [M, K / group].
+        squares: float32 [M, K / group], or None. If given the rows are a residual stream times the gain of the RMS norm
+            that comes next, and these the sums of squares of its groups: dividing by their root is left to the product.
+        eps: of that norm.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    squares: Tensor | None = None
+    eps: float = 0.0
+
+    @property
+    def group(self) -> int:
+        return self.codes.shape[1] // self.scale.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """How a product leaves its outputs: in FP8, and with a gain [N] and eps also as they are (the residual stream)."""
+
+    gain: Tensor | None = None
+    eps: float = 0.0
 
 
 def small_product(
@@ -341,58 +311,119 @@ def small_product(
 
     Args:
         x: [M, K], M at most MAX_ROWS; float8_e4m3fn for FP8, else 16 bits.
-        weight: FP8 or INT8 [N, K]; others uint8 [N, K / 2].
+        weight: FP8 or INT8 [N, K].
         scale: of groups, [N (blocks of ``height`` rows for FP8), K / group]; unused for FP8 without groups.
         row_scale: float32 [N].
         x_scale: float32 [M, 1] or [M, K / x_group], or a scalar (static), for FP8.
         gate: the first N / 2 outputs go through it and multiply the others.
     """
+    shape = shape or packed_shape(
+        x.device, x.shape[0], weight.shape[0], x.shape[1], form == FP8, gate is not None
+    )
+    if form == FP8:
+        step = min(shape.bk, group or shape.bk, x_group or shape.bk)
+        assert not group or step == group or group % step == 0
+    else:
+        assert group % 16 == 0
+        step = min(shape.bk, group) if group > shape.bk and group % shape.bk else shape.bk
+    out, _ = _launch(
+        x, weight, scale, shape, step, form=form, group=group, height=height, zero=zero, row_scale=row_scale,
+        x_scale=x_scale, x_group=x_group, bias=bias, gate=gate, residual=residual, out_dtype=out_dtype,
+    )  # fmt: skip
+    assert out is not None
+    return out
+
+
+def chained_product(
+    x: Rounded,
+    weight: Tensor,
+    row_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    gate: str | None = None,
+    residual: Tensor | None = None,
+    following: Following | None = None,
+    out_dtype: torch.dtype,
+    shape: PackedShape | None = None,
+) -> tuple[Tensor | None, Rounded | None]:
+    """A product of a chain: FP8 comes in, and FP8 may go out, without a kernel between.
+
+    Args:
+        x: of M at most MAX_ROWS rows.
+        weight: float8_e4m3fn [N, K]; row_scale: float32 [N].
+        following: how the outputs are left; None: as they are.
+
+    Returns:
+        The outputs in ``out_dtype`` (None if ``following`` has no gain), and in FP8 (None without ``following``).
+    """
+    rounds = following is not None
+    rows, (n, k) = x.codes.shape[0], weight.shape
+    shape = shape or chained_shape(x.codes.device, rows, n, k, gate is not None, rounds, x.group)
+    step = min(shape.bk, x.group)
+    assert x.group % step == 0
+    return _launch(
+        x.codes, weight, x.scale, shape, step, form=FP8, row_scale=row_scale, x_scale=x.scale, x_group=x.group,
+        squares=x.squares, eps=x.eps, bias=bias, gate=gate, residual=residual, following=following,
+        out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def _launch(
+    x: Tensor, weight: Tensor, scale: Tensor, shape: PackedShape, step: int, *, form: int, group: int = 0,
+    height: int = 1, zero: Tensor | None = None, row_scale: Tensor | None = None, x_scale: Tensor | None = None,
+    x_group: int = 0, squares: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None,
+    gate: str | None = None, residual: Tensor | None = None, following: Following | None = None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor | None, Rounded | None]:  # fmt: skip
     num_rows, k = x.shape
     n = weight.shape[0] // (1 if gate is None else 2)
     assert num_rows <= MAX_ROWS and x.stride(1) == 1 and weight.is_contiguous()
-    shape = shape or packed_shape(num_rows, n, k, form, gate is not None)
-    step = min(shape.bk, group or shape.bk, x_group or shape.bk) if form == FP8 else shape.bk
-    if form != FP8:
-        assert group % 16 == 0 and k % 2 == 0
-        step = min(shape.bk, group) if group > shape.bk and group % shape.bk else shape.bk
-    assert form != FP8 or (not group or step == group or group % step == 0)
-    bm = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
+    bm = max(16, padded_rows(num_rows))
     tiles = triton.cdiv(n, shape.bn)
-    out = torch.empty(num_rows, n, dtype=out_dtype, device=x.device)
+    gain = None if following is None else following.gain
+    stores = following is None or gain is not None
+    out = torch.empty(num_rows if stores else 0, n, dtype=out_dtype, device=x.device)
+    rounded = None
+    if following is not None:
+        assert n % shape.bn == 0
+        sums = None if gain is None else torch.empty(num_rows, tiles, dtype=torch.float32, device=x.device)
+        rounded = Rounded(
+            torch.empty(num_rows, n, dtype=torch.float8_e4m3fn, device=x.device),
+            torch.empty(num_rows, tiles, dtype=torch.float32, device=x.device),
+            sums,
+            following.eps,
+        )
     parts = arrivals = out
     if shape.splits > 1:
         tall = (1 if gate is None else 2) * shape.bn
         parts, arrivals = _SCRATCH.get(x.device, tiles * shape.splits * tall * bm, tiles)
-    groups = scale.shape[1] if group else 1
-    options = launch_options(x.device, shape.warps, shape.stages)
+    x_groups = x_scale.shape[1] if x_group and x_scale is not None else 1
+    none = weight  # stands for tensors that are not there
+
+    def given(tensor: Tensor | None) -> Tensor:
+        return none if tensor is None else tensor
+
     _small[(tiles * shape.splits,)](
-        x, x.stride(0), x if x_scale is None else x_scale, x_scale.shape[1] if x_group and x_scale is not None else 1,
-        weight, scale, scale if zero is None else zero, scale if row_scale is None else row_scale, groups,
-        x if bias is None else bias, x if residual is None else residual, out, parts, arrivals, num_rows, n, k,
+        x, x.stride(0), given(x_scale), x_groups, given(squares), eps, weight, scale, given(zero), given(row_scale),
+        scale.shape[1] if group else 1, given(bias), given(residual), out, given(gain),
+        *((none,) * 3 if rounded is None else (rounded.codes, rounded.scale, given(rounded.squares))),
+        parts, arrivals, num_rows, n, k,
         BM=bm, BN=shape.bn, BK=step, SPLITS=shape.splits, FORM=form, GROUP=group, HEIGHT=height, XGROUP=x_group,
         ROW_SCALE=row_scale is not None, STATIC=x_scale is not None and x_scale.dim() == 0, BIAS=bias is not None,
-        GATE=_GATES[gate], RESIDUAL=residual is not None, WIDEN=INTERPRETED, **options,
+        GATE=_GATES[gate], RESIDUAL=residual is not None,
+        SQUARES=0 if squares is None else max(16, triton.next_power_of_2(x_groups)), STORE=stores,
+        ROUND=rounded is not None, GAIN=gain is not None, WIDEN=INTERPRETED,
+        **launch_options(x.device, shape.warps, shape.stages),
     )  # fmt: skip
-    return out
+    return (out if stores else None), rounded
 
 
-def dequantize(
-    weight: Tensor,
-    scale: Tensor,
-    *,
-    form: int,
-    group: int,
-    zero: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Packed weights (no FP8) -> [N, K] of ``dtype``, each number rounded once from float32."""
-    assert form != FP8
-    n, k = weight.shape[0], weight.shape[1] * (1 if form == INT8 else 2)
+def dequantize(weight: Tensor, scale: Tensor, zero: Tensor, *, group: int, dtype: torch.dtype) -> Tensor:
+    """8-bit integers -> [N, K] of ``dtype``, each number rounded once from float32."""
+    n, k = weight.shape
     out = torch.empty(n, k, dtype=dtype, device=weight.device)
     bk = min(128, group) if group > 128 and group % 128 else 128
     _dequantize[(triton.cdiv(n, 32), triton.cdiv(k, bk))](
-        weight, scale, scale if zero is None else zero, scale if row_scale is None else row_scale, scale.shape[1], out,
-        n, k, BN=32, BK=bk, FORM=form, GROUP=group, ROW_SCALE=row_scale is not None, num_warps=4,
+        weight, scale, zero, scale.shape[1], out, n, k, BN=32, BK=bk, GROUP=group, num_warps=4
     )  # fmt: skip
     return out

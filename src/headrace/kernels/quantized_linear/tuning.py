@@ -1,0 +1,127 @@
+"""Tile shapes of the few-row kernels over weights of few bits: data for measured GPUs and shapes, a rule for others.
+
+``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` (form: fp8, chain, groups,
+fp4 or int4; rows: 1, or 8, 16, 32 or 64 for up to
+that many; g: gated, N counting both halves) to a list of numbers in the order of the shape's fields.
+benchmarks/quantized.py --tune measures and writes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from headrace.kernels.linear.tuning import GemvShape
+
+__all__ = [
+    "CodesShape",
+    "PackedShape",
+    "chained_shape",
+    "codes_shape",
+    "gemv_shape",
+    "packed_shape",
+    "padded_rows",
+]
+
+
+class PackedShape(NamedTuple):
+    """``bn`` outputs a program, ``bk`` columns a step, K split over ``splits`` programs."""
+
+    bn: int
+    bk: int
+    splits: int
+    warps: int
+    stages: int
+
+
+class CodesShape(NamedTuple):
+    """The same for 4-bit codes, whose steps are tiles (tiling.py)."""
+
+    bn: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of a tile that holds ``rows`` (at most 64)."""
+    return 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64
+
+
+def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
+    """For one row and FP8 weights [n, k]."""
+    found = _tuned(device).get(_key("fp8", 1, n, k, gated))
+    if found is not None:
+        return GemvShape(*found)
+    bk = 1024 if k >= 1024 else 1 << max(k - 1, 15).bit_length()
+    return GemvShape(4, bk, 4, 1)
+
+
+def packed_shape(device: torch.device, rows: int, n: int, k: int, fp8: bool, gated: bool) -> PackedShape:
+    """For x [rows, k] and FP8 or INT8 weights [n, k]: some more programs than an H100 or H200 has multiprocessors."""
+    bm = max(16, padded_rows(rows))
+    found = _tuned(device).get(_key("fp8", bm, n, k, gated)) if fp8 else None
+    if found is not None:
+        return PackedShape(*found)
+    bk = 256 if fp8 and bm == 16 and not gated else 128
+    splits = _splits(-(-n // (128 if gated else 64)), k, bk, 4)
+    return PackedShape(64, bk, splits, 4, 4 if fp8 else 3)
+
+
+def chained_shape(
+    device: torch.device, rows: int, n: int, k: int, gated: bool, rounds: bool, group: int
+) -> PackedShape:
+    """For FP8 rows [rows, k] with a scale for ``group`` columns, and weights [n, k].
+
+    ``rounds``: the outputs are rounded too, bn columns with one scale.
+    """
+    bm = max(16, padded_rows(rows))
+    found = _tuned(device).get(_key("chain" if rounds else "groups", bm, n, k, gated))
+    if found is not None:
+        return PackedShape(*found)
+    outputs = n // 2 if gated else n
+    if gated or not rounds or outputs % 128:
+        splits = 1 if gated else _splits(-(-outputs // 64), k, 128, 4, 300)
+        return PackedShape(64, 128, splits, 4, 4 if gated or bm == 64 else 6)
+    splits = _splits(outputs // 128, k, 128, 4)
+    return PackedShape(128, 128, splits, 8 if bm == 64 else 4, 4 if bm == 64 else 6 if group >= 128 else 8)
+
+
+def codes_shape(device: torch.device, rows: int, n: int, k: int, fp4: bool, gated: bool) -> CodesShape:
+    """For x [rows, k] and 4-bit weights [n, k]."""
+    bm = padded_rows(rows)
+    found = _tuned(device).get(_key("fp4" if fp4 else "int4", bm, n, k, gated))
+    if found is not None:
+        return CodesShape(*found)
+    # Small programs, several on each multiprocessor: while one waits another decodes.
+    splits = _splits(-(-n // (128 if gated else 64)), k, 256, 2, 400 if bm <= 16 else 150)
+    return CodesShape(64, splits, 2 if bm <= 16 else 4, 3)
+
+
+def _splits(tiles: int, k: int, bk: int, steps: int, programs: int = 150) -> int:
+    """Parts of K: enough for ``programs``, each with some steps of its own."""
+    splits = 1
+    while tiles * splits < programs and splits < 8 and k // (splits * 2 * bk) >= steps:
+        splits *= 2
+    return splits
+
+
+def _key(form: str, rows: int, n: int, k: int, gated: bool) -> str:
+    return f"{form}:{rows}:{n}x{k}{'g' if gated else ''}"
+
+
+@functools.cache
+def _tuned(device: torch.device) -> dict[str, list[int]]:
+    """The measurements for this GPU, or none."""
+    if device.type != "cuda":
+        return {}
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    path = Path(__file__).parent / "tuned" / f"{name}.json"
+    if not path.exists():
+        return {}
+    table: dict[str, list[int]] = json.loads(path.read_text())
+    return table
