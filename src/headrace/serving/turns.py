@@ -53,7 +53,7 @@ class TurnPlan(msgspec.Struct, frozen=True, kw_only=True):
         calls = self.wish.mode != "none"
         if not calls and self.format.reasoning is None and self.format.channels is None:
             return Turn(None)
-        machine = Machine(self.format, tools if calls else None, self.thinking)
+        machine = Machine(self.format, tools if calls else None, self.thinking, held=self.enforced)
         short = self.format.tools is not None and self.format.tools.ids == "short"
         return Turn(machine, short_ids=short, parallel=self.wish.parallel)
 

@@ -193,6 +193,21 @@ def test_calls_that_begin_unmarked_are_held_to_their_schemas(parser: str, right:
         ask(server)  # a core that does not keep to its grammar
 
 
+def test_a_call_that_the_token_limit_cuts_is_no_text() -> None:
+    said = f'{HERMES}\n<tool_call>\n{{"name": "now", "argu'
+    with live(scripted_model(says(said, eos=False), template=HERMES_TEMPLATE)) as server:
+        for stream in (False, True):
+            got = ask(server, max_tokens=len(said.encode()), stream=stream)
+            if stream:
+                _, content, calls, reason = joined(got)
+                names = [name for _, name, _ in calls]
+            else:
+                choice = got.choices[0]
+                content, reason = choice.message.content or "", choice.finish_reason
+                names = [call.function.name for call in choice.message.tool_calls]
+            assert (content.strip(), names, reason) == ("", ["get_weather"], "length")
+
+
 def test_one_call_where_parallel_calls_are_off() -> None:
     with hermes(f"{HERMES}\n{HERMES_NOW}") as server:
         assert len(ask(server).choices[0].message.tool_calls) == 2

@@ -42,14 +42,21 @@ class Machine:
         tools: name -> JSON schema of its parameters; None: calls are not looked for.
         thinking: how the prompt left it: ``open`` (its opening tag is there), ``closed`` (none follows) or
             ``maybe`` (the text says).
+        held: a grammar holds the model to calls after a marker, so that a piece of one at the end was cut off.
     """
 
     def __init__(
-        self, format: Format, tools: Mapping[str, Any] | None = None, thinking: Thinking = "maybe"
+        self,
+        format: Format,
+        tools: Mapping[str, Any] | None = None,
+        thinking: Thinking = "maybe",
+        *,
+        held: bool = False,
     ) -> None:
         self._format = format
         self._tools = tools
         self._thinking = thinking
+        self._held = held
         self._reader = Reader()
         self._events: list[Event] = []
         self._space = ""  # white space that is dropped if a call follows
@@ -165,7 +172,7 @@ class Machine:
             kept, self._reader.kept = self._reader.kept, None
             if kept is None:  # within a call that has begun
                 self._end_call(broken=True)
-            else:
+            elif bare or not (self._held and self._reader.exhausted):
                 self._content("".join(kept))
         self._reader.kept = None
 
