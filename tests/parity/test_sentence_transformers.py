@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.errors import UnsupportedCheckpoint
 from headrace.types import EncodeParams
 from parity.encoders import add_pooling, array, encode, make, runner, sequences
 
@@ -71,6 +72,46 @@ def test_dense_modules_and_matryoshka(tmp_path: Path) -> None:
         np.testing.assert_allclose(array(output), theirs.numpy(), atol=1e-5)
         short = theirs.numpy()[:5] / np.linalg.norm(theirs.numpy()[:5])
         np.testing.assert_allclose(array(cut), short, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["nd", "dn", "ndn", "dnd", "nln"])
+def test_modules_act_in_their_order(order: str, tmp_path: Path) -> None:
+    """Normalization (n), Dense (d) and LayerNorm (l) in any order: only a last one is the request's to switch."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
+
+    make(tmp_path, "bert")
+    torch.manual_seed(4)
+    kinds = {"n": Normalize, "d": lambda: Dense(32, 32), "l": lambda: LayerNorm(32)}
+    parts = [kinds[letter]() for letter in order]
+    modules = SentenceTransformer(modules=[Pooling(32, "mean"), *parts], device="cpu")
+    with torch.no_grad():
+        for weight in modules.parameters():
+            weight.normal_(0.3, 0.5)
+    modules.save_pretrained(str(tmp_path), create_model_card=False)
+    listed = json.loads((tmp_path / "modules.json").read_text())
+    listed.insert(0, {"idx": 0, "name": "t", "path": "", "type": "sentence_transformers.models.Transformer"})
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    model, _ = make(tmp_path, "bert")
+    ids = sequences(seed=9)
+    for sequence, output in zip(ids, encode(runner(tmp_path), ids, EncodeParams())):
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor([sequence])).last_hidden_state
+            mask = torch.ones(states.shape[:2], dtype=torch.int64)
+            theirs = modules({"token_embeddings": states, "attention_mask": mask})["sentence_embedding"][0]
+        np.testing.assert_allclose(array(output), theirs.numpy(), atol=2e-5, rtol=1e-4)
+
+
+def test_modules_that_do_not_fit_are_refused_at_the_start(tmp_path: Path) -> None:
+    make(tmp_path, "bert")
+    add_pooling(tmp_path, "mean")
+    listed = json.loads((tmp_path / "modules.json").read_text())
+    listed.append({"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    (tmp_path / "2_Dense").mkdir()
+    (tmp_path / "2_Dense" / "config.json").write_text(json.dumps({"in_features": 20, "out_features": 8}))
+    with pytest.raises(UnsupportedCheckpoint, match=r"2_Dense.*20.*32"):
+        runner(tmp_path)
 
 
 @pytest.mark.models

@@ -162,7 +162,8 @@ def _max_tokens(spec: EngineSpec, model: EncodeModel) -> int:
     if spec.max_model_len > model.max_tokens:
         raise ConfigError(
             f"max_model_len is {spec.max_model_len}; this checkpoint takes {model.max_tokens} tokens "
-            "(config.json max_position_embeddings, or max_seq_length of sentence_bert_config.json)",
+            "(max_seq_length of sentence_bert_config.json, else the smaller of config.json's max_position_embeddings "
+            "and tokenizer_config.json's model_max_length)",
             param="max_model_len",
         )
     return spec.max_model_len

@@ -11,6 +11,7 @@ from headrace.checkpoints.hub import TOKEN_SECRET, cached_snapshot, headers
 from headrace.checkpoints.resolve import open_checkpoint
 from headrace.config.plan.facts import Facts, Quantized, Tensor
 from headrace.errors import UnsupportedCheckpoint
+from headrace.models.encode_card import stated_max_tokens
 
 __all__ = ["inspect", "inspect_hub"]
 
@@ -96,7 +97,7 @@ def _folder(
         container=container,
         modules=tuple(str(entry.get("type", "")) for entry in modules if isinstance(entry, dict)),
         pooling=pooling,
-        max_tokens=_max_tokens(path, files),
+        max_tokens=_max_tokens(path, files, config),
         chat_template=_has_template(path, files),
         quantized=_quantized(path, config, files),
     )
@@ -110,11 +111,9 @@ def _files(path: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def _max_tokens(path: Path, files: frozenset[str]) -> int:
-    if "sentence_bert_config.json" not in files:
-        return 0
-    found = _json(path / "sentence_bert_config.json").get("max_seq_length")
-    return found if isinstance(found, int) and found > 0 else 0
+def _max_tokens(path: Path, files: frozenset[str], config: dict[str, Any]) -> int:
+    architecture = str((config.get("architectures") or [""])[0])
+    return stated_max_tokens(lambda name: _json(path / name) if name in files else {}, architecture) or 0
 
 
 def _has_template(path: Path, files: frozenset[str]) -> bool:

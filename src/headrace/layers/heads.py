@@ -13,7 +13,7 @@ from headrace.layers.norm import LayerNorm
 from headrace.layers.packed import AttentionBatch
 from headrace.layers.pooling import pool
 
-__all__ = ["Activation", "Chain", "Projection", "SequenceHead", "SpladeHead", "lexical_weights"]
+__all__ = ["Activation", "Chain", "Projection", "SequenceHead", "SpladeHead", "UnitLength", "lexical_weights"]
 
 _LOGIT_ELEMENTS = 1 << 25  # of a masked-LM head's logits held at once
 
@@ -52,6 +52,14 @@ class Projection(nn.Module):
         if self.add_input:
             out = out + (x if self.residual is None else self.residual(x))
         return out
+
+
+class UnitLength(nn.Module):
+    """L2 normalization between other modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, D] -> [N, D]."""
+        return nn.functional.normalize(x, dim=-1)
 
 
 class SequenceHead(nn.Module):

@@ -7,6 +7,7 @@ the file's name and the way out; nothing is guessed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import msgspec
 from headrace.errors import MissingFile, UnsupportedCheckpoint, nearest
 from headrace.types import EncodeTask
 
-__all__ = ["ACTIVATIONS", "POOLINGS", "EncodeCard", "ModuleSpec", "read_encode_card"]
+__all__ = ["ACTIVATIONS", "POOLINGS", "EncodeCard", "ModuleSpec", "read_encode_card", "stated_max_tokens"]
 
 PoolingMode = Literal["cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last"]
 Kind = Literal["embed", "classify", "token_classify", "splade", "multi_vector", "m3", "yes_no"]
@@ -45,6 +46,12 @@ _POOLING_WORDS: dict[str, PoolingMode] = {
     "last_token": "last",
 }
 POOLINGS = (*sorted(_POOLING_WORDS), "splade", "colbert", "m3", "yes_no")
+
+# Settings of the Transformer module: the name says which family, sentence-transformers takes the first.
+_TRANSFORMER_FILES = tuple(
+    f"sentence_{family}_config.json"
+    for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
 
 ACTIVATIONS = ("identity", "tanh", "gelu", "relu", "sigmoid", "silu")
 _TORCH_ACTIVATIONS = {
@@ -119,8 +126,17 @@ class EncodeCard:
 
     @property
     def normalized(self) -> bool:
-        """Whether the checkpoint itself ends with L2 normalization."""
-        return any(module.kind == "normalize" for module in self.modules)
+        """Whether the checkpoint's pooled vectors end with L2 normalization."""
+        return self._ends_normalized(per_token=False)
+
+    @property
+    def tokens_normalized(self) -> bool:
+        """The same of its token vectors."""
+        return self._ends_normalized(per_token=True)
+
+    def _ends_normalized(self, per_token: bool) -> bool:
+        kinds = [module.kind for module in self.modules if module.per_token == per_token]
+        return kinds[-1:] == ["normalize"]
 
 
 def read_encode_card(path: Path, *, pooling: str | None = None) -> EncodeCard:
@@ -156,10 +172,34 @@ def read_encode_card(path: Path, *, pooling: str | None = None) -> EncodeCard:
     return _from_modules(path, config, common)
 
 
+def stated_max_tokens(files: Callable[[str], dict[str, Any]], architecture: str) -> int | None:
+    """Longest input by the files beside `config.json`; None: they do not say.
+
+    As sentence-transformers reads them: its own file (whose name has changed with the family), else
+    ``model_max_length`` of the tokenizer, which generators state for other purposes.
+
+    Args:
+        files: name -> the JSON object of that file; {} for an absent one.
+    """
+    own = next((found for name in _TRANSFORMER_FILES if (found := files(name))), {})
+    stated = own.get("max_seq_length")
+    if not stated and not architecture.endswith("ForCausalLM"):
+        stated = files("tokenizer_config.json").get("model_max_length")
+    # Tokenizers without a limit state 10^30.
+    return int(stated) if isinstance(stated, int | float) and 0 < stated < 1 << 31 else None
+
+
 def _common(path: Path, config: dict[str, Any], architecture: str) -> dict[str, Any]:
     """Facts that every kind shares."""
     st = _json(path / "config_sentence_transformers.json", optional=True)
-    bert = _json(path / "sentence_bert_config.json", optional=True)
+    if st.get("truncate_dim") is not None:
+        raise UnsupportedCheckpoint(
+            f"{path / 'config_sentence_transformers.json'} has truncate_dim {st['truncate_dim']!r}, which is not "
+            "implemented; remove it, and let requests ask for that many dimensions",
+            param="truncate_dim",
+        )
+    own = (_json(path / name, optional=True) for name in _TRANSFORMER_FILES)
+    bert = next((found for found in own if found), {})
     sizes = config.get("matryoshka_dimensions") or st.get("matryoshka_dimensions") or ()
     prompts = {str(k): str(v) for k, v in (st.get("prompts") or {}).items() if v is not None}
     default = st.get("default_prompt_name")
@@ -168,14 +208,13 @@ def _common(path: Path, config: dict[str, Any], architecture: str) -> dict[str, 
             f"default_prompt_name {default!r} in {path / 'config_sentence_transformers.json'} is none of its "
             f"prompts {sorted(prompts)}"
         )
-    max_tokens = bert.get("max_seq_length")
     return {
         "architecture": architecture,
         "prompts": prompts,
         "default_prompt": default,
         "similarity": str(st.get("similarity_fn_name") or "cosine"),
         "dimensions": tuple(sorted(int(size) for size in sizes)),
-        "max_tokens": int(max_tokens) if max_tokens else None,
+        "max_tokens": stated_max_tokens(lambda name: _json(path / name, optional=True), architecture),
         "lowercase": bool(bert.get("do_lower_case", False)),
     }
 
@@ -249,9 +288,19 @@ def _from_modules(path: Path, config: dict[str, Any], common: dict[str, Any]) ->
     if not file.exists():
         raise MissingFile(_no_modules(path, common["architecture"]), param="pooling")
     entries = _json_list(file)
-    found: dict[str, Any] = {"pooling": None, "modules": [], "splade": None, "yes_no": None, "mask": False}
+    found: dict[str, Any] = {
+        "pooling": None, "modules": [], "splade": None, "yes_no": None, "mask": False, "pylate": False
+    }  # fmt: skip
     for entry in entries:
+        early = len(found["modules"]) if found["pooling"] is None else 0
         _read_module(path, str(entry.get("type", "")), str(entry.get("path", "")), found)
+        if early and found["pooling"] is not None:
+            raise UnsupportedCheckpoint(
+                f"{file} has {found['modules'][0].kind} before Pooling, which is not implemented: "
+                "expected Transformer, Pooling, and then what works on the pooled vector"
+            )
+    if found["pylate"]:
+        found["modules"].append(ModuleSpec("normalize", per_token=True))
     modules = tuple(found["modules"])
     if found["splade"] is not None:
         return EncodeCard(**common, kind="splade", tasks=(EncodeTask.SPARSE,), splade=found["splade"])
@@ -310,8 +359,7 @@ def _read_module(path: Path, type_: str, folder: str, found: dict[str, Any]) -> 
         # PyLate's Dense works on token vectors and leaves the normalization to its own encode().
         pylate = type_.startswith("pylate.")
         found["modules"].append(_dense(where / "config.json", folder, pylate))
-        if pylate:
-            found["modules"].append(ModuleSpec("normalize", per_token=True))
+        found["pylate"] |= pylate
     elif name == "LayerNorm":
         config = _json(where / "config.json")
         size = int(config["dimension"])

@@ -13,8 +13,7 @@ from headrace.checkpoints.base import Checkpoint
 from headrace.errors import UnsupportedCheckpoint
 from headrace.kernels.pooling import segment_pool
 from headrace.layers.dense import Dense
-from headrace.layers.heads import Chain, Projection, SequenceHead, SpladeHead, lexical_weights
-from headrace.layers.norm import LayerNorm
+from headrace.layers.heads import Chain, SequenceHead, SpladeHead, UnitLength, lexical_weights
 from headrace.layers.packed import AttentionBatch, PackedBatch
 from headrace.layers.pooling import pool
 from headrace.models.decoder import DecoderModel
@@ -92,7 +91,7 @@ class EncodeModel(nn.Module):
             return nn.functional.normalize(self.token_vector(vectors), dim=-1)
         for module in self.token_modules:
             vectors = module(vectors)
-        if any(module.kind == "normalize" and module.per_token for module in self.card.modules):
+        if self.card.tokens_normalized:
             vectors = nn.functional.normalize(vectors, dim=-1)
         return vectors
 
@@ -204,10 +203,7 @@ def load_encode_model(
 
 def _add_heads(model: EncodeModel, checkpoint: Checkpoint, build: HeadBuilder) -> None:
     card, config = model.card, checkpoint.config
-    for spec in card.modules:
-        if spec.kind != "normalize":
-            module: Projection | LayerNorm = build.module(spec)
-            (model.token_modules if spec.per_token else model.pooled_modules).append(module)
+    _add_modules(model, build)
     if card.kind == "classify":
         pooling, steps = classifier_steps(config, two_layers="score.0.weight" in build.known)
         model.classifier = SequenceHead(pooling, build.chain(steps, len(card.labels)))
@@ -228,3 +224,20 @@ def _add_heads(model: EncodeModel, checkpoint: Checkpoint, build: HeadBuilder) -
         model.answers = AnswerLogits(model.backbone, *card.yes_no)
     elif card.kind == "splade":
         model.splade = SpladeHead(build.chain(mlm_steps(config)), model.vocab_size, *card.splade)
+
+
+def _add_modules(model: EncodeModel, build: HeadBuilder) -> None:
+    """What follows pooling, or works on every token, in order; a last normalization is left to the request."""
+    for per_token, modules in ((False, model.pooled_modules), (True, model.token_modules)):
+        specs = [spec for spec in model.card.modules if spec.per_token == per_token]
+        size = model.hidden_size * (1 if per_token else max(len(model.card.pooling), 1))
+        for place, spec in enumerate(specs):
+            if spec.kind != "normalize":
+                if spec.folder and spec.size_in != size:
+                    raise UnsupportedCheckpoint(
+                        f"{spec.folder}/config.json takes vectors of {spec.size_in}; those before it have {size}"
+                    )
+                modules.append(build.module(spec))
+                size = spec.size_out
+            elif place < len(specs) - 1:
+                modules.append(UnitLength())

@@ -22,11 +22,11 @@ class Truncate:
     """Cut what is too long instead of refusing it.
 
     Attributes:
-        direction: the end that is cut off.
+        direction: the end that is cut off; None: the one that the tokenizer's truncation_side names.
         limit: tokens to keep, special ones included; None: what the model takes.
     """
 
-    direction: Direction = "right"
+    direction: Direction | None = None
     limit: int | None = None
 
 
@@ -55,6 +55,7 @@ class EncodeText:
         max_tokens: longest sequence that the engine takes.
 
     Attributes:
+        direction: the end that is cut off when nobody says which.
         joined_words, unknown_id: what `spans.entities` needs to know.
     """
 
@@ -63,6 +64,9 @@ class EncodeText:
         inputs = tokenizer.sources.tokenizer_config.get("model_input_names")
         # Checkpoints whose tokenizer says that it gives no segments were trained without them.
         self._types = not isinstance(inputs, list) or "token_type_ids" in inputs
+        self.direction: Direction = (
+            "left" if tokenizer.sources.tokenizer_config.get("truncation_side") == "left" else "right"
+        )
         model = tokenizer.backend.model
         # Tokenizers of this kind mark the pieces that continue a word, so that words are known exactly.
         self.joined_words = bool(getattr(model, "continuing_subword_prefix", None))
@@ -125,7 +129,9 @@ class EncodeText:
                 name = _place(param, place, len(whole))
                 if truncate is None:
                     raise self._too_long(len(encoding), name)
-                encoding = self._shorter(whole[place], None, limit, truncate.direction, add_special_tokens)
+                encoding = self._shorter(
+                    whole[place], None, limit, truncate.direction or self.direction, add_special_tokens
+                )
             out.append(self._encoded(encoding, details, _place(param, place, len(whole))))
         return out
 
@@ -148,7 +154,7 @@ class EncodeText:
             if len(encoding) > limit:
                 if truncate is None:
                     raise self._too_long(len(encoding), _place(param, place, len(pairs)))
-                encoding = self._shorter(*whole[place], limit, truncate.direction, True)
+                encoding = self._shorter(*whole[place], limit, truncate.direction or self.direction, True)
             out.append(self._encoded(encoding, False, _place(param, place, len(pairs))))
         return out
 
@@ -166,7 +172,7 @@ class EncodeText:
         if len(ids) > limit:
             if truncate is None:
                 raise self._too_long(len(ids), param)
-            ids = ids[:limit] if truncate.direction == "right" else ids[-limit:]
+            ids = ids[:limit] if (truncate.direction or self.direction) == "right" else ids[-limit:]
         if not ids:
             raise InvalidRequest(f"{param} is empty: it has no tokens", param=param)
         return Encoded(tuple(ids))

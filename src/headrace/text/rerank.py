@@ -104,7 +104,7 @@ class RerankTemplate:
                 f"takes {limit}; {fix}",
                 param=name,
             )
-        kept = body[:room] if truncate.direction == "right" else body[len(body) - room :]
+        kept = body[len(body) - room :] if truncate.direction == "left" else body[:room]
         return Encoded((*head, *kept, *tail))
 
 

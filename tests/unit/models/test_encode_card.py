@@ -109,3 +109,65 @@ def test_one_label_reranks_and_several_classify(tmp_path: Path) -> None:
     config["id2label"] = {"1": "b", "0": "a"}
     card = read_encode_card(folder(tmp_path, config=config))
     assert (card.tasks, card.labels) == ((EncodeTask.CLASSIFY,), ("a", "b"))
+
+
+POOLED = {"modules": FULL, "1_Pooling__config": {"pooling_mode": "mean"}}
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, None),
+        ({"sentence_roberta_config": {"max_seq_length": 16}}, 16),
+        ({"sentence_xlm-roberta_config": {"max_seq_length": 17}}, 17),
+        ({"sentence_bert_config": {"max_seq_length": 18}, "tokenizer_config": {"model_max_length": 9}}, 18),
+        ({"tokenizer_config": {"model_max_length": 20}}, 20),
+        (
+            {"sentence_bert_config": {"max_seq_length": None}, "tokenizer_config": {"model_max_length": 20}},
+            20,
+        ),
+        ({"tokenizer_config": {"model_max_length": 10**30}}, None),
+        ({"tokenizer_config": {"model_max_length": 1e30}}, None),
+    ],
+)
+def test_the_longest_input_is_the_one_of_sentence_transformers(
+    files: dict[str, Any], limit: int | None, tmp_path: Path
+) -> None:
+    """Its file has been called after six families, and without one the tokenizer's limit counts."""
+    assert read_encode_card(folder(tmp_path, config=BERT, **POOLED, **files)).max_tokens == limit
+
+
+def test_a_generators_tokenizer_limits_nothing(tmp_path: Path) -> None:
+    files = {"config": {"architectures": ["Qwen3ForCausalLM"]}, "tokenizer_config": {"model_max_length": 20}}
+    assert read_encode_card(folder(tmp_path, **files, **POOLED)).max_tokens is None
+
+
+@pytest.mark.parametrize("first", ["Normalize", "Dense", "LayerNorm"])
+def test_modules_before_pooling_are_refused(first: str, tmp_path: Path) -> None:
+    config = {"in_features": 32, "out_features": 32, "dimension": 32, "module_input_name": "token_embeddings"}
+    files = {
+        "modules": modules("Transformer", first, "Pooling"),
+        f"1_{first}__config": config,
+        "2_Pooling__config": {"pooling_mode": "mean"},
+    }
+    with pytest.raises(UnsupportedCheckpoint, match="before Pooling"):
+        read_encode_card(folder(tmp_path, config=BERT, **files))
+
+
+def test_a_checkpoint_that_cuts_its_vectors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedCheckpoint, match="truncate_dim 64"):
+        read_encode_card(
+            folder(tmp_path, config=BERT, config_sentence_transformers={"truncate_dim": 64}, **POOLED)
+        )
+
+
+def test_only_a_last_normalization_makes_vectors_normalized(tmp_path: Path) -> None:
+    dense = {"in_features": 32, "out_features": 8}
+    files = {
+        "modules": modules("Transformer", "Pooling", "Normalize", "Dense"),
+        "1_Pooling__config": {"pooling_mode": "mean"},
+        "3_Dense__config": dense,
+    }
+    card = read_encode_card(folder(tmp_path, config=BERT, **files))
+    assert [module.kind for module in card.modules] == ["normalize", "dense"]
+    assert not card.normalized

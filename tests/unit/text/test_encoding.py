@@ -58,6 +58,23 @@ def test_cuts_equal_the_librarys(direction: str) -> None:
         assert (pair.types or (0,) * len(pair.ids)) == tuple(expected.type_ids)
 
 
+@pytest.mark.parametrize("side", ["left", "right", None])
+def test_what_the_tokenizer_says_decides_when_nobody_else_does(side: str | None) -> None:
+    own, theirs = text(6), backend()
+    if side is not None:
+        sources = TextSources(Path("x"), tokenizer_config={"truncation_side": side})
+        own = EncodeText(Tokenizer(backend(), sources), own.card, 6)
+    theirs.enable_truncation(6, direction=side or "right")
+    long = " ".join(WORDS[:20])
+    assert own.texts([long], truncate=Truncate())[0].ids == tuple(theirs.encode(long).ids)
+    assert own.pairs([(long, "w1")], truncate=Truncate())[0].ids == tuple(theirs.encode(long, "w1").ids)
+    ids = list(range(3, 13))
+    kept = ids[-6:] if side == "left" else ids[:6]
+    assert own.ids(ids, Truncate(), "input").ids == tuple(kept)
+    theirs.enable_truncation(6, direction="right")
+    assert own.texts([long], truncate=Truncate("right"))[0].ids == tuple(theirs.encode(long).ids)
+
+
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 60))
 def test_longest_first_takes_from_the_longer_text(first: int, second: int, room: int) -> None:
     one, two = longest_first(first, second, room)

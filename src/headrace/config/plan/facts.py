@@ -58,7 +58,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
         container: ``safetensors``, ``gguf``, or ``config`` when there are no weights.
         modules: classes of modules.json; empty when there is none.
         pooling: 1_Pooling/config.json; empty when there is none.
-        max_tokens: of sentence_bert_config.json; 0 when it says nothing.
+        max_tokens: of an input, by sentence_bert_config.json or the tokenizer; 0 when they say nothing.
         chat_template: whether one is there.
     """
 

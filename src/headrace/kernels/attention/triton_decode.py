@@ -68,7 +68,7 @@ def decode_shape(num_heads: int, padded: int) -> DecodeShape:
         return DecodeShape(32, 128, 1, 4, 3)
     if num_heads <= 32:
         return DecodeShape(64, 64, 1, 4, 3)
-    if num_heads <= 128:
+    if num_heads <= 256:
         # Not many small programs here: behind a kernel that fills some multiprocessors only, those with work would
         # all land on the others (one H200, Qwen3-8B, 16 sequences: 34 microseconds a layer more).
         return DecodeShape(64, 512, 2, 4, 4)

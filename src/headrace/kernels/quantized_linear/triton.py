@@ -200,9 +200,9 @@ def _small(x_ptr, x_row, xs_ptr, x_groups, squares_ptr, eps, w_ptr, scale_ptr, z
             if GATE > 0:
                 acc2 = acc2 * tl.load(row_scale_ptr + near + N)[:, None]
         if FORM == 0 and XGROUP == 0:
-            xs = tl.load(xs_ptr + (m * 0 if STATIC else m), mask=m_ok, other=0.0)[None, :]
-            acc = acc * xs
-            acc2 = acc2 * xs
+            factor = tl.load(xs_ptr + (m * 0 if STATIC else m), mask=m_ok, other=0.0)[None, :]
+            acc = acc * factor
+            acc2 = acc2 * factor
         if SQUARES > 0:
             g = tl.arange(0, SQUARES)[:, None]
             at = squares_ptr + m[None, :] * x_groups + g

@@ -80,5 +80,6 @@ def truncation(encoder: Encoder, body: OnePass, limit: int | None = None) -> Tru
     cut = encoder.auto_truncate is not None if body.truncate is None else body.truncate
     if not cut and limit is None:
         return None
-    left = (body.truncation_direction or "right").lower() == "left"
-    return Truncate("left" if left else "right", limit)
+    if body.truncation_direction is None:
+        return Truncate(limit=limit)
+    return Truncate("left" if body.truncation_direction.lower() == "left" else "right", limit)
