@@ -85,6 +85,8 @@ def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Rea
             core, ready = _build_generate(spec, checkpoint, facts, device, progress)
     finally:
         torch.set_num_threads(threads)
+    if device.type == "cpu":
+        give_back(device)
     if device.type == "cpu" and spec.num_threads is None:
         core.runner.threads = ThreadGovernor(threads)
     ready.summary["seconds"] = round(time.perf_counter() - began, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from typing import Protocol
 
@@ -67,9 +69,12 @@ def take_for_weights(device: torch.device, facts: Facts, shape: ModelShape, dtyp
 
 
 def give_back(device: torch.device) -> None:
-    """What loading left over."""
+    """What loading left over: torch's cache of a GPU, or on a CPU what the C library keeps for later."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        return
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing is known to be kept
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def take_for_steps(device: torch.device, need: Scratch, graphs: Reserving | None) -> None:

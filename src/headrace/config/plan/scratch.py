@@ -30,7 +30,7 @@ GRAPH_TOKENS = 8192  # of the longest generate step that is a graph
 ENCODE_GRAPH_TOKENS = 4096  # of the longest encode pass that is one however full it is
 ENCODE_FULL_GRAPHS = (8192, 16384)  # and of those that are one when they are nearly full
 ENCODE_GRAPH_WASTE = 16  # of which one part in so many may be padding
-SCORE_ELEMENTS = 1 << 23  # logits whose order is found at once, for log-probabilities
+SCORE_ELEMENTS = 1 << 22  # logits whose order is found at once, for log-probabilities
 DECODE_SPLITS = 32  # parts that decode attention cuts a sequence's keys into, at most
 SMALL_BYTES = 32 * MIB  # for tensors up to a MiB, which the allocator keeps apart
 _WORKSPACE_BYTES = 32 * MIB  # cuBLAS's, for each of the two streams
@@ -148,14 +148,20 @@ def logits_bytes(shape: ModelShape, rows: int, dtype_bytes: int, ranks: int = 1)
 
 def sampling_bytes(shape: ModelShape, rows: int) -> int:
     """Beside logits: those before any change, and the order of some rows at a time, for log-probabilities."""
-    at_once = min(rows * shape.vocab, max(SCORE_ELEMENTS, shape.vocab))
-    return rows * shape.vocab * 4 + at_once * _SCORE_BYTES
+    return rows * shape.vocab * 4 + _order_bytes(shape, rows)
+
+
+def _order_bytes(shape: ModelShape, rows: int) -> int:
+    return min(rows * shape.vocab, max(SCORE_ELEMENTS, shape.vocab)) * _SCORE_BYTES
 
 
 def _generate(shape: ModelShape, load: Load) -> Scratch:
     size, ranks = load.dtype_bytes, load.ranks
     logits = logits_bytes(shape, load.rows, size, ranks)
-    after = max(logits + sampling_bytes(shape, load.rows), 3 * _PROMPT_LOGPROB_ROWS * shape.vocab * 4)
+    prompts = logits_bytes(shape, _PROMPT_LOGPROB_ROWS, size, ranks) + _order_bytes(
+        shape, _PROMPT_LOGPROB_ROWS
+    )
+    after = max(logits + sampling_bytes(shape, load.rows), prompts)
     forward = forward_bytes(shape, load.tokens, size, ranks)
     if not load.cuda:
         return Scratch(plain=max(forward, after))
