@@ -33,7 +33,9 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert result.stderr.endswith("[]")
 
 
-@pytest.mark.parametrize("command", [["--help"], ["serve", "--help"], ["models", "--json"], ["init", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["serve", "--help"], ["models", "--json"], ["init", "--help"]]
+)
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_leaves_ends_a_command_in_silence(command: list[str], unbuffered: str) -> None:
     """As in ``headrace models | head -1``; here the reader is gone before the first word."""

@@ -82,7 +82,8 @@ def _no_special_text(constraint: ConstraintSpec | None, engine: AsyncEngine) -> 
     """Where a grammar demands the text of a special token, only that token could be written, and it is no text."""
     if constraint is None or constraint.kind == "text":
         return
-    for text in _special_texts(engine.kit.tokenizer):
+    tokenizer: Any = engine.kit.tokenizer
+    for text in _special_texts(tokenizer):
         if text in constraint.text:
             raise InvalidRequest(
                 f"the grammar holds {text!r}, which is a special token of this model and cannot be written as text",
