@@ -80,14 +80,14 @@ def _special_texts(tokenizer: Any) -> tuple[str, ...]:
 
 def _no_special_text(constraint: ConstraintSpec | None, engine: AsyncEngine) -> None:
     """Where a grammar demands the text of a special token, only that token could be written, and it is no text."""
-    if constraint is None or constraint.kind == "text":
+    if constraint is None or constraint.kind in ("text", "lark"):  # lark: markers of the model's own format
         return
     tokenizer: Any = engine.kit.tokenizer
     for text in _special_texts(tokenizer):
         if text in constraint.text:
             raise InvalidRequest(
                 f"the grammar holds {text!r}, which is a special token of this model and cannot be written as text",
-                param="tools" if constraint.kind == "lark" else "response_format",
+                param="response_format",
                 code="invalid_grammar",
             )
 
