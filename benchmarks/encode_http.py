@@ -162,6 +162,7 @@ def engine_rate(folder: str, name: str, count: int, tokens: int, queue: Any) -> 
     dtype = torch.float32 if not cuda else torch.float16 if name.startswith("bge") else torch.bfloat16
     spec = EngineSpec(model=folder, path=Path(folder))
     core, _ = build_encode(spec, open_checkpoint(Path(folder)), device, dtype)
+    say("its model is there")
     case = Case(core, [tokens + 2] * count)
     case.seconds()
     queue.put(count / min(case.seconds() for _ in range(3)))
@@ -253,12 +254,20 @@ def in_process(work: Any, *args: Any) -> Any:
     return result
 
 
+def say(text: str) -> None:
+    """How far it is, for whoever waits."""
+    print(f"{time.strftime('%X')} {text}", file=sys.stderr, flush=True)
+
+
 def measure(record: Recorder, name: str, folder: Path, args: Any) -> None:
+    say(f"writing {name}")
     write_checkpoint(folder, name)
+    say("the loop alone")
     common: dict[str, Any] = {"model": name, "precision": args.precision}
     engine = in_process(engine_rate, str(folder), name, args.texts, args.tokens)
     record.row(**common, case=f"{args.texts}x{args.tokens + 2}", metric="engine_embeddings_s", value=engine)
     for start in range(args.starts):
+        say("starting the server")
         server = Server(folder, args.serve or [])
         record.row(**common, case=f"start {start + 1}", metric="start_s", value=server.start_seconds)
         if start + 1 < args.starts:

@@ -95,7 +95,7 @@ def main() -> None:
         sampling["bad_words"] = ((0, 0, 0),)  # as with grammars, sampling waits for the token before
         rows = max(case.requests for case in cases)
         vars(core.constraints)["begin"] = HalfMasks(rows, model.config.vocab_size, core.runner.device).begin
-    work, rates, vocab = Work.of(model, cache), ceilings(), model.config.vocab_size
+    work, rates, vocab = Work.of(model, core.runner.caches), ceilings(), model.config.vocab_size
     for case in cases:
         measure(core, case, vocab, seed=1, **sampling)
         for again in range(args.repeat):

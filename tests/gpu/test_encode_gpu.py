@@ -162,23 +162,24 @@ def test_overlapping_loop_answers_right() -> None:
 @pytest.mark.parametrize("format", ["fp8", "int8"])
 @pytest.mark.parametrize("name", ["bert", "qwen"])
 def test_eight_bits(name: str, format: Format) -> None:
-    """On the GPU as the same rounding on the CPU; the distance from 32 bits is printed."""
+    """What rounding costs on the GPU is what the same rounding in float32 on the CPU costs, and no more.
+
+    Vectors of both differ from each other, too: sums in other orders and types round to other codes.
+    """
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("eight bits need Hopper")
     pooling: PoolingMode = "last" if name == "qwen" else "cls"
-    gpu, cpu = pair(name, pooling, layers=4)
-    lengths = [1, 130, 40, 512, 3, 64, 65]
-    given = requests(lengths, gpu.vocab_size, 3, EncodeTask.EMBED)
-    plain = vectors(cpu, given)
+    _, plain = pair(name, pooling, layers=4)
     gpu, cpu = pair(name, pooling, layers=4, format=format)
-    expected = vectors(cpu, given)
-    for run in (given, given[2:3], requests([512] * 16, gpu.vocab_size, 4, EncodeTask.EMBED)):
-        found = vectors(gpu, run)
-        if run is not given:
-            expected_here = vectors(cpu, run)
-        else:
-            expected_here = expected
-            print(
-                f"{name} {format}: cosine with 32 bits {worst(found, plain):.6f} (CPU {worst(expected, plain):.6f})"
-            )
-        assert worst(found, expected_here) >= (0.9995 if format == "int8" else 0.998)
+    for lengths in ([1, 130, 40, 512, 3, 64, 65], [40], [512] * 4):
+        given = requests(lengths, gpu.vocab_size, sum(lengths), EncodeTask.EMBED)
+        exact = vectors(plain, given)
+        ours, emulated = loss(vectors(gpu, given), exact), loss(vectors(cpu, given), exact)
+        print(f"{name} {format} {lengths}: 1 - cosine {ours:.6f}, emulated {emulated:.6f}")
+        # In 16 bits on the CPU it was 0.93 to 1.19 of what it is in float32.
+        assert ours <= 1.5 * emulated + 1e-4
+
+
+def loss(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    """Mean of 1 - cosine."""
+    return float(np.mean([1 - (a * b).sum(-1) for a, b in zip(ours, theirs, strict=True)]))

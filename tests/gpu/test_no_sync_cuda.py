@@ -56,6 +56,7 @@ def test_a_question_is_noticed() -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["free", "masked"])
 def test_steps(eager: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     core = make_core(build_model("qwen3", torch.bfloat16), eager=eager, rows=16, step_tokens=128)
+    kinds = KINDS
     if masked:
 
         def begin(plan: StepPlan, *, ahead: bool) -> PendingMasks | None:
@@ -67,8 +68,8 @@ def test_steps(eager: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> No
             return PendingMasks(host, count, words, torch.device("cuda"), None)
 
         monkeypatch.setattr(core.constraints, "begin", begin)
-        # Greedy tokens of masked rows are not made in the model's graph: all rows want something.
-    kinds = [kind for kind in KINDS if not masked or kind != {"temperature": 0.0}]
+        # Rows that want no more than a draw are not masked: their graph ends in tokens.
+        kinds = [{"logprobs": 0, **kind} for kind in KINDS]
 
     def requests() -> list[Request]:
         return [

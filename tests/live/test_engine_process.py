@@ -133,7 +133,7 @@ def test_a_core_that_freezes_is_seen_and_may_recover(
     asyncio.run(scenario())
 
 
-def test_a_killed_core_is_noticed_by_everybody(tiny: EngineSpec) -> None:
+def test_a_killed_core_is_noticed_by_everybody(tiny: EngineSpec, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         client = await start(tiny)
         assert isinstance(client, ProcessClient)
@@ -144,6 +144,8 @@ def test_a_killed_core_is_noticed_by_everybody(tiny: EngineSpec) -> None:
         with pytest.raises(EngineDead, match="exit code -9"):
             await asyncio.wait_for(waiting, 5)
         assert client.health().status == "dead"
+        (line,) = [record for record in caplog.records if record.message == "engine failed"]
+        assert "exit code -9" in line.fields["reason"]  # type: ignore[attr-defined]
         with pytest.raises(EngineDead):
             await collect(client, request("x"))
         await client.close()

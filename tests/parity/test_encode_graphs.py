@@ -36,6 +36,10 @@ def near(ours: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_changes_nothing(family: str, tmp_path: Path) -> None:
+    if ON_GPU:
+        transformers = pytest.importorskip("transformers")
+        if not hasattr(transformers, FAMILIES[family][0] + "Config"):
+            pytest.skip("this transformers has no such family")
     make(tmp_path, family)
     add_pooling(tmp_path)
     plain, run = runner(tmp_path), padded(tmp_path)

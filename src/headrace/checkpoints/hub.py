@@ -9,7 +9,7 @@ from pathlib import Path
 
 from headrace.checkpoints.base import TensorInfo
 from headrace.config.secrets import Secret, find_secret, hide, require_secret
-from headrace.errors import MissingFile, UnsupportedCheckpoint
+from headrace.errors import HeadraceError, MissingFile, UnsupportedCheckpoint
 
 __all__ = ["TOKEN_SECRET", "cached_snapshot", "headers", "is_hub_id", "snapshot"]
 
@@ -130,7 +130,11 @@ def _explained(model: str, revision: str | None, token: Secret | None) -> Iterat
         ) from None
     except RevisionNotFoundError:
         raise MissingFile(f"the hub repository {model!r} has no revision {revision!r}") from None
-    except (OSError, ValueError, RuntimeError) as error:  # connection, time-out, proxy and cache faults
+    except HeadraceError:
+        raise
+    except (
+        Exception
+    ) as error:  # connection, time-out, proxy and cache faults, some of the HTTP library's own kinds
         reason = hide(_reason(error), [token] if token else [])
         raise MissingFile(
             f"{model!r} is no path on this machine, and the hub could not be reached for it ({reason}). Without a "

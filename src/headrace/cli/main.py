@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 __all__ = ["COMMANDS", "main"]
 
-CONFIG_ERROR, RUNTIME_ERROR, INTERRUPTED = 2, 1, 130
+CONFIG_ERROR, RUNTIME_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141  # the last two are 128 + the signal
 
 COMMANDS = {
     "serve": "serve one or more models over HTTP (OpenAI's API)",
@@ -43,7 +44,34 @@ Every command explains itself: headrace COMMAND --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the value is the exit code: 0, 2 for a wrong configuration, 1 for what fails at run time."""
+    """Run a command; the value is the exit code: 0, 2 for a wrong configuration, 1 for what fails at run time.
+
+    Output into a pipe whose reader has left (``| head``) ends the command in silence, as shells expect.
+    """
+    try:
+        try:
+            return _main(argv)
+        finally:
+            if sys.stdout is not None:  # a shell may have closed it
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        # What is still in the buffer would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more (and not some other connection broke)."""
+    import select
+
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     name = args[0] if args else "--help"
     if name in ("-h", "--help", "help"):

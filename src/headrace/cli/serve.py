@@ -29,7 +29,7 @@ environment:
   HEADRACE_API_KEYS   keys, separated by commas     HEADRACE_HOME   where models are kept
   HEADRACE_LOG        debug, info, warning, error
 
-exit codes: 0 after SIGTERM and draining; 2 for a wrong option or model; 1 when the engine fails.
+exit codes: 0 after SIGTERM and draining; 2 for a wrong option or model; 1 when no engine is left alive.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -26,6 +27,7 @@ from headrace.types import EncodeOutput, FinishReason, Output, Request
 
 __all__ = ["DispatchClient", "error_of"]
 
+log = logging.getLogger(__name__)
 _STALL_SECONDS = 5.0  # a step of a GPU takes milliseconds
 _STALL_SECONDS_CPU = 20.0  # one of a CPU may take seconds
 _STALL_STEPS = 20
@@ -170,6 +172,9 @@ class DispatchClient:
         if self._failure is not None:
             return
         self._failure = reason
+        if not self._draining:
+            waiting = {"model": self.spec.name, "reason": reason, "requests": self.num_unfinished}
+            log.error("engine failed", extra={"fields": waiting})
         for request_id, queue in self._generating.items():
             queue.put_nowait(Output(request_id, finish_reason=FinishReason.ERROR, error=reason))
         for request_id, future in self._encoding.items():

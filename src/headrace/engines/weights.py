@@ -64,7 +64,7 @@ def load_weights(
 
 
 def kv_dtype(
-    spec: EngineSpec, checkpoint: Checkpoint, config: DecoderConfig, dtype: torch.dtype
+    spec: EngineSpec, checkpoint: Checkpoint | None, config: DecoderConfig, dtype: torch.dtype
 ) -> torch.dtype:
     """What keys and values are stored in: as asked, else as the quantization or the checkpoint says, else dtype.
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from headrace.config.spec import EngineSpec
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, EngineDead
 from headrace.llm import AsyncEngine
 from headrace.serving.app import make_app
 from headrace.serving.state import Model, Models, ServerOptions, State
@@ -19,6 +19,7 @@ __all__ = ["Server", "serve"]
 
 log = logging.getLogger(__name__)
 StartEngine = Callable[[EngineSpec], Awaitable[AsyncEngine]]
+_WATCH = 1.0  # seconds between looks at the engines' state
 _LAST_WORDS = 2.0  # seconds for cancelled handlers to finish
 
 
@@ -80,6 +81,15 @@ class Server:
             _ = model.format  # a wrong name of a parser ends the start, not the first request
         log.info("model ready", extra={"fields": {"model": model.name, **engine.client.ready.summary}})
 
+    async def all_dead(self) -> EngineDead:
+        """Wait until no engine is left alive; the error that says so."""
+        while True:
+            await asyncio.sleep(_WATCH)
+            found = [model.loaded.health() for model in self.state.models.all if model.loaded is not None]
+            if found and all(health.status == "dead" for health in found):
+                reasons = "; ".join(dict.fromkeys(health.reason for health in found))
+                return EngineDead(f"no engine is left ({reasons}); the server ends, to be started anew")
+
     async def close(self) -> None:
         """Take nothing new, let what runs finish within ``drain_seconds``, stop the engines."""
         state = self.state
@@ -107,7 +117,11 @@ class Server:
 async def serve(
     server: Server, on_listen: Callable[[Server], None], on_ready: Callable[[Server], None]
 ) -> None:
-    """Run until SIGTERM or SIGINT, then drain. Raises what kept a model from loading."""
+    """Run until SIGTERM or SIGINT, then drain.
+
+    Raises what kept a model from loading, and EngineDead when no engine is left: an empty server would only
+    answer 503, and nothing would start it anew.
+    """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -116,6 +130,7 @@ async def serve(
     on_listen(server)
     loading = asyncio.create_task(server.load())
     stopping = asyncio.create_task(stop.wait())
+    dying = asyncio.create_task(server.all_dead())
     try:
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not stop.is_set():
@@ -124,9 +139,11 @@ async def serve(
             except BaseExceptionGroup as group:
                 raise group.exceptions[0] from None
             on_ready(server)
-            await stopping
+            await asyncio.wait((stopping, dying), return_when=asyncio.FIRST_COMPLETED)
+            if not stop.is_set():
+                raise dying.result()
     finally:
-        for task in (loading, stopping):
+        for task in (loading, stopping, dying):
             task.cancel()
-        await asyncio.gather(loading, stopping, return_exceptions=True)
+        await asyncio.gather(loading, stopping, dying, return_exceptions=True)
         await server.close()

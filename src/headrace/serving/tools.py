@@ -114,6 +114,12 @@ async def schemas_of(wish: ToolWish, checker: GrammarChecker) -> dict[str, Const
         schema = one.parameters or _NOTHING
         if not {"type", "$ref", "anyOf", "allOf", "oneOf"} & schema.keys():
             schema = {"type": "object", **schema}
+        kind = schema.get("type", "object")
+        if kind != "object" and kind != ["object"]:
+            raise InvalidRequest(
+                f"tools[{number}].function.parameters is of type {json.dumps(kind)[:60]}; arguments are an object",
+                param=f"tools[{number}].function.parameters",
+            )
         asked.append((one.name, (schema, f"tools[{number}].function.parameters", bool(one.strict))))
     answers = await checker.enforceable([question for _, question in asked])
     return {

@@ -89,3 +89,20 @@ def test_without_a_network_the_error_says_so(monkeypatch: pytest.MonkeyPatch, tm
         MissingFile, match=r"could not be reached.*no connection\)\. Without a network give a path"
     ):
         hub.snapshot("owner/name")
+
+
+def test_faults_of_the_hubs_http_library_are_explained_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exceptions are no OSErrors, and another library's with every release of huggingface_hub."""
+    import huggingface_hub
+
+    from headrace.checkpoints.hub import headers
+
+    class ConnectError(Exception):
+        pass
+
+    def offline(*args: object, **kwargs: object) -> list[str]:
+        raise ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
+    with pytest.raises(MissingFile, match=r"could not be reached.*ConnectError.*Name or service not known"):
+        headers("nobody/nothing")

@@ -33,6 +33,37 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert result.stderr.endswith("[]")
 
 
+@pytest.mark.parametrize(
+    "command", [["--help"], ["serve", "--help"], ["models", "--json"], ["init", "--help"]]
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_ends_a_command_in_silence(command: list[str], unbuffered: str) -> None:
+    """As in ``headrace models | head -1``; here the reader is gone before the first word."""
+    read, write = os.pipe()
+    os.close(read)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(
+        [sys.executable, "-m", "headrace", *command],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env=environment,
+        check=False,
+    )
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_broken_connections_elsewhere_stay_errors(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(name: str, args: list[str]) -> int:
+        raise BrokenPipeError("of a socket")
+
+    monkeypatch.setattr("headrace.cli.main._run", broken)
+    with pytest.raises(BrokenPipeError, match="of a socket"):
+        main(["models"])
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out

@@ -96,8 +96,9 @@ def test_kinds(name: str, kind: str) -> None:
 
 
 def test_page(model: DecoderModel) -> None:
-    work, case = Work.of(model), Case(2, 16, 4)
-    found = measure(core_of(model, case), case, 512)
+    case = Case(2, 16, 4)
+    core = core_of(model, case)
+    work, found = Work.of(model, core.runner.caches), measure(core, case, 512)
     window = Window("decode", steps=2, tokens=4, keys=80, span=4e-3, busy=3e-3, largest_gap=5e-4)
     window.kernels = [Kernel("_skinny", 10, 2e-3), Kernel("_decode", 4, 1e-3)]
     page = summary("tiny", found, [window], work, RATES)
@@ -109,12 +110,14 @@ def test_page(model: DecoderModel) -> None:
 
 
 def test_work_is_that_of_the_shape(model: DecoderModel) -> None:
-    work, c = Work.of(model), SHAPES["tiny"]
+    core, c = core_of(model, Case(1, 8, 3)), SHAPES["tiny"]
+    work = Work.of(model, core.runner.caches)
     layer = 64 * (4 + 2 * 2) * 16 + 4 * 16 * 64 + 3 * 64 * 128
     assert work.body == 2 * layer
     assert work.weight_bytes == 4 * (2 * layer + c["vocab_size"] * 64)
     assert work.key_bytes == 2 * 2 * 2 * 16 * 4
-    assert Work.of(model, torch.float8_e4m3fn).key_bytes == work.key_bytes // 4
+    small = build_core(model, [Case(1, 8, 3)], eager=True, step_tokens=32, cache=torch.float8_e4m3fn)
+    assert Work.of(model, small.runner.caches).key_bytes == work.key_bytes // 4
     longer = work.case_seconds(Case(1, 8, 3), RATES) - work.case_seconds(Case(1, 8, 2), RATES)
     assert longer == pytest.approx((work.weight_bytes + work.key_bytes * 10) / RATES[0])
 

@@ -292,3 +292,14 @@ def test_what_is_still_enforced_is_not_refused() -> None:
         assert not compiler.match(json_schema(schema, "p", strict=True).spec, right), schema
     with pytest.raises(InvalidRequest, match="schema"):
         json_schema({"$schema": 5}, "p", strict=False)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"guided_choice": ["a", "<named>"]}, schema_format({"const": "x <named>"}), {"guided_regex": "<eos>"}],
+)
+def test_the_text_of_a_special_token_is_no_text(extra: dict[str, Any]) -> None:
+    with live() as server:
+        status, reply, _ = server.post("/v1/chat/completions", ASK | extra)
+        assert status == 400
+        assert "special token" in reply["error"]["message"]

@@ -16,10 +16,10 @@ import pytest
 
 from headrace.config.spec import EngineSpec
 from headrace.engines.scripted import Step
-from headrace.errors import UnknownArchitecture
+from headrace.errors import EngineDead, UnknownArchitecture
 from headrace.serving.admission import Rate
 from headrace.serving.logs import JsonFormatter
-from headrace.serving.server import Server
+from headrace.serving.server import _WATCH, Server, serve
 from headrace.serving.state import Model, ServerOptions
 from headrace.types import Request
 from support.serving import LiveServer, events, live, says, scripted_model
@@ -394,3 +394,22 @@ def test_drain_is_bounded() -> None:
         assert server.core().num_unfinished == 0
         sock.close()
         server.server.close = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+
+
+def test_a_server_ends_when_its_last_engine_died_and_not_before() -> None:
+    """Whoever started it can then start it anew; with one engine left it goes on."""
+    models = [scripted_model(), scripted_model(name="e", kind="embed")]
+    first, second = (model.engine.client for model in models)
+    server = Server(models, ServerOptions(port=0, drain_seconds=0.1))
+
+    async def scenario() -> None:
+        running = asyncio.create_task(serve(server, lambda _: None, lambda _: None))
+        await asyncio.sleep(0.1)
+        first.state, first.reason = "dead", "code -9"  # type: ignore[attr-defined]
+        await asyncio.sleep(2.5 * _WATCH)
+        assert not running.done()
+        second.state, second.reason = "dead", "code -9"  # type: ignore[attr-defined]
+        with pytest.raises(EngineDead, match=r"no engine is left \(code -9\)"):
+            await asyncio.wait_for(running, 5)
+
+    asyncio.run(scenario())

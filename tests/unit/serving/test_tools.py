@@ -208,6 +208,13 @@ def test_a_call_that_the_token_limit_cuts_is_no_text() -> None:
             assert (content.strip(), names, reason) == ("", ["get_weather"], "length")
 
 
+@pytest.mark.parametrize("kind", ["array", "string", ["object", "null"]])
+def test_arguments_are_objects(kind: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": kind}}}
+    with hermes(HERMES) as server, pytest.raises(openai.BadRequestError, match="arguments are an object"):
+        ask(server, tools=[tool])
+
+
 def test_one_call_where_parallel_calls_are_off() -> None:
     with hermes(f"{HERMES}\n{HERMES_NOW}") as server:
         assert len(ask(server).choices[0].message.tool_calls) == 2

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from headrace.engines.bench.cases import Case
+from headrace.layers.packed import LayerCache
 from headrace.models.decoder import DecoderModel
 
 __all__ = ["CEILINGS", "Work", "ceilings", "device_name"]
@@ -45,17 +46,17 @@ class Work:
     pair_flops: int
 
     @staticmethod
-    def of(model: DecoderModel, cache: torch.dtype | None = None) -> Work:
+    def of(model: DecoderModel, caches: Sequence[LayerCache]) -> Work:
+        """Of a model over caches of whatever type."""
         config = model.config
         head = config.vocab_size * config.hidden_size
         assert model.head is not None
-        itemsize = next(model.parameters()).element_size()
-        heads = config.num_kv_heads * config.head_dim * config.num_layers
+        tokens = [cache.k[0, 0] for cache in caches]
         return Work(
             weight_bytes=_bytes(model.layers) + _bytes(model.head),
             body=sum(m.in_features * m.out_features for m in _linears(model.layers)),
             head=head,
-            key_bytes=2 * heads * (cache.itemsize if cache is not None else itemsize),
+            key_bytes=2 * sum(token.numel() * token.element_size() for token in tokens),
             pair_flops=4 * config.num_heads * config.head_dim * config.num_layers,
         )
 

@@ -17,6 +17,7 @@ from headrace.engines.bench.profile import WindowProfiler
 from headrace.engines.bench.report import summary
 from headrace.engines.build import build, choose_device
 from headrace.engines.generate import GenerateCore
+from headrace.engines.weights import kv_dtype
 from headrace.errors import ConfigError
 from headrace.models.decoder import DecoderModel
 
@@ -58,8 +59,7 @@ class Bench:
         self.core, self.title, self.vocab = core, title, vocab
         self.rates = ceilings() if core.runner.device.type == "cuda" else None
         model = core.runner.model
-        caches = core.runner.caches
-        self.work = Work.of(model, caches[0].k.dtype) if isinstance(model, DecoderModel) else None
+        self.work = Work.of(model, core.runner.caches) if isinstance(model, DecoderModel) else None
 
     @classmethod
     def random(cls, spec: EngineSpec, shape: str, cases: Sequence[Case]) -> Bench:
@@ -70,7 +70,7 @@ class Bench:
         model = random_model(
             read_shape(shape), dtype=getattr(torch, name), device=device, quantization=spec.quantization
         )
-        cache = torch.float8_e4m3fn if spec.kv_cache_dtype == "fp8" else None
+        cache = kv_dtype(spec, None, model.config, getattr(torch, name))
         core = build_core(
             model, cases, eager=spec.eager, cache=cache,
             step_tokens=spec.max_num_batched_tokens or _STEP_TOKENS[device.type],

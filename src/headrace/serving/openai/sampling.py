@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from headrace.errors import InvalidRequest
@@ -44,6 +45,7 @@ def sampling_params(
 
     Raises InvalidRequest naming the API's field.
     """
+    _no_special_text(constraint, engine)
     values: dict[str, Any] = dict(engine.sampling_defaults)
     values |= {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     values |= {
@@ -61,6 +63,26 @@ def sampling_params(
         if error.param == "max_tokens" and limit != "max_tokens":
             raise InvalidRequest(error.message.replace("max_tokens", limit), param=limit) from error
         raise
+
+
+@lru_cache(maxsize=32)
+def _special_texts(tokenizer: Any) -> tuple[str, ...]:
+    found = (tokenizer.token_bytes(number).decode("utf-8", "replace") for number in tokenizer.special_ids)
+    return tuple(text for text in found if len(text) > 2)
+
+
+def _no_special_text(constraint: ConstraintSpec | None, engine: AsyncEngine) -> None:
+    """Where a grammar demands the text of a special token, only that token could be written, and it is no text."""
+    if constraint is None or constraint.kind == "text":
+        return
+    tokenizer: Any = engine.kit.tokenizer
+    for text in _special_texts(tokenizer):
+        if text in constraint.text:
+            raise InvalidRequest(
+                f"the grammar holds {text!r}, which is a special token of this model and cannot be written as text",
+                param="tools" if constraint.kind == "lark" else "response_format",
+                code="invalid_grammar",
+            )
 
 
 def num_choices(body: GenerateFields) -> tuple[int, int]:

@@ -1,0 +1,110 @@
+"""Compile the kernels of quantized products for Hopper, without a GPU; prints what does not compile.
+
+The interpreter that CPU tests run in knows no types of variables: what changes its type between two branches runs there
+and fails on a GPU. Run as a program: Triton decides between interpreter and compiler when it is imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from headrace.kernels.quantized_linear import triton as products
+from headrace.kernels.quantized_linear import triton_codes as codes
+from headrace.kernels.quantized_linear import triton_gemv as gemv
+
+Variant = tuple[str, Any, dict[str, str], dict[str, Any]]
+FLOATS = ("eps",)
+KINDS = {
+    "x_ptr": "*bf16", "out_ptr": "*bf16", "bias_ptr": "*bf16", "res_ptr": "*bf16", "gain_ptr": "*bf16",
+    "zero_ptr": "*fp32", "scale_ptr": "*fp32", "row_scale_ptr": "*fp32", "xs_ptr": "*fp32", "squares_ptr": "*fp32",
+    "next_scale_ptr": "*fp32", "next_squares_ptr": "*fp32", "parts_ptr": "*fp32", "arrivals_ptr": "*i32",
+    "codes_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv",
+}  # fmt: skip
+
+
+def fp8() -> Iterator[Variant]:
+    base = {
+        "BM": 16, "BN": 64, "BK": 128, "SPLITS": 2, "FORM": 0, "GROUP": 0, "HEIGHT": 1, "XGROUP": 0, "ROW_SCALE": True,
+        "STATIC": False, "BIAS": True, "GATE": 0, "RESIDUAL": True, "SQUARES": 0, "STORE": True, "ROUND": False,
+        "GAIN": False, "WIDEN": False, "PDL": True,
+    }  # fmt: skip
+    chain = {"XGROUP": 128, "ROUND": True}
+    cases: dict[str, dict[str, Any]] = {
+        "token": {},
+        "static": {"STATIC": True, "GATE": 1, "SPLITS": 1},
+        "blocks": {"GROUP": 128, "HEIGHT": 128, "XGROUP": 128, "ROW_SCALE": False},
+        "chain": {**chain, "GAIN": True},
+        "gated chain": {**chain, "GATE": 1, "SQUARES": 32, "STORE": False, "SPLITS": 1},
+        "end of a chain": {"XGROUP": 64, "BK": 64, "BM": 64},
+    }
+    for name, changes in cases.items():
+        yield f"fp8 {name}", products._small, {"x_ptr": "*fp8e4nv"}, {**base, **changes}
+    int8 = {"FORM": 1, "GROUP": 64, "ROW_SCALE": False}
+    yield "int8", products._small, {"w_ptr": "*u8"}, {**base, **int8}
+    for group, norm in itertools.product((0, 128), (False, True)):
+        row = {"GROUP": group, "BK": 1024, "NORM": norm, "PDL": True}
+        yield f"rounding {group} {norm}", products._quantize_rows, {}, row
+    one = {
+        "BN": 4, "BW": 256, "NORM": True, "BIAS": True, "GATE": 1, "RESIDUAL": True, "EVEN": True, "PLAIN": False,
+        "PDL": True,
+    }  # fmt: skip
+    for changes in ({}, {"GATE": 0, "EVEN": False, "NORM": False}):
+        yield f"fp8 gemv {changes}", gemv._fp8_gemv, {"w_ptr": "*i32"}, {**one, **changes}
+
+
+def four_bits() -> Iterator[Variant]:
+    base = {
+        "BM": 8, "BN": 64, "Q": 64, "SPLITS": 2, "EVEN": True, "BIAS": True, "GATE": 0, "RESIDUAL": True,
+        "PLAIN": False, "PDL": True,
+    }  # fmt: skip
+    nvfp4 = {"FP4": True, "GROUP": 16, "PER": 1, "ZERO": False}
+    mxfp4 = {**nvfp4, "GROUP": 32, "EVEN": False}
+    int4 = {"FP4": False, "GROUP": 128, "PER": 2, "ZERO": False}
+    fine = {**int4, "GROUP": 32, "Q": 32, "PER": 1, "ZERO": True, "GATE": 1}
+    wide = {"BM": 64, "SPLITS": 1}
+    forms = {"nvfp4": nvfp4, "mxfp4": mxfp4, "int4": int4, "int4 of 32": fine}
+    for (name, form), more in itertools.product(forms.items(), ({}, wide, {"PLAIN": True})):
+        types = {"w_ptr": "*i16", "zero_ptr": "*bf16"} | ({"scale_ptr": "*u8"} if form["FP4"] else {})
+        if "PLAIN" in more:
+            types |= dict.fromkeys(("x_ptr", "out_ptr", "bias_ptr", "res_ptr"), "*fp16")
+        yield f"{name} {more}", codes._small_codes, types, {**base, **form, **more}
+
+
+def main() -> int:
+    failed = 0
+    for name, kernel, types, constants in itertools.chain(fp8(), four_bits()):
+        names = kernel.arg_names
+        known = {**KINDS, **types}
+        signature = {
+            arg: "constexpr" if arg in constants else known.get(arg, "fp32" if arg in FLOATS else "i32")
+            for arg in names
+        }
+        places = {(names.index(arg),): value for arg, value in constants.items()}
+        divisible = {
+            (i,): [["tt.divisibility", 16]]
+            for i, arg in enumerate(names)
+            if arg not in constants and arg not in FLOATS
+        }
+        options = {"num_warps": 4, "num_stages": 3, "launch_pdl": bool(constants.get("PDL"))}
+        try:
+            triton.compile(
+                ASTSource(kernel, signature, places, divisible),
+                target=GPUTarget("cuda", 90, 32),
+                options=options,
+            )
+        except Exception as error:  # any: the point is to see it
+            failed += 1
+            print(f"{name}: {type(error).__name__} {error}"[-600:])
+    print("failed:", failed)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))
