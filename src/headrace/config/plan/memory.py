@@ -38,8 +38,9 @@ CUDA_ENCODE_TOKENS = 16384
 # (70), and our own (12).
 CUDA_PROCESS_BYTES = 767 * MIB
 
-# The same without a GPU, seen with PyTorch 2.13 on Linux: what Python, PyTorch and the engine keep beside files.
-CPU_PROCESS_BYTES = 160 * MIB
+# The same without a GPU, seen with PyTorch 2.13 on Linux: what Python, PyTorch, oneDNN and the engine keep beside
+# files, for encoders and for decoders.
+CPU_PROCESS_BYTES = (160 * MIB, 192 * MIB)
 _TOKENIZER_BYTES = (
     230,
     700,
@@ -92,7 +93,8 @@ def process_bytes(shape: ModelShape, *, cuda: bool) -> int:
     """What a core takes of the device before any tensor; without a GPU its tokenizer lies there, too."""
     if cuda:
         return CUDA_PROCESS_BYTES
-    return CPU_PROCESS_BYTES + shape.vocab * _TOKENIZER_BYTES[not shape.bidirectional]
+    decoder = not shape.bidirectional
+    return CPU_PROCESS_BYTES[decoder] + shape.vocab * _TOKENIZER_BYTES[decoder]
 
 
 def pool_budget(

@@ -37,7 +37,7 @@ _WORKSPACE_BYTES = 32 * MIB  # cuBLAS's, for each of the two streams
 _SPLIT_BYTES = 24 * MIB  # partial sums of products of few rows
 _PIECES = 1.25  # room that a step needs in one piece of memory, over what lives at once
 _PROMPT_LOGPROB_ROWS = 64
-_SCORE_BYTES = 40  # of each of them
+_SCORE_BYTES = {True: 40, False: 56}  # of each of them, on a GPU and on a CPU
 # Seen on an H200: 0.4 to 0.7 MiB a graph of 28 to 36 layers.
 _GRAPH_BYTES_A_LAYER = 18 * 1024
 _MIXED_GRAPHS = 64  # captured as traffic needs them
@@ -146,22 +146,21 @@ def logits_bytes(shape: ModelShape, rows: int, dtype_bytes: int, ranks: int = 1)
     return rows * shape.vocab * (dtype_bytes + 4) // ranks
 
 
-def sampling_bytes(shape: ModelShape, rows: int) -> int:
+def sampling_bytes(shape: ModelShape, rows: int, *, cuda: bool) -> int:
     """Beside logits: those before any change, and the order of some rows at a time, for log-probabilities."""
-    return rows * shape.vocab * 4 + _order_bytes(shape, rows)
+    return rows * shape.vocab * 4 + _order_bytes(shape, rows, cuda)
 
 
-def _order_bytes(shape: ModelShape, rows: int) -> int:
-    return min(rows * shape.vocab, max(SCORE_ELEMENTS, shape.vocab)) * _SCORE_BYTES
+def _order_bytes(shape: ModelShape, rows: int, cuda: bool) -> int:
+    return min(rows * shape.vocab, max(SCORE_ELEMENTS, shape.vocab)) * _SCORE_BYTES[cuda]
 
 
 def _generate(shape: ModelShape, load: Load) -> Scratch:
     size, ranks = load.dtype_bytes, load.ranks
     logits = logits_bytes(shape, load.rows, size, ranks)
-    prompts = logits_bytes(shape, _PROMPT_LOGPROB_ROWS, size, ranks) + _order_bytes(
-        shape, _PROMPT_LOGPROB_ROWS
-    )
-    after = max(logits + sampling_bytes(shape, load.rows), prompts)
+    prompts = logits_bytes(shape, _PROMPT_LOGPROB_ROWS, size, ranks)
+    prompts += _order_bytes(shape, _PROMPT_LOGPROB_ROWS, load.cuda)
+    after = max(logits + sampling_bytes(shape, load.rows, cuda=load.cuda), prompts)
     forward = forward_bytes(shape, load.tokens, size, ranks)
     if not load.cuda:
         return Scratch(plain=max(forward, after))
