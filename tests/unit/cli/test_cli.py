@@ -51,7 +51,9 @@ def test_a_reader_that_leaves_ends_a_command_in_silence(command: list[str], unbu
     )
     os.close(write)
     assert result.stderr == b""
-    assert result.returncode == 141 or unbuffered  # where nothing is buffered, argparse itself overlooks the fault
+    assert (
+        result.returncode == 141 or unbuffered
+    )  # where nothing is buffered, argparse itself overlooks the fault
 
 
 def test_broken_connections_elsewhere_stay_errors(
