@@ -243,3 +243,11 @@ def test_a_signal_drains_and_ends_with_0(number: int) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "http"])
+def test_a_port_that_cannot_be_is_a_wrong_option(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "minilm", f"--port={port}"])
+    assert ended.value.code == 2
+    assert "no port from 0 to 65535" in capsys.readouterr().err
