@@ -44,15 +44,22 @@ def test_tokens_of_the_fused_chain(scheme: str, monkeypatch: pytest.MonkeyPatch)
     model = build(scheme)
     assert any(isinstance(module, ScaledLinear) for module in model.modules())
     assert reason_against(model) is None
-    work = graphs.requests(4, 12 if ON_GPU else 4, False)
+    # FP8 activations round a value near a boundary either way, and one other token changes all that follow: two
+    # tokens a request, the first of which the chain has no part in.
+    rounds = "fp4" not in scheme
+    work = (
+        graphs.requests(30 if ON_GPU else 12, 2, False)
+        if rounds
+        else graphs.requests(4, 12 if ON_GPU else 4, False)
+    )
     expected = graphs.drain(graphs.build_core(model, graphs=False), work)
     core = graphs.build_core(model, graphs=True)
     got = graphs.drain(core, work)
-    same = sum(a == b for name in expected for a, b in zip(expected[name], got[name]))
-    total = sum(map(len, expected.values()))
-    assert total == sum(map(len, got.values()))
-    # FP8 activations round a value near a boundary either way, so a late token may differ.
-    assert same >= (total if "fp4" in scheme else 0.8 * total)
+    assert {name: len(tokens) for name, tokens in expected.items()} == {n: len(t) for n, t in got.items()}
+    pairs = [(a, b) for name in expected for a, b in zip(expected[name], got[name])][
+        1 if rounds else 0 :: 1 + rounds
+    ]
+    assert sum(a == b for a, b in pairs) >= (0.8 * len(pairs) if rounds else len(pairs))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter rounds to FP8 in another way")
