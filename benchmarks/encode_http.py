@@ -274,6 +274,7 @@ def measure(record: Recorder, name: str, folder: Path, args: Any) -> None:
             server.close()
     try:
         for batch, at_once in CASES:
+            say(f"{batch} texts a request, {at_once} requests in flight")
             seconds = in_process(
                 drive, server.url, args.texts, args.tokens, batch, at_once, args.client_processes
             )

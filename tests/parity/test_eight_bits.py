@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import triton_device
+from headrace.errors import UnsupportedCheckpoint
 from headrace.kernels.rounding import Format, Rounded, reference
 from headrace.kernels.rounding import triton as rounding
 from headrace.layers.eight_bits import EightBitLinear, PlainNorm, RoundingNorm
@@ -159,3 +160,10 @@ def test_models(name: str, format: Format) -> None:
         cosine = torch.nn.functional.cosine_similarity(expected, run(plain), dim=-1)
         assert cosine.min() > 0.97
         assert not torch.equal(expected, run(plain))
+
+
+@pytest.mark.parametrize(("format", "width"), [("fp8", 72), ("int8", 80)])
+def test_odd_widths_are_refused(format: Format, width: int) -> None:
+    shape = EncoderConfig(**{**SHAPE, "intermediate_size": width})
+    with pytest.raises(UnsupportedCheckpoint, match=str(width)):
+        round_to_eight_bits(EncoderModel(shape, dtype=torch.float32, device="cpu"), EightBits(format))

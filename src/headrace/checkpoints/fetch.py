@@ -58,12 +58,18 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     if (path := installed(name)) is not None:
         return path
     folder = models_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f".{name}.lock"):
-        if (path := installed(name)) is None:
-            with _reporting(model, progress) as report:
-                _install(model, folder, report)
-            path = installed(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / f".{name}.lock"):
+            if (path := installed(name)) is None:
+                with _reporting(model, progress) as report:
+                    _install(model, folder, report)
+                path = installed(name)
+    except OSError as error:
+        raise MissingFile(
+            f"{name} cannot be kept in {folder}: {error.strerror or error}; make room there, or set HEADRACE_HOME "
+            "to a folder that can be written"
+        ) from error
     assert path is not None, "an installed model has all its files"
     return path
 

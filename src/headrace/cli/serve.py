@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default 127.0.0.1)")
-    add("--port", type=int, default=8000, help="port; 0 lets the system choose (default 8000)")
+    add("--port", type=_port, default=8000, help="port; 0 lets the system choose (default 8000)")
     add(
         "--served-model-name", nargs="+", metavar="NAME", help="names of the only model; the first is its own"
     )
@@ -69,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-chat-template", action="store_true", help="let requests bring templates (they are programs)")
     add("--log-prompts", action="store_true", help="write what clients send into the log")
     add_model_arguments(parser)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port from 0 to 65535")
+    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -46,7 +46,7 @@ GAPS = (
     Gap("quantization", lambda value: bool(value) and value not in TYPES, "weights stay as they are"),
     Gap(
         "kv_cache_dtype",
-        lambda value: value not in ("auto", "fp8", "bfloat16", "float16", "float32"),
+        lambda value: value not in ("auto", "fp8", "fp4", "bfloat16", "float16", "float32"),
         "the KV cache has the type of the activations",
     ),
     Gap("tensor_parallel_size", _many, "one GPU a model"),

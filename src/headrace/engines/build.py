@@ -256,8 +256,13 @@ def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[
     ids: dict[int, None] = dict.fromkeys(tokenizer.eos_ids if tokenizer is not None else ())
     for source in (checkpoint.generation_config, checkpoint.config):
         found = source.get("eos_token_id")
-        if found is not None:
-            ids.update(dict.fromkeys((found,) if isinstance(found, int) else found))
+        listed = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(isinstance(id, int) for id in listed):
+            raise UnsupportedCheckpoint(
+                f"{checkpoint.path}: eos_token_id is {found!r}; expected a token id, or a list of them",
+                param="eos_token_id",
+            )
+        ids.update(dict.fromkeys(listed))
     return tuple(ids)
 
 

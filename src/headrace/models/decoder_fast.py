@@ -10,7 +10,6 @@ products are cuBLAS's and the rest is fused around them. Imported on GPUs only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,6 @@ from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.layers.rotary import Rotary
 from headrace.models.decoder import DecoderLayer, DecoderModel
 from headrace.quantization import device as scaled_kernels
-from headrace.quantization.device import Following, Rounded, chained, rounded
 from headrace.quantization.scaled import ScaledLinear
 
 __all__ = ["DecodeBatch", "FastDecoder", "reason_against"]
@@ -140,11 +138,6 @@ class FastDecoder:
             self.layers.append(_read_layer(layer, None if i in config.no_rope_layers else tables))
         covered = stream_covers(self.head) and all(_streams(layer) for layer in self.layers)
         self.stream_rows = STREAM_ROWS if covered else 0
-        self.chains = all(
-            scaled_kernels.chains(linear)
-            for layer in self.layers
-            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
-        )
 
     def workspace(self, num_seqs: int) -> DecodeWorkspace:
         """Scratch for steps of up to ``num_seqs`` sequences."""
@@ -216,37 +209,12 @@ class FastDecoder:
     def _small(self, batch: DecodeBatch) -> Tensor:
         """Residual stream before the last norm, [B, D]."""
         x = batch.embedded
-        if self.chains and x.shape[0] > 1:
-            return self._small_fp8(batch)
         for i, layer in enumerate(self.layers):
             qkv = _linear(x, layer.qkv, norm=layer.attention_norm)
             out = self._attend(qkv, layer, i, batch)
             x = _linear(out, layer.o, residual=x)
             inner = _linear(x, layer.gate_up, norm=layer.mlp_norm, gate=self.config.activation)
             x = _linear(inner, layer.down, residual=x)
-        return x
-
-    def _small_fp8(self, batch: DecodeBatch) -> Tensor:
-        """The same where every linear is in FP8: each product rounds its outputs for the next one."""
-        x = batch.embedded
-        rows: Rounded | None = rounded(x, self.layers[0].attention_norm)
-        for i, layer in enumerate(self.layers):
-            step = partial(chained, dtype=x.dtype)
-            linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
-            qkv, o, gate_up, down = (linear for linear in linears if isinstance(linear, ScaledLinear))
-            assert rows is not None
-            heads, _ = step(qkv, rows)
-            assert heads is not None
-            out = rounded(self._attend(heads, layer, i, batch))
-            y, rows = step(o, out, residual=x, following=Following(*layer.mlp_norm))
-            assert y is not None and rows is not None
-            _, inner = step(gate_up, rows, gate=self.config.activation, following=Following())
-            assert inner is not None
-            last = i + 1 == len(self.layers)
-            following = None if last else Following(*self.layers[i + 1].attention_norm)
-            x_next, rows = step(down, inner, residual=y, following=following)
-            assert x_next is not None
-            x = x_next
         return x
 
     def _large(self, batch: DecodeBatch) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from headrace.kernels.rounding import Format
+from headrace.errors import UnsupportedCheckpoint
+from headrace.kernels.rounding import BLOCK, Format
 from headrace.layers.dense import Dense
 from headrace.layers.eight_bits import EightBitLinear, PlainNorm, RoundingGate, RoundingNorm
 from headrace.layers.linear import Linear
@@ -38,10 +39,20 @@ class EightBits:
 
 
 def to_eight_bits(linear: nn.Module, format: Format) -> EightBitLinear:
-    """A linear in eight bits; its 16-bit weights can go."""
+    """A linear in eight bits; its 16-bit weights can go.
+
+    Raises UnsupportedCheckpoint for widths that no kernel takes.
+    """
     if isinstance(linear, EightBitLinear):
         return linear
     assert isinstance(linear, Linear)
+    step = BLOCK if format == "int8" else 16
+    if linear.in_features % step or linear.out_features % 16:
+        raise UnsupportedCheckpoint(
+            f"quantization {format} takes matrices of multiples of 16 by {step}; this checkpoint has one of "
+            f"{linear.out_features} x {linear.in_features}: leave quantization out",
+            param="quantization",
+        )
     activation = linear.activation if isinstance(linear, Dense) else None
     return EightBitLinear(linear.weight.data, linear.bias, format, parts=linear.parts, activation=activation)
 

@@ -23,6 +23,9 @@ _GUIDED = {
     "guided_regex": "regex",
     "guided_choice": "choice",
     "guided_grammar": "grammar",
+    "json_schema": "json",
+    "regex": "regex",
+    "ebnf": "grammar",
     "structural_tag": "structural_tag",
 }
 _STRUCTURED = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")

@@ -143,7 +143,14 @@ class State:
         self.batches: BatchJobs | None = None
         if options.data_dir is not None:
             key = options.api_keys[0] if options.api_keys else None
-            self.batches = BatchJobs(Path(options.data_dir), key, self._all_loaded)
+            try:
+                self.batches = BatchJobs(Path(options.data_dir), key, self._all_loaded)
+            except OSError as error:
+                raise ConfigError(
+                    f"--data-dir {options.data_dir} cannot be used: {error.strerror or error}; give a folder that "
+                    "can be written",
+                    param="data_dir",
+                ) from error
 
     def _all_loaded(self) -> bool:
         return all(model.loaded is not None for model in self.models.all)

@@ -141,3 +141,12 @@ def test_every_description_is_complete() -> None:
             assert len(bytes.fromhex(file.sha256)) == 32
             assert file.nbytes > 0
             assert file.parts
+
+
+def test_a_home_that_cannot_be_written_is_named(
+    model: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(MissingFile, match=r"file/home.*Not a directory.*HEADRACE_HOME"):
+        fetching.fetch("tiny", lambda *told: None)

@@ -227,7 +227,22 @@ def test_an_fp8_cache_is_refused_where_it_is_known_to_harm(tmp_path: Path) -> No
 
 
 def test_an_fp4_cache(folder: Path) -> None:
-    """Measured like any other; the tiny model's heads have 16 dimensions, one scale each."""
+    """Served and measured like any other; the tiny model's heads have 16 dimensions, one scale each."""
+    from headrace.engines.build import build
+    from headrace.types import Request, SamplingParams
+
+    core, ready = build(
+        EngineSpec(model="m", path=folder, kv_cache_dtype="fp4", device="cpu", dtype="float32")
+    )
+    plain, other = build(EngineSpec(model="m", path=folder, device="cpu", dtype="float32"))
+    size, wide = (about.summary["kv_bytes"] / about.summary["kv_tokens"] for about in (ready, other))
+    assert size / wide == pytest.approx(9 / 16 / 4, rel=0.02)
+    core.add([Request(id="a", token_ids=(3, 7, 11), sampling=SamplingParams(max_tokens=5, ignore_eos=True))])
+    tokens = [
+        token for _ in range(6) if core.has_work() for found in core.step() for token in found.token_ids
+    ]
+    assert len(tokens) == 5
+    del plain
     report = check(load(folder), folder, cache=torch.float4_e2m1fn_x2)
     finer = check(load(folder), folder, cache=torch.float8_e4m3fn)
     assert 0 < finer.mean_kl < report.mean_kl < 0.5

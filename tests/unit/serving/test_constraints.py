@@ -44,6 +44,9 @@ ACCEPTED: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_regex": "x{2}"}, "regex", "xx"),
     ({"guided_choice": ["a", "b"]}, "choice", "b"),
     ({"guided_grammar": 'start: "q"'}, "grammar", "q"),
+    ({"json_schema": json.dumps(POINT)}, "json_schema", '{"x": 1, "y": 2}'),
+    ({"regex": "x{2}"}, "regex", "xx"),
+    ({"ebnf": 'root ::= "q"'}, "grammar", "q"),
     ({"structured_outputs": {"choice": ["a", 'é\n"']}}, "choice", 'é\n"'),
     ({"structured_outputs": {"json": POINT}}, "json_schema", '{"x": 1, "y": 2}'),
     (

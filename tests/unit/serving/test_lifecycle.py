@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -16,7 +17,7 @@ import pytest
 
 from headrace.config.spec import EngineSpec
 from headrace.engines.scripted import Step
-from headrace.errors import EngineDead, UnknownArchitecture
+from headrace.errors import ConfigError, EngineDead, UnknownArchitecture
 from headrace.serving.admission import Rate
 from headrace.serving.logs import JsonFormatter
 from headrace.serving.server import _WATCH, Server, serve
@@ -413,3 +414,9 @@ def test_a_server_ends_when_its_last_engine_died_and_not_before() -> None:
             await asyncio.wait_for(running, 5)
 
     asyncio.run(scenario())
+
+
+def test_a_data_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"--data-dir .*file/data cannot be used: Not a directory"):
+        Server([scripted_model()], ServerOptions(data_dir=str(tmp_path / "file" / "data")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from headrace.errors import InvalidRequest
@@ -65,22 +64,30 @@ def sampling_params(
         raise
 
 
-@lru_cache(maxsize=32)
+_SPECIAL_TEXTS: dict[int, tuple[Any, tuple[str, ...]]] = {}  # by id of the tokenizer, which is kept with them
+
+
 def _special_texts(tokenizer: Any) -> tuple[str, ...]:
-    found = (tokenizer.token_bytes(number).decode("utf-8", "replace") for number in tokenizer.special_ids)
-    return tuple(text for text in found if len(text) > 2)
+    known = _SPECIAL_TEXTS.get(id(tokenizer))
+    if known is None:
+        found = (tokenizer.token_bytes(number).decode("utf-8", "replace") for number in tokenizer.special_ids)
+        known = (tokenizer, tuple(text for text in found if len(text) > 2))
+        if len(_SPECIAL_TEXTS) >= 32:
+            _SPECIAL_TEXTS.clear()
+        _SPECIAL_TEXTS[id(tokenizer)] = known
+    return known[1]
 
 
 def _no_special_text(constraint: ConstraintSpec | None, engine: AsyncEngine) -> None:
     """Where a grammar demands the text of a special token, only that token could be written, and it is no text."""
-    if constraint is None or constraint.kind == "text":
+    if constraint is None or constraint.kind in ("text", "lark"):  # lark: markers of the model's own format
         return
     tokenizer: Any = engine.kit.tokenizer
     for text in _special_texts(tokenizer):
         if text in constraint.text:
             raise InvalidRequest(
                 f"the grammar holds {text!r}, which is a special token of this model and cannot be written as text",
-                param="tools" if constraint.kind == "lark" else "response_format",
+                param="response_format",
                 code="invalid_grammar",
             )
 
