@@ -238,7 +238,9 @@ def from_code(
     classes: list[type[HeadraceError]] = [HeadraceError]
     for cls in classes:  # grows while it is read: the whole tree
         classes += cls.__subclasses__()
-    found = {cls.code: cls for cls in classes}.get(code, default)
+    # Only those declared here cross the border: others inherit their codes and may be made of other arguments.
+    # Of those that share a code the first is the one that declares it.
+    found = {cls.code: cls for cls in reversed(classes) if cls.__module__ == __name__}.get(code, default)
     return found(message, param=param)
 
 
