@@ -202,14 +202,6 @@ def candidates(scheme: str, rows: int, n: int, k: int, gated: bool) -> list[Any]
                 found.append(GemvShape(bn, bk, warps, 1))
         return found
     bm = padded_rows(rows)
-    if scheme in ("chain", "groups"):
-        for bn, splits, stages, warps in itertools.product((64, 128), (1, 2, 4, 8), (3, 4, 6, 8), (4, 8)):
-            shared = stages * (bn * double + max(bm, 16)) * 128
-            programs = -(-outputs // bn) * splits
-            fits = shared <= 200_000 and k // (splits * 128) >= 2 and 90 <= programs <= 800
-            if fits and not (bn == 64 and warps == 8):
-                found.append(PackedShape(bn, 128, splits, warps, stages))
-        return found
     if scheme == "fp8":
         for bn, bk, splits, stages, warps in itertools.product(
             (64, 128), (128, 256), (1, 2, 4, 8), (3, 4, 6), (4, 8)
@@ -231,14 +223,8 @@ def candidates(scheme: str, rows: int, n: int, k: int, gated: bool) -> list[Any]
     return found
 
 
-def under(
-    scheme: str, linears: list[ScaledLinear], x: Tensor, gate: str | None, shape: Any
-) -> Callable[[int], object]:
-    """The product alone (activations rounded before), with one tile shape.
-
-    Schemes besides those of weights: ``chain`` and ``groups`` are FP8 with activations in groups, the first with
-    outputs in FP8 too.
-    """
+def under(linears: list[ScaledLinear], x: Tensor, gate: str | None, shape: Any) -> Callable[[int], object]:
+    """The product alone (activations rounded before), with one tile shape."""
     common: dict[str, Any] = {"gate": gate, "out_dtype": x.dtype, "shape": shape}
     if isinstance(shape, GemvShape):
 
@@ -247,18 +233,6 @@ def under(
             return fp8_gemv(x, linear.held.codes, scaled.row_scales(linear), **common)
 
         return one_row
-    if scheme in ("chain", "groups"):
-        rows = scaled.rounded(x)
-        gain = None if gate else torch.ones(linears[0].out_features, dtype=x.dtype, device=x.device)
-        extra: dict[str, Any] = {} if scheme == "groups" else {"following": scaled.Following(gain, 1e-6)}
-
-        def link(i: int) -> object:
-            linear = linears[i % len(linears)]
-            return kernels.chained_product(
-                rows, linear.held.codes, scaled.row_scales(linear), **extra, **common
-            )
-
-        return link
     if isinstance(shape, PackedShape):
         codes, scale = kernels.quantize_rows(x)
 
@@ -295,11 +269,8 @@ def tune(
     for rows, scheme in itertools.product(row_counts, schemes):
         jobs = []
         for name, (n, k, gate) in shapes(model).items():
-            if (name == "qkv") != (scheme == "groups") and scheme in ("chain", "groups"):
-                continue
-            form = "fp8" if scheme in ("chain", "groups") else scheme
-            first = packed(form, n, k)
-            linears = [first, *(packed(form, n, k) for _ in range(max(1, SPREAD // first.nbytes)))]
+            first = packed(scheme, n, k)
+            linears = [first, *(packed(scheme, n, k) for _ in range(max(1, SPREAD // first.nbytes)))]
             x = torch.randn(rows, k, dtype=torch.bfloat16, device=DEVICE)
             tried = candidates(scheme, rows, n, k, gate is not None)
             tried = random.Random(1).sample(tried, min(limit, len(tried)))
@@ -310,7 +281,7 @@ def tune(
                     k,
                     gate,
                     linears,
-                    [(shape, under(scheme, linears, x, gate, shape)) for shape in tried],
+                    [(shape, under(linears, x, gate, shape)) for shape in tried],
                 )
             )
         compile_all([partial(run, 0) for *_, runs in jobs for _, run in runs])

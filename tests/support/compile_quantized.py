@@ -23,26 +23,21 @@ Variant = tuple[str, Any, dict[str, str], dict[str, Any]]
 FLOATS = ("eps",)
 KINDS = {
     "x_ptr": "*bf16", "out_ptr": "*bf16", "bias_ptr": "*bf16", "res_ptr": "*bf16", "gain_ptr": "*bf16",
-    "zero_ptr": "*fp32", "scale_ptr": "*fp32", "row_scale_ptr": "*fp32", "xs_ptr": "*fp32", "squares_ptr": "*fp32",
-    "next_scale_ptr": "*fp32", "next_squares_ptr": "*fp32", "parts_ptr": "*fp32", "arrivals_ptr": "*i32",
-    "codes_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv",
+    "zero_ptr": "*fp32", "scale_ptr": "*fp32", "row_scale_ptr": "*fp32", "xs_ptr": "*fp32", "parts_ptr": "*fp32",
+    "arrivals_ptr": "*i32", "codes_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv",
 }  # fmt: skip
 
 
 def fp8() -> Iterator[Variant]:
     base = {
         "BM": 16, "BN": 64, "BK": 128, "SPLITS": 2, "FORM": 0, "GROUP": 0, "HEIGHT": 1, "XGROUP": 0, "ROW_SCALE": True,
-        "STATIC": False, "BIAS": True, "GATE": 0, "RESIDUAL": True, "SQUARES": 0, "STORE": True, "ROUND": False,
-        "GAIN": False, "WIDEN": False, "PDL": True,
+        "STATIC": False, "BIAS": True, "GATE": 0, "RESIDUAL": True, "WIDEN": False, "PDL": True,
     }  # fmt: skip
-    chain = {"XGROUP": 128, "ROUND": True}
     cases: dict[str, dict[str, Any]] = {
         "token": {},
         "static": {"STATIC": True, "GATE": 1, "SPLITS": 1},
         "blocks": {"GROUP": 128, "HEIGHT": 128, "XGROUP": 128, "ROW_SCALE": False},
-        "chain": {**chain, "GAIN": True},
-        "gated chain": {**chain, "GATE": 1, "SQUARES": 32, "STORE": False, "SPLITS": 1},
-        "end of a chain": {"XGROUP": 64, "BK": 64, "BM": 64},
+        "groups": {"XGROUP": 64, "BK": 64, "BM": 64},
     }
     for name, changes in cases.items():
         yield f"fp8 {name}", products._small, {"x_ptr": "*fp8e4nv"}, {**base, **changes}

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from headrace.kernels.norm import rms_norm
 from headrace.kernels.quantized_linear import quantize_rows
 from headrace.kernels.quantized_linear import triton as kernels
 from headrace.kernels.quantized_linear.formats import to_fp8
-from headrace.kernels.quantized_linear.triton import Following, Rounded
 from headrace.kernels.quantized_linear.triton_codes import dequantize_codes, four_bit_product
 from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
 from headrace.quantization.scaled import ScaledLinear
@@ -20,7 +19,7 @@ from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
 from headrace.quantization.tiled import TiledWeight
 
-__all__ = ["Following", "Rounded", "chained", "chains", "fused", "has_kernel", "product", "rounded"]
+__all__ = ["fused", "has_kernel", "product"]
 
 _GROUP = 128  # columns that share an activation's scale, for weights in blocks
 
@@ -75,37 +74,6 @@ def fused(
     assert isinstance(weight, GroupIntWeight)
     parts: dict[str, Any] = {"form": kernels.INT8, "group": weight.group, "zero": weight.zero}
     return kernels.small_product(x, weight.codes, weight.scale, **parts, **common)
-
-
-def chains(linear: nn.Module) -> bool:
-    """Whether ``chained`` takes this linear: FP8 with a scale a row, and activations rounded as they come."""
-    if not isinstance(linear, ScaledLinear) or not isinstance(linear.held, Fp8Weight):
-        return False
-    fits = _whole_rows(linear.held) and all(size % _GROUP == 0 for size in linear.held.shape)
-    return fits and linear.activations.kind == "token"
-
-
-def rounded(x: Tensor, norm: tuple[Tensor, float] | None = None) -> Rounded:
-    """The start of a chain: rows in FP8 (after an RMS norm, if given), each 128 columns with their own scale."""
-    return Rounded(*quantize_rows(x, group=_GROUP, norm=norm))
-
-
-def chained(
-    linear: ScaledLinear,
-    x: Rounded,
-    *,
-    gate: str | None = None,
-    residual: Tensor | None = None,
-    following: Following | None = None,
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, Rounded | None]:
-    """``act(x @ weight.T + bias) + residual`` with x and maybe the outputs in FP8; see kernels' chained_product."""
-    weight = linear.held
-    assert isinstance(weight, Fp8Weight)
-    return kernels.chained_product(
-        x, weight.codes, row_scales(linear), bias=linear.bias, gate=gate, residual=residual, following=following,
-        out_dtype=dtype,
-    )  # fmt: skip
 
 
 def product(linear: ScaledLinear, x: Tensor) -> Tensor:

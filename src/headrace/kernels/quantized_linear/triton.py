@@ -8,8 +8,6 @@ type (4-bit codes: triton_codes.py). FP8 sums leave the tensor core's own imprec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -18,15 +16,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.launch import INTERPRETED, launch_options, prefetch_l2
 from headrace.kernels.linear.triton import _GATES, _SCRATCH
-from headrace.kernels.quantized_linear.triton_parts import FP8_MAX, finish, gather_parts, round_tile
-from headrace.kernels.quantized_linear.tuning import PackedShape, chained_shape, packed_shape, padded_rows
+from headrace.kernels.quantized_linear.triton_parts import FP8_MAX, finish, gather_parts
+from headrace.kernels.quantized_linear.tuning import PackedShape, packed_shape, padded_rows
 
 __all__ = [
     "FP8",
     "INT8",
-    "Following",
-    "Rounded",
-    "chained_product",
     "dequantize",
     "quantize_rows",
     "small_product",
@@ -140,19 +135,13 @@ def _step(acc, x_ptr, x_row, xs, w_ptr, scale_ptr, zero_ptr, rows, m, m_ok, k, K
 
 
 @triton.jit
-def _small(x_ptr, x_row, xs_ptr, x_groups, squares_ptr, eps, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups,
-           bias_ptr, res_ptr, out_ptr, gain_ptr, codes_ptr, next_scale_ptr, next_squares_ptr, parts_ptr, arrivals_ptr,
-           M, N, K,
+def _small(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr, res_ptr,
+           out_ptr, parts_ptr, arrivals_ptr, M, N, K,
            BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, FORM: tl.constexpr,
            GROUP: tl.constexpr, HEIGHT: tl.constexpr, XGROUP: tl.constexpr, ROW_SCALE: tl.constexpr,
            STATIC: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
-           SQUARES: tl.constexpr, STORE: tl.constexpr, ROUND: tl.constexpr, GAIN: tl.constexpr, WIDEN: tl.constexpr,
-           PDL: tl.constexpr):  # fmt: skip
-    """out[m, n] for all M rows and BN columns, over one of SPLITS ranges of K; with a gate rows n and N + n.
-
-    SQUARES: rows of x are still to be divided by their root mean square, whose sums are in SQUARES parts.
-    ROUND: the outputs are also, or only, written in FP8 for the next product.
-    """
+           WIDEN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """out[m, n] for all M rows and BN columns, over one of SPLITS ranges of K; with a gate rows n and N + n."""
     if PDL:
         gdc_launch_dependents()
     tile = tl.program_id(0) // SPLITS
@@ -203,29 +192,7 @@ def _small(x_ptr, x_row, xs_ptr, x_groups, squares_ptr, eps, w_ptr, scale_ptr, z
             factor = tl.load(xs_ptr + (m * 0 if STATIC else m), mask=m_ok, other=0.0)[None, :]
             acc = acc * factor
             acc2 = acc2 * factor
-        if SQUARES > 0:
-            g = tl.arange(0, SQUARES)[:, None]
-            at = squares_ptr + m[None, :] * x_groups + g
-            total = tl.sum(tl.load(at, mask=(g < x_groups) & m_ok[None, :], other=0.0), 0)
-            rs = tl.rsqrt(total / K + eps)[None, :]
-            acc = acc * rs
-            acc2 = acc2 * rs
-        y = finish(acc, acc2, rows, near, m, m_ok, bias_ptr, res_ptr, out_ptr, N, BIAS, GATE, RESIDUAL, STORE)
-        if ROUND:
-            round_tile(
-                y,
-                tile,
-                near,
-                m,
-                m_ok,
-                gain_ptr,
-                codes_ptr,
-                next_scale_ptr,
-                next_squares_ptr,
-                N,
-                N // BN,
-                GAIN,
-            )
+        finish(acc, acc2, rows, near, m, m_ok, bias_ptr, res_ptr, out_ptr, N, BIAS, GATE, RESIDUAL)
 
 
 @triton.jit
@@ -257,36 +224,6 @@ def quantize_rows(
         x, x.stride(0), gain, codes, scale, k, groups, eps, GROUP=group or 0, BK=bk, NORM=norm is not None, **options
     )  # fmt: skip
     return codes, scale
-
-
-@dataclass(frozen=True, slots=True)
-class Rounded:
-    """Rows in FP8, as one product leaves them for the next.
-
-    Attributes:
-        codes: float8_e4m3fn [M, K].
-        scale: float32 [M, K / group].
-        squares: float32 [M, K / group], or None. If given the rows are a residual stream times the gain of the RMS norm
-            that comes next, and these the sums of squares of its groups: dividing by their root is left to the product.
-        eps: of that norm.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    squares: Tensor | None = None
-    eps: float = 0.0
-
-    @property
-    def group(self) -> int:
-        return self.codes.shape[1] // self.scale.shape[1]
-
-
-@dataclass(frozen=True, slots=True)
-class Following:
-    """How a product leaves its outputs: in FP8, and with a gain [N] and eps also as they are (the residual stream)."""
-
-    gain: Tensor | None = None
-    eps: float = 0.0
 
 
 def small_product(
@@ -326,96 +263,27 @@ def small_product(
     else:
         assert group % 16 == 0
         step = min(shape.bk, group) if group > shape.bk and group % shape.bk else shape.bk
-    out, _ = _launch(
-        x, weight, scale, shape, step, form=form, group=group, height=height, zero=zero, row_scale=row_scale,
-        x_scale=x_scale, x_group=x_group, bias=bias, gate=gate, residual=residual, out_dtype=out_dtype,
-    )  # fmt: skip
-    assert out is not None
-    return out
-
-
-def chained_product(
-    x: Rounded,
-    weight: Tensor,
-    row_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    gate: str | None = None,
-    residual: Tensor | None = None,
-    following: Following | None = None,
-    out_dtype: torch.dtype,
-    shape: PackedShape | None = None,
-) -> tuple[Tensor | None, Rounded | None]:
-    """A product of a chain: FP8 comes in, and FP8 may go out, without a kernel between.
-
-    Args:
-        x: of M at most MAX_ROWS rows.
-        weight: float8_e4m3fn [N, K]; row_scale: float32 [N].
-        following: how the outputs are left; None: as they are.
-
-    Returns:
-        The outputs in ``out_dtype`` (None if ``following`` has no gain), and in FP8 (None without ``following``).
-    """
-    rounds = following is not None
-    rows, (n, k) = x.codes.shape[0], weight.shape
-    shape = shape or chained_shape(x.codes.device, rows, n, k, gate is not None, rounds, x.group)
-    step = min(shape.bk, x.group)
-    assert x.group % step == 0
-    return _launch(
-        x.codes, weight, x.scale, shape, step, form=FP8, row_scale=row_scale, x_scale=x.scale, x_group=x.group,
-        squares=x.squares, eps=x.eps, bias=bias, gate=gate, residual=residual, following=following,
-        out_dtype=out_dtype,
-    )  # fmt: skip
-
-
-def _launch(
-    x: Tensor, weight: Tensor, scale: Tensor, shape: PackedShape, step: int, *, form: int, group: int = 0,
-    height: int = 1, zero: Tensor | None = None, row_scale: Tensor | None = None, x_scale: Tensor | None = None,
-    x_group: int = 0, squares: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None,
-    gate: str | None = None, residual: Tensor | None = None, following: Following | None = None,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor | None, Rounded | None]:  # fmt: skip
     num_rows, k = x.shape
     n = weight.shape[0] // (1 if gate is None else 2)
     assert num_rows <= MAX_ROWS and x.stride(1) == 1 and weight.is_contiguous()
     bm = max(16, padded_rows(num_rows))
     tiles = triton.cdiv(n, shape.bn)
-    gain = None if following is None else following.gain
-    stores = following is None or gain is not None
-    out = torch.empty(num_rows if stores else 0, n, dtype=out_dtype, device=x.device)
-    rounded = None
-    if following is not None:
-        assert n % shape.bn == 0
-        sums = None if gain is None else torch.empty(num_rows, tiles, dtype=torch.float32, device=x.device)
-        rounded = Rounded(
-            torch.empty(num_rows, n, dtype=torch.float8_e4m3fn, device=x.device),
-            torch.empty(num_rows, tiles, dtype=torch.float32, device=x.device),
-            sums,
-            following.eps,
-        )
+    out = torch.empty(num_rows, n, dtype=out_dtype, device=x.device)
     parts = arrivals = out
     if shape.splits > 1:
         tall = (1 if gate is None else 2) * shape.bn
         parts, arrivals = _SCRATCH.get(x.device, tiles * shape.splits * tall * bm, tiles)
-    x_groups = x_scale.shape[1] if x_group and x_scale is not None else 1
-    none = weight  # stands for tensors that are not there
-
-    def given(tensor: Tensor | None) -> Tensor:
-        return none if tensor is None else tensor
-
     _small[(tiles * shape.splits,)](
-        x, x.stride(0), given(x_scale), x_groups, given(squares), eps, weight, scale, given(zero), given(row_scale),
-        scale.shape[1] if group else 1, given(bias), given(residual), out, given(gain),
-        *((none,) * 3 if rounded is None else (rounded.codes, rounded.scale, given(rounded.squares))),
-        parts, arrivals, num_rows, n, k,
+        x, x.stride(0), x if x_scale is None else x_scale, x_scale.shape[1] if x_group and x_scale is not None else 1,
+        weight, scale, scale if zero is None else zero, scale if row_scale is None else row_scale,
+        scale.shape[1] if group else 1, x if bias is None else bias, x if residual is None else residual, out, parts,
+        arrivals, num_rows, n, k,
         BM=bm, BN=shape.bn, BK=step, SPLITS=shape.splits, FORM=form, GROUP=group, HEIGHT=height, XGROUP=x_group,
         ROW_SCALE=row_scale is not None, STATIC=x_scale is not None and x_scale.dim() == 0, BIAS=bias is not None,
-        GATE=_GATES[gate], RESIDUAL=residual is not None,
-        SQUARES=0 if squares is None else max(16, triton.next_power_of_2(x_groups)), STORE=stores,
-        ROUND=rounded is not None, GAIN=gain is not None, WIDEN=INTERPRETED,
+        GATE=_GATES[gate], RESIDUAL=residual is not None, WIDEN=INTERPRETED,
         **launch_options(x.device, shape.warps, shape.stages),
     )  # fmt: skip
-    return (out if stores else None), rounded
+    return out
 
 
 def dequantize(weight: Tensor, scale: Tensor, zero: Tensor, *, group: int, dtype: torch.dtype) -> Tensor:

@@ -276,7 +276,7 @@ def _small_codes(x_ptr, x_row, w_ptr, width, scale_ptr, zero_ptr, row_scale_ptr,
             acc = acc * (tl.load(row_scale_ptr + near) * UP)[:, None]
             if GATE > 0:
                 acc2 = acc2 * (tl.load(row_scale_ptr + near + N) * UP)[:, None]
-        finish(acc, acc2, rows, near, m, m_ok, bias_ptr, res_ptr, out_ptr, N, BIAS, GATE, RESIDUAL, True)
+        finish(acc, acc2, rows, near, m, m_ok, bias_ptr, res_ptr, out_ptr, N, BIAS, GATE, RESIDUAL)
 
 
 @triton.jit

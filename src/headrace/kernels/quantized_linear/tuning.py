@@ -1,7 +1,6 @@
 """Tile shapes of the few-row kernels over weights of few bits: data for measured GPUs and shapes, a rule for others.
 
-``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` (form: fp8, chain, groups,
-fp4 or int4; rows: 1, or 8, 16, 32 or 64 for up to
+``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` (form: fp8, fp4 or int4; rows: 1, or 8, 16, 32 or 64 for up to
 that many; g: gated, N counting both halves) to a list of numbers in the order of the shape's fields.
 benchmarks/quantized.py --tune measures and writes them.
 """
@@ -20,7 +19,6 @@ from headrace.kernels.linear.tuning import GemvShape
 __all__ = [
     "CodesShape",
     "PackedShape",
-    "chained_shape",
     "codes_shape",
     "gemv_shape",
     "packed_shape",
@@ -70,25 +68,6 @@ def packed_shape(device: torch.device, rows: int, n: int, k: int, fp8: bool, gat
     bk = 256 if fp8 and bm == 16 and not gated else 128
     splits = _splits(-(-n // (128 if gated else 64)), k, bk, 4)
     return PackedShape(64, bk, splits, 4, 4 if fp8 else 3)
-
-
-def chained_shape(
-    device: torch.device, rows: int, n: int, k: int, gated: bool, rounds: bool, group: int
-) -> PackedShape:
-    """For FP8 rows [rows, k] with a scale for ``group`` columns, and weights [n, k].
-
-    ``rounds``: the outputs are rounded too, bn columns with one scale.
-    """
-    bm = max(16, padded_rows(rows))
-    found = _tuned(device).get(_key("chain" if rounds else "groups", bm, n, k, gated))
-    if found is not None:
-        return PackedShape(*found)
-    outputs = n // 2 if gated else n
-    if gated or not rounds or outputs % 128:
-        splits = 1 if gated else _splits(-(-outputs // 64), k, 128, 4, 300)
-        return PackedShape(64, 128, splits, 4, 4 if gated or bm == 64 else 6)
-    splits = _splits(outputs // 128, k, 128, 4)
-    return PackedShape(128, 128, splits, 8 if bm == 64 else 4, 4 if bm == 64 else 6 if group >= 128 else 8)
 
 
 def codes_shape(device: torch.device, rows: int, n: int, k: int, fp4: bool, gated: bool) -> CodesShape:
