@@ -74,7 +74,8 @@ def load_backbone(
     if transform is not None:
         raise UnsupportedCheckpoint(
             f"{(checkpoint.config.get('architectures') or ['?'])[0]} keeps its weights in 16 or 32 bits, or with its "
-            "activations in 8: formats of weights alone save little here and are not built",
+            "activations in 8: formats of weights alone save little here and are not built; leave quantization out, "
+            "or name fp8 (on a GPU) or int8",
             param="quantization",
         )
     family = encoder_family(checkpoint.config)
