@@ -37,6 +37,18 @@ def device_name() -> str:
     return floors.device_name()
 
 
+def _command(bench: str) -> str:
+    """What was run, without where this machine keeps its files."""
+    words, given = [], iter(sys.argv[1:])
+    for word in given:
+        if word in ("--results", "--commit", "--folder"):
+            next(given, None)
+        else:
+            words.append(Path(word).name if word.startswith("/") else word)
+    module = Path(sys.argv[0]).stem if sys.argv[0].endswith(".py") else bench
+    return "python -m benchmarks." + shlex.join([module, *words])
+
+
 class Recorder:
     """Prints rows, and with --record appends them to benchmarks/results/<bench>.jsonl."""
 
@@ -48,7 +60,7 @@ class Recorder:
             "device": device_name(),
             "commit": getattr(args, "commit", None) or _commit(),
             "date": datetime.date.today().isoformat(),
-            "command": "python -m benchmarks." + shlex.join([bench, *sys.argv[1:]]),
+            "command": _command(bench),
         }
 
     def row(
