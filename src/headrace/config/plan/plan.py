@@ -294,13 +294,6 @@ def _kv_dtype(spec: EngineSpec, facts: Facts, dtype: str) -> str:
     return dtype if wanted == "auto" else wanted
 
 
-def _own_format(facts: Facts, layout: _Layout) -> str:
-    """What the weights are in without conversion; "" for the dtype. ggml's blocks are unpacked but on a CPU."""
-    if facts.quantized.method != "gguf":
-        return facts.quantized.method
-    return facts.quantized.source if layout.keep_blocks else ""
-
-
 def _check_request(
     spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine, layout: _Layout
 ) -> None:

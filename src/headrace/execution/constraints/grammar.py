@@ -8,7 +8,7 @@ from typing import Any
 from headrace.errors import InvalidRequest
 from headrace.types import ConstraintSpec
 
-__all__ = ["KINDS", "LIMITS", "WHITESPACE", "check_grammar", "grammar_of"]
+__all__ = ["KINDS", "LIMITS", "WHITESPACE", "grammar_of"]
 
 KINDS = ("json_object", "json_schema", "regex", "choice", "grammar", "lark", "structural_tag", "text")
 MAX_SOURCE_BYTES = 1 << 20
@@ -82,22 +82,6 @@ def grammar_of(spec: ConstraintSpec) -> str:
         case "structural_tag":
             return _structural_tag(_json(spec))
     raise _invalid(f"constraint kind {spec.kind!r} is unknown; expected one of {', '.join(KINDS)}")
-
-
-def check_grammar(spec: ConstraintSpec) -> list[str]:
-    """Compile without a vocabulary; returns warnings, raises InvalidRequest with the compiler's own words."""
-    from llguidance import LLMatcher, LLParserLimits
-
-    grammar = grammar_of(spec)
-    try:
-        failed, messages = LLMatcher.validate_grammar_with_warnings(
-            grammar, None, limits=LLParserLimits(**LIMITS)
-        )
-    except Exception as error:
-        raise _invalid(f"the {spec.kind} cannot be compiled: {error}") from error
-    if failed:
-        raise _invalid(f"the {spec.kind} cannot be enforced: {messages[0].strip()}")
-    return list(messages)
 
 
 def _json(spec: ConstraintSpec) -> Any:
