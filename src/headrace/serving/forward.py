@@ -19,8 +19,20 @@ __all__ = ["Forward", "is_forwarded"]
 _OWNED = ("/v1/responses", "/v1/files", "/v1/batches", "/metrics")
 # RFC 9110, 7.6.1, and what aiohttp writes itself
 _HOP_BY_HOP = frozenset(
-    "connection keep-alive proxy-connection te trailer transfer-encoding upgrade "
-    "host content-length expect date server".split()
+    [
+        "connection",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "host",
+        "content-length",
+        "expect",
+        "date",
+        "server",
+    ]
 )
 
 
