@@ -9,9 +9,12 @@ import pytest
 import torch
 import transformers
 
-from headrace.types import EncodeParams, EncodeTask
+from headrace.engines.encode import EncodeCore
+from headrace.execution.encode_runner import EncodeRunner
+from headrace.types import EncodeParams, EncodeTask, Request
 from parity.encoders import (
     FAMILIES,
+    VOCAB,
     add_pooling,
     array,
     encode,
@@ -80,3 +83,23 @@ def test_the_folder_of_gte_written_without_transformers(head: str, tmp_path: Pat
         with torch.no_grad():
             expected = theirs(input_ids=torch.tensor([sequence]))[0][0].numpy()
         np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_wrong_token_id_fails_alone(graphs: bool, tmp_path: Path) -> None:
+    make(tmp_path, "bert")
+    add_pooling(tmp_path)
+    run = EncodeRunner(runner(tmp_path).model, torch.device("cpu"), graphs=graphs)
+    core = EncodeCore(run, max_tokens=512, max_seqs=32)
+    for wrong in (VOCAB, -1, 2**40):
+        ids = [*sequences(seed=5, count=6), [5, wrong, 6]]
+        core.add([Request(id=str(i), token_ids=tuple(x), encode=EncodeParams()) for i, x in enumerate(ids)])
+        found = {output.request_id: output for _ in range(2) if core.has_work() for output in core.step()}
+        assert not core.has_work()
+        bad = found.pop("6")
+        assert (bad.error_code, bad.error_param) == ("invalid_value", "input")
+        assert "vocabulary" in bad.error
+        assert not any(output.error for output in found.values())
+        alone = encode(run, ids[:6], EncodeParams())
+        for i in range(6):
+            np.testing.assert_allclose(array(found[str(i)]), array(alone[i]), atol=1e-6)
