@@ -1,6 +1,6 @@
 """What crosses the border between a serving process and an engine core: msgpack, typed, versioned here.
 
-serving ──► core   Submit · Abort · Shutdown
+serving ──► core   Submit · Abort · Forget · Shutdown
 core ──► serving   Ready · Outputs · EncodeOutputs · Heartbeat · Failed
 """
 
@@ -17,6 +17,7 @@ __all__ = [
     "CoreStats",
     "EncodeOutputs",
     "Failed",
+    "Forget",
     "FromCore",
     "Heartbeat",
     "Loading",
@@ -41,6 +42,12 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     """The clients of these requests are gone; they leave the batch at the next step."""
 
     request_ids: tuple[str, ...]
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """The serving process of this name (its ZMQ routing id) is gone, and with it the clients of its requests."""
+
+    client: bytes
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
@@ -124,7 +131,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     traceback: str = ""
 
 
-ToCore = Submit | Abort | Shutdown
+ToCore = Submit | Abort | Forget | Shutdown
 FromCore = Loading | Ready | Outputs | EncodeOutputs | Heartbeat | Failed
 
 _encoder = msgspec.msgpack.Encoder()

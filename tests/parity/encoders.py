@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from headrace.checkpoints.resolve import open_checkpoint
 from headrace.execution.encode_runner import EncodeRunner
@@ -73,6 +74,45 @@ def make(
             weight.normal_(1.0 if norm else 0.0, 0.2)
     model.save_pretrained(folder)
     return model, json.loads((folder / "config.json").read_text())
+
+
+def write_gte(folder: Path, head: str = "Model", *, seed: int = 0, num_labels: int = 0) -> None:
+    """A random GTE under the published names, for machines whose transformers does not know the family.
+
+    tests/parity/test_encoder_families.py reads the same folder with one that does.
+    """
+    prefix = "" if head == "Model" else "gte."
+    hidden, inner = BASE["hidden_size"], BASE["intermediate_size"]
+    assert isinstance(hidden, int) and isinstance(inner, int)
+    embeddings = {"word_embeddings.weight": (VOCAB, hidden), "token_type_embeddings.weight": (2, hidden)}
+    embeddings |= {"LayerNorm.weight": (hidden,), "LayerNorm.bias": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {f"embeddings.{name}": shape for name, shape in embeddings.items()}
+    for i in range(3):
+        layer = {
+            "attention.qkv_proj.weight": (3 * hidden, hidden), "attention.qkv_proj.bias": (3 * hidden,),
+            "attention.o_proj.weight": (hidden, hidden), "attention.o_proj.bias": (hidden,),
+            "mlp.up_gate_proj.weight": (2 * inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner), "mlp.down_proj.bias": (hidden,),
+            **{f"{norm}.{leaf}": (hidden,) for norm in ("attn_ln", "mlp_ln") for leaf in ("weight", "bias")},
+        }  # fmt: skip
+        shapes |= {f"encoder.layer.{i}.{name}": shape for name, shape in layer.items()}
+    if head == "ForSequenceClassification":
+        shapes |= {"pooler.dense.weight": (hidden, hidden), "pooler.dense.bias": (hidden,)}
+    shapes = {prefix + name: shape for name, shape in shapes.items()}
+    config = BASE | {"model_type": "gte", "architectures": [f"Gte{head}"], "type_vocab_size": 2}
+    config |= {"hidden_act": "gelu", "rope_parameters": {"rope_theta": 160000.0, "rope_type": "default"}}
+    if num_labels:
+        shapes |= {"classifier.weight": (num_labels, hidden), "classifier.bias": (num_labels,)}
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_labels)}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        center = (
+            1.0 if len(shape) == 1 and ("_ln." in name or "LayerNorm" in name) and "weight" in name else 0.0
+        )
+        tensors[name] = torch.randn(shape, generator=generator) * 0.2 + center
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def add_pooling(folder: Path, mode: str = "mean", hidden: int = 32, *, normalize: bool = False) -> None:

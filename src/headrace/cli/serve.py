@@ -65,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pages of this origin may call the server; * for all; may be given several times",
     )  # fmt: skip
     add("--data-dir", metavar="DIR", help="folder for /v1/files and /v1/batches; without it they are off")
+    add(
+        "--api-server-count",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="HTTP processes on the one port, for one set of engines (1)",
+    )
     add("--drain-seconds", type=float, default=30.0, metavar="S", help="time to finish after SIGTERM (30)")
     add("--allow-chat-template", action="store_true", help="let requests bring templates (they are programs)")
     add("--log-prompts", action="store_true", help="write what clients send into the log")
@@ -107,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         log_prompts=args.log_prompts,
         cors_origins=tuple(args.cors_allow_origin),
         data_dir=args.data_dir,
+        api_server_count=args.api_server_count,
     )
     bars = LoadingBars()
     server = Server(

@@ -115,6 +115,7 @@ VLLM_FLAGS = (
     _f("--disable-log-requests", "", "bool", "requests are not logged"),
     _f("--host", "--host", "str"),
     _f("--port", "--port"),
+    _f("--api-server-count", "--api-server-count"),
     _f("--api-key", "--api-key", "str", "or the secret `headrace_api_key`"),
 )
 

@@ -68,6 +68,9 @@ class ZmqTransport:
         for client in self._clients:
             self._socket.send_multipart((client, data), self._zmq.NOBLOCK)
 
+    def forget(self, client: bytes) -> None:
+        self._clients.discard(client)
+
     def close(self) -> None:
         self._socket.close()
 

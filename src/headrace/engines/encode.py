@@ -10,10 +10,10 @@ from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 
-from headrace.errors import HeadraceError, InvalidRequest, RequestTimeout, Unprocessable
+from headrace.errors import HeadraceError, InvalidRequest, RequestError, RequestTimeout, Unprocessable
 from headrace.messages import CoreStats
 from headrace.scheduling.token_budget import TokenBudgetQueue, Waiting
-from headrace.types import EncodeOutput, EncodeTask, Request
+from headrace.types import EncodeOutput, EncodeParams, EncodeTask, Request
 
 __all__ = ["EncodeCore", "Launched", "OverlappingPass", "Pass"]
 
@@ -32,19 +32,18 @@ class Pass(Protocol):
 
     Attributes:
         tasks: what the model can do.
-        vocab_size, max_tokens: bounds of a request's token ids and of their number.
+        max_tokens: of one request.
         dimensions: size of its pooled vectors, 0 if it has none.
         token_types: segments that it tells apart; 0 or 1: it ignores them.
     """
 
     tasks: frozenset[EncodeTask]
-    vocab_size: int
     max_tokens: int
     dimensions: int
     token_types: int
 
     def run(self, requests: Sequence[Request]) -> list[EncodeOutput]:
-        """One pass over these; outputs in their order."""
+        """One pass over these; outputs in their order. Raises InvalidRequest when one holds a wrong token id."""
         ...
 
 
@@ -95,6 +94,7 @@ class EncodeCore(Generic[P]):
         self._running: _Running | None = None
         self._queue = TokenBudgetQueue(max_tokens, max_seqs)
         self._requests: dict[str, Request] = {}
+        self._known: EncodeParams | None = None  # the last ones that were found right
         self._refused: list[EncodeOutput] = []
         self._steps = self._tokens = self._aborted = 0
         self._step_ms = self._host_ms = 0.0
@@ -105,10 +105,7 @@ class EncodeCore(Generic[P]):
             try:
                 self._check(request)
             except HeadraceError as error:
-                code, param = type(error).code, error.param or ""
-                self._refused.append(
-                    EncodeOutput(request.id, error=error.message, error_code=code, error_param=param)
-                )
+                self._refused.append(_refusal(request, error))
                 continue
             self._requests[request.id] = request
             self._queue.add(Waiting(request.id, len(request.token_ids), request.priority, request.deadline))
@@ -187,8 +184,9 @@ class EncodeCore(Generic[P]):
             return _Running(batch, runner.launch(batch), began)
         except torch.AcceleratorError:
             raise
-        except Exception:
-            logger.exception("a pass over %d sequences failed", len(batch))
+        except Exception as error:
+            if not isinstance(error, RequestError):
+                logger.exception("a pass over %d sequences failed", len(batch))
             self._settle(batch, self._each(batch), began, outputs)
             return None
 
@@ -220,6 +218,8 @@ class EncodeCore(Generic[P]):
             return self.runner.run(batch)
         except torch.AcceleratorError:
             raise  # the device's context is lost; the process must be replaced
+        except RequestError as error:  # of one of these
+            return self._each(batch) if len(batch) > 1 else [_refusal(batch[0], error)]
         except Exception as error:
             logger.exception("a pass over %d sequences failed", len(batch))
             if len(batch) > 1:
@@ -230,24 +230,17 @@ class EncodeCore(Generic[P]):
         return [output for request in batch for output in self._run([request])]
 
     def _check(self, request: Request) -> None:
+        """Raise what is wrong with a request, but for its token ids: the runner judges those of a batch at once."""
         runner: Pass = self.runner
-        params = request.encode
-        if params is None:
-            raise Unprocessable("this model encodes and does not generate; set encode, not sampling")
-        for task in (params.task, *params.also):
-            if task not in runner.tasks:
-                can = ", ".join(sorted(runner.tasks))
-                raise Unprocessable(f"this model cannot {task}; it can {can}", param="task")
+        if request.encode is None or request.encode != self._known:
+            self._check_params(request.encode)
+            self._known = request.encode
         if request.id in self._requests:
             raise InvalidRequest(f"request id {request.id!r} is already waiting", param="id")
         size = len(request.token_ids)
         if not 0 < size <= runner.max_tokens:
             raise Unprocessable(
                 f"the input has {size} tokens; expected 1 to {runner.max_tokens}", param="input"
-            )
-        if min(request.token_ids) < 0 or max(request.token_ids) >= runner.vocab_size:
-            raise InvalidRequest(
-                f"a token id is outside the vocabulary; expected 0 to {runner.vocab_size - 1}", param="input"
             )
         if request.token_types and len(request.token_types) != size:
             raise InvalidRequest(
@@ -260,10 +253,25 @@ class EncodeCore(Generic[P]):
                     f"token_types holds {low if low < 0 else high}; expected 0 to {runner.token_types - 1}",
                     param="token_types",
                 )
+
+    def _check_params(self, params: EncodeParams | None) -> None:
+        runner: Pass = self.runner
+        if params is None:
+            raise Unprocessable("this model encodes and does not generate; set encode, not sampling")
+        for task in (params.task, *params.also):
+            if task not in runner.tasks:
+                can = ", ".join(sorted(runner.tasks))
+                raise Unprocessable(f"this model cannot {task}; it can {can}", param="task")
         if params.dimensions is not None and not 0 < params.dimensions <= runner.dimensions:
             raise InvalidRequest(
                 f"dimensions is {params.dimensions}; expected 1 to {runner.dimensions}", param="dimensions"
             )
+
+
+def _refusal(request: Request, error: HeadraceError) -> EncodeOutput:
+    return EncodeOutput(
+        request.id, error=error.message, error_code=type(error).code, error_param=error.param or ""
+    )
 
 
 def _wait(running: _Running) -> bool:

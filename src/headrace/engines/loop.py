@@ -16,6 +16,7 @@ from headrace.messages import (
     Abort,
     CoreStats,
     EncodeOutputs,
+    Forget,
     FromCore,
     Heartbeat,
     Outputs,
@@ -67,7 +68,10 @@ class Transport(Protocol):
         """Queue a message for a client; never blocks."""
 
     def broadcast(self, message: FromCore) -> None:
-        """To every client that ever wrote."""
+        """To every client that ever wrote and is not forgotten."""
+
+    def forget(self, client: bytes) -> None:
+        """This client is gone."""
 
 
 class CoreLoop:
@@ -82,8 +86,9 @@ class CoreLoop:
         self.core = core
         self.transport = transport
         self._owners: dict[str, bytes] = {}
+        self._forgotten: set[bytes] = set()
         self._stopping = False
-        self._last_sent = 0.0
+        self._last_beat = 0.0
 
     def run(self) -> None:
         """Turn until Shutdown; drains first if that asks for it."""
@@ -104,6 +109,8 @@ class CoreLoop:
 
     def _handle(self, client: bytes, message: ToCore) -> None:
         match message:
+            case Submit() if client in self._forgotten:
+                pass  # sent before its death, read after we were told
             case Submit(requests):
                 for request in requests:
                     self._owners.setdefault(request.id, client)
@@ -112,10 +119,21 @@ class CoreLoop:
                 self.core.abort(request_ids)
                 for request_id in request_ids:
                     self._owners.pop(request_id, None)
+            case Forget(gone):
+                self._forget(gone)
             case Shutdown(drain):
                 self._stopping = True
                 if not drain:
                     self.core.abort(list(self._owners))
+
+    def _forget(self, client: bytes) -> None:
+        """A serving process died: nobody waits for what it asked."""
+        owned = [request_id for request_id, owner in self._owners.items() if owner == client]
+        self.core.abort(owned)
+        for request_id in owned:
+            del self._owners[request_id]
+        self._forgotten.add(client)
+        self.transport.forget(client)
 
     def _send(self, outputs: Sequence[Output | EncodeOutput]) -> None:
         if not outputs:
@@ -138,10 +156,10 @@ class CoreLoop:
             self.transport.send(client, Outputs(tuple(part), stats))
         for client, many in encoded.items():
             self.transport.send(client, EncodeOutputs(tuple(many), stats))
-        self._last_sent = time.monotonic()
 
     def _heartbeat(self) -> None:
+        """Every client hears of the loop, also one whose requests are none of those that run."""
         now = time.monotonic()
-        if now - self._last_sent >= HEARTBEAT_SECONDS:
-            self._last_sent = now
+        if now - self._last_beat >= HEARTBEAT_SECONDS:
+            self._last_beat = now
             self.transport.broadcast(Heartbeat(self.core.stats()))

@@ -18,18 +18,19 @@ from collections.abc import Callable
 from typing import Any
 
 from headrace.config.spec import EngineSpec
+from headrace.engines.attached import Attachment, SocketClient, connect
 from headrace.engines.dispatch import DispatchClient, error_of
 from headrace.engines.loop import Core, CoreLoop
 from headrace.errors import EngineDead
 from headrace.messages import (
     Failed,
+    Forget,
     FromCore,
     Loading,
     Ready,
     Shutdown,
     ToCore,
     decode_from_core,
-    encode,
 )
 
 __all__ = ["InProcessClient", "ProcessClient", "start", "start_in_process"]
@@ -81,36 +82,39 @@ def _alive(process: Child) -> bool:
     return process.poll() is None
 
 
-class ProcessClient(DispatchClient):
-    """A core in a process of its own."""
+class ProcessClient(SocketClient):
+    """A core in a process of its own, which this one started."""
 
-    def __init__(self, spec: EngineSpec, ready: Ready, process: Child, socket: Any) -> None:
-        super().__init__(spec, ready)
+    def __init__(self, spec: EngineSpec, ready: Ready, process: Child, socket: Any, address: str) -> None:
+        super().__init__(spec, ready, socket)
         self._process = process
-        self._socket = socket
-        self._reader = asyncio.get_running_loop().create_task(self._read())
+        self._address = address
 
     @classmethod
     async def start(cls, spec: EngineSpec, on_loading: OnLoading | None = None) -> ProcessClient:
         """See `headrace.engines.process.start`."""
-        import zmq
-        import zmq.asyncio
-
         address = f"ipc://{tempfile.gettempdir()}/headrace-{uuid.uuid4().hex[:16]}"
         process = _launch(spec, address)
-        socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.connect(address)
-        await socket.send(b"")
+        socket = await connect(address)
         try:
             ready = await _until_ready(socket, process, on_loading)
         except BaseException:
             _end(process)
             socket.close()
             raise
-        return cls(spec, ready, process, socket)
+        return cls(spec, ready, process, socket, address)
+
+    def share(self, name: bytes) -> Attachment:
+        """What another process needs to be a client of this core (`headrace.engines.attached`).
+
+        ``name`` is its own for all time: a process that replaces another has another name.
+        """
+        return Attachment(self.spec, self.ready, self._address, self._process.pid, name)
+
+    def forget(self, name: bytes) -> None:
+        """The process that was given this name is gone: the core drops its requests."""
+        if self._failure is None:
+            self._send(Forget(name))
 
     async def close(self, drain: bool = True) -> None:
         """See EngineClient."""
@@ -121,25 +125,10 @@ class ProcessClient(DispatchClient):
         while _alive(self._process) and (deadline is None or time.monotonic() < deadline):
             await asyncio.sleep(0.02)
         _end(self._process)
-        self._reader.cancel()
-        self._fail("the engine was closed")
-        self._socket.close()
+        self._disconnect()
 
-    def _send(self, message: ToCore) -> None:
-        import zmq
-
-        # The synchronous send of the underlying socket: unbounded queue, so it never waits.
-        zmq.Socket.send(self._socket._shadow_sock, encode(message), zmq.NOBLOCK)
-
-    async def _read(self) -> None:
-        while True:
-            while await self._socket.poll(200):
-                self._receive(decode_from_core(await self._socket.recv()))
-            if not _alive(self._process) and not self._draining:
-                self._fail(
-                    f"the engine process of {self.spec.name!r} died with exit code {self._process.returncode}"
-                )
-                return
+    def _death(self) -> str | None:
+        return None if _alive(self._process) else f"with exit code {self._process.returncode}"
 
 
 async def _until_ready(socket: Any, process: Child, on_loading: OnLoading | None) -> Ready:
@@ -184,6 +173,9 @@ class _QueueTransport:
 
     def broadcast(self, message: FromCore) -> None:
         self.send(b"", message)
+
+    def forget(self, client: bytes) -> None:
+        """The only client lives as long as this transport."""
 
 
 class InProcessClient(DispatchClient):

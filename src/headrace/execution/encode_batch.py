@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.errors import InvalidRequest
 from headrace.layers.packed import AttentionBatch, PackedBatch
 
 __all__ = ["buffer_size", "fill", "upload", "view"]
@@ -28,8 +29,11 @@ def fill(
     seqs: int,
     token_ids: Sequence[Sequence[int]],
     token_types: Sequence[Sequence[int]] | None,
+    vocab_size: int,
 ) -> None:
-    """Write sequences into ``flat``, padded to so many tokens and sequences.
+    """Write sequences into ``flat``, padded to so many tokens and sequences. Raises InvalidRequest for a wrong id.
+
+    Ids are judged here, all at once, because one by one that takes as long as everything else the host does.
 
     Padding tokens are one more sequence (there must be room for it), and what follows it are empty ones: so every
     row of the batch belongs to a sequence, and no kernel meets rows that were never written.
@@ -39,7 +43,14 @@ def fill(
     ends = np.cumsum(lengths, dtype=np.int32)
     total = int(ends[-1])
     ids, positions = flat[:tokens], flat[tokens : 2 * tokens]
-    ids[:total] = np.fromiter(chain.from_iterable(token_ids), np.int32, total)
+    try:
+        ids[:total] = np.fromiter(chain.from_iterable(token_ids), np.int32, total)
+    except OverflowError:
+        ids[0] = -1
+    if ids[:total].min() < 0 or ids[:total].max() >= vocab_size:
+        raise InvalidRequest(
+            f"a token id is outside the vocabulary; expected 0 to {vocab_size - 1}", param="input"
+        )
     positions[:total] = np.arange(total, dtype=np.int32) - np.repeat(ends - lengths, lengths)
     ids[total:] = positions[total:] = 0
     if token_types is not None:

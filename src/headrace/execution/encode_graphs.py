@@ -109,8 +109,11 @@ class EncodeGraphs:
         stage = graph.stages[graph.turn]
         types = None
         if self.types:
-            types = [request.token_types or bytes(len(request.token_ids)) for request in requests]
-        fill(stage.numpy(), size, graph.seqs, [request.token_ids for request in requests], types)
+            stage[2 * size : 3 * size] = 0
+            if any(request.token_types for request in requests):
+                types = [request.token_types or bytes(len(request.token_ids)) for request in requests]
+        ids = [request.token_ids for request in requests]
+        fill(stage.numpy(), size, graph.seqs, ids, types, self.model.vocab_size)
         graph.given.copy_(stage, non_blocking=True)
         graph.replay()
         return graph.output[0]
@@ -137,7 +140,7 @@ class EncodeGraphs:
             torch.zeros(given.shape, dtype=torch.int32, pin_memory=self.captures) for _ in range(_STAGES)
         ]
         # One sequence, so that what runs before the first replay is a pass like any other.
-        fill(stages[0].numpy(), size, seqs, [[0]], [[0]] if self.types else None)
+        fill(stages[0].numpy(), size, seqs, [[0]], [[0]] if self.types else None, 1)
         given.copy_(stages[0])
         output: list[GraphPass] = []
 

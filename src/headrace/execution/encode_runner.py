@@ -83,7 +83,7 @@ class EncodeRunner:
             types = [request.token_types or bytes(len(request.token_ids)) for request in requests]
         kinds, seqs = types is not None, len(requests)
         flat = np.empty(buffer_size(total, seqs, types=kinds), np.int32)
-        fill(flat, total, seqs, [request.token_ids for request in requests], types)
+        fill(flat, total, seqs, [request.token_ids for request in requests], types, self.vocab_size)
         given = upload(flat, self.device)
         batch = view(given, total, seqs, types=kinds, causal=self.model.causal, longest=max(lengths))
         batch.attention.host_query_lens, batch.attention.host_seq_lens = lengths, list(lengths)
@@ -262,8 +262,9 @@ def _unpadded(batch: PackedBatch, tokens: int, seqs: int) -> PackedBatch:
 
 
 def _tasks(request: Request) -> list[EncodeTask]:
-    assert request.encode is not None
-    return list(dict.fromkeys((request.encode.task, *request.encode.also)))
+    params = request.encode
+    assert params is not None
+    return list(dict.fromkeys((params.task, *params.also))) if params.also else [params.task]
 
 
 def _normalized(values: Array) -> Array:

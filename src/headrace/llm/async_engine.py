@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -24,6 +24,9 @@ from headrace.text.encoding import EncodeText, Truncate
 from headrace.text.rerank import RerankTemplate
 from headrace.text.stopping import StopMatcher
 from headrace.types import EncodeParams, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from headrace.engines.attached import Attachment
 
 __all__ = ["AsyncEngine", "Embeddings", "PromptLike"]
 
@@ -80,9 +83,21 @@ class AsyncEngine:
 
         Raises ConfigError and ModelError when the model cannot be served, EngineDead when its process dies.
         """
-        from headrace.llm.startup import encode_side, start
+        from headrace.llm.startup import start
 
-        client, text, defaults = await start(spec, on_loading)
+        return cls._over(*await start(spec, on_loading))
+
+    @classmethod
+    async def attach(cls, attachment: Attachment) -> AsyncEngine:
+        """A further client of a core that another process runs (`ProcessClient.share`)."""
+        from headrace.llm.startup import attach
+
+        return cls._over(*await attach(attachment))
+
+    @classmethod
+    def _over(cls, client: EngineClient, text: TextKit, defaults: Mapping[str, Any]) -> AsyncEngine:
+        from headrace.llm.startup import encode_side
+
         encode_text, template = encode_side(client, text)
         return cls(
             client, text, sampling_defaults=defaults, encode_text=encode_text, rerank_template=template

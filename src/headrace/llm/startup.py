@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -18,7 +18,10 @@ from headrace.text.template import load_template_text
 from headrace.text.tokenizer import Tokenizer
 from headrace.types import EncodeTask
 
-__all__ = ["advice", "encode_side", "start"]
+if TYPE_CHECKING:
+    from headrace.engines.attached import Attachment
+
+__all__ = ["advice", "attach", "encode_side", "start"]
 
 _ADVISED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -50,6 +53,16 @@ async def start(
     except BaseException:
         await client.close(drain=False)
         raise
+    return client, text, advice(text.tokenizer.sources.generation_config)
+
+
+async def attach(attachment: Attachment) -> tuple[EngineClient, TextKit, dict[str, Any]]:
+    """A client of a core that runs already, and the same text side. Raises what reading a tokenizer raises."""
+    from headrace.engines.attached import AttachedClient
+    from headrace.llm.textkit import load_text
+
+    text = await asyncio.to_thread(load_text, attachment.spec)
+    client = await AttachedClient.attach(attachment)
     return client, text, advice(text.tokenizer.sources.generation_config)
 
 

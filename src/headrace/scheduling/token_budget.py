@@ -10,11 +10,12 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import msgspec
+
 __all__ = ["TokenBudgetQueue", "Waiting"]
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
+class Waiting(msgspec.Struct, frozen=True, gc=False):
     """One sequence that waits for its single pass.
 
     Attributes:

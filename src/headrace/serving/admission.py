@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from headrace.errors import Overloaded
 from headrace.serving.metrics import Metrics
+from headrace.serving.places import Places, refused
 
 if TYPE_CHECKING:
     from headrace.serving.state import Model
@@ -42,11 +43,17 @@ class Rate:
 
 
 class Admission:
-    """Counts the sequences that each model has in the house."""
+    """Lets sequences into the house while there are places.
 
-    def __init__(self, metrics: Metrics) -> None:
+    Args:
+        places: those taken, by this process or by all that serve together.
+        processes: how many serve together, each with about the same share.
+    """
+
+    def __init__(self, metrics: Metrics, places: Places | None = None, processes: int = 1) -> None:
         self._metrics = metrics
-        self._inside: dict[str, int] = {}
+        self._places = places or Places()
+        self._processes = processes
         self._rates: dict[str, Rate] = {}
 
     @contextmanager
@@ -56,22 +63,22 @@ class Admission:
         A request that is larger than the whole queue gets in when it is alone.
         """
         name = model.name
-        inside = self._inside.get(name, 0)
-        excess = inside + count - model.limit
-        if excess > 0 and inside > 0:
+        inside = self._places.take(name, count, model.limit)
+        if refused(inside, count, model.limit):
+            excess = inside + count - model.limit
             self._metrics.model(name).rejected += count
             raise Overloaded(
                 f"model {name!r} has {inside} requests and takes {model.limit}; retry later",
                 retry_after=self.wait(name, excess),
             )
-        self._inside[name] = inside + count
         try:
             yield
         finally:
-            self._inside[name] -= count
+            self._places.give_back(name, count)
             self._rates.setdefault(name, Rate()).add(count, time.monotonic())
 
     def wait(self, name: str, excess: int) -> float:
         """Seconds until ``excess`` places should be free at the recent rate, between 1 and 60."""
         rate = self._rates[name].value(time.monotonic()) if name in self._rates else 0.0
+        rate *= self._processes
         return min(_LONGEST_WAIT, max(1.0, excess / rate)) if rate > 0 else 1.0

@@ -12,6 +12,7 @@ from headrace.serving import openapi, probes
 from headrace.serving.anthropic.messages import messages
 from headrace.serving.anthropic.schemas import MessagesRequest
 from headrace.serving.cors import add_cors
+from headrace.serving.forward import Forward, is_forwarded
 from headrace.serving.middleware import ROUTES, around
 from headrace.serving.openai import batches
 from headrace.serving.openai.chat import chat_completions
@@ -107,16 +108,24 @@ TABLE = (
 )
 
 
-def make_app(state: State) -> web.Application:
-    """The aiohttp application of one server."""
+def make_app(state: State, first: str | None = None) -> web.Application:
+    """The aiohttp application of one HTTP process.
+
+    Args:
+        first: the Unix socket of the server's first process, if this is another one.
+    """
     app = web.Application(middlewares=[around], client_max_size=state.options.max_body_bytes)
     add_cors(app, state.options.cors_origins)
     app[STATE] = state
     app[ROUTES] = frozenset(route.path for route in TABLE)
     app[openapi.DOCUMENT] = openapi.build(TABLE)
+    forward = None if first is None else Forward(first)
+    if forward is not None:
+        app.cleanup_ctx.append(forward.session)
     for route in TABLE:
+        handler = forward if forward is not None and is_forwarded(route.path) else route.handler
         if route.method == "GET":
-            app.router.add_get(route.path, route.handler, allow_head=True)  # load balancers ask with HEAD
+            app.router.add_get(route.path, handler, allow_head=True)  # load balancers ask with HEAD
         else:
-            app.router.add_route(route.method, route.path, route.handler)
+            app.router.add_route(route.method, route.path, handler)
     return app

@@ -17,6 +17,7 @@ _HEADER = 2000  # longest warning header, bytes
 class Exchange:
     """Attributes:
     prompt: set only where the server is told to log prompts.
+    forwarded: another process of this server answered.
     warnings: what the request asked for and does not get; told in the header x-headrace-warnings.
     """
 
@@ -25,6 +26,7 @@ class Exchange:
     record: Record | None = None
     prompt: Any = None
     warnings: tuple[str, ...] = ()
+    forwarded: bool = False
 
     def headers(self) -> dict[str, str]:
         """Headers of the reply, streamed or not."""

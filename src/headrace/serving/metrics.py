@@ -11,6 +11,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from headrace.errors import RequestTimeout, http_status
 from headrace.llm import AsyncEngine, Delta, Generation
 from headrace.types import Usage
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.metrics_core import Metric
 
-__all__ = ["Histogram", "Metrics", "ModelMetrics", "Record"]
+__all__ = ["Counts", "Histogram", "Metrics", "ModelMetrics", "Record"]
 
 _SECONDS = (
     0.001,
@@ -43,15 +45,15 @@ _SECONDS = (
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
-class Histogram:
+class Histogram(msgspec.Struct):
     """Counts by bucket; for one thread."""
 
-    __slots__ = ("bounds", "counts", "sum")
+    bounds: tuple[float, ...]
+    counts: list[int] = []
+    sum: float = 0.0
 
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
@@ -66,22 +68,63 @@ class Histogram:
         return rows
 
 
-class ModelMetrics:
+def _seconds() -> Histogram:
+    return Histogram(_SECONDS)
+
+
+def _lengths() -> Histogram:
+    return Histogram(_TOKENS)
+
+
+class ModelMetrics(msgspec.Struct):
     """Everything that is counted for one model."""
 
-    def __init__(self) -> None:
-        self.ttft = Histogram(_SECONDS)
-        self.inter_token = Histogram(_SECONDS)
-        self.request_seconds = Histogram(_SECONDS)
-        self.prompt_length = Histogram(_TOKENS)
-        self.output_length = Histogram(_TOKENS)
-        self.input_tokens = 0
-        self.cached_tokens = 0
-        self.output_tokens = 0
-        self.aborted_tokens = 0
-        self.in_flight = 0
-        self.rejected = 0
-        self.outcomes: dict[str, int] = {}
+    ttft: Histogram = msgspec.field(default_factory=_seconds)
+    inter_token: Histogram = msgspec.field(default_factory=_seconds)
+    request_seconds: Histogram = msgspec.field(default_factory=_seconds)
+    prompt_length: Histogram = msgspec.field(default_factory=_lengths)
+    output_length: Histogram = msgspec.field(default_factory=_lengths)
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    aborted_tokens: int = 0
+    in_flight: int = 0
+    rejected: int = 0
+    outcomes: dict[str, int] = {}
+
+
+class Counts(msgspec.Struct):
+    """What one process has counted, or several together.
+
+    Attributes:
+        models: by canonical name.
+        responses: replies by route and status.
+    """
+
+    models: dict[str, ModelMetrics] = {}
+    responses: dict[tuple[str, int], int] = {}
+
+    def add(self, other: Counts) -> None:
+        """Take another process's counts on top of these."""
+        for name, counts in other.models.items():
+            mine = self.models.setdefault(name, ModelMetrics())
+            for field in msgspec.structs.fields(ModelMetrics):
+                setattr(mine, field.name, _sum(getattr(mine, field.name), getattr(counts, field.name)))
+        self.responses = _sum(self.responses, other.responses)
+
+    def ended(self) -> None:
+        """The process is gone: what it had in flight is no more."""
+        for counts in self.models.values():
+            counts.in_flight = 0
+
+
+def _sum(a: Any, b: Any) -> Any:
+    """Of two numbers, tallies or histograms."""
+    if isinstance(a, dict):
+        return {key: a.get(key, 0) + b.get(key, 0) for key in a | b}
+    if isinstance(a, Histogram):
+        return Histogram(a.bounds, [x + y for x, y in zip(a.counts, b.counts, strict=True)], a.sum + b.sum)
+    return a + b
 
 
 class Record:
@@ -191,56 +234,60 @@ class Metrics:
     """
 
     def __init__(self, engines: Callable[[], dict[str, AsyncEngine]]) -> None:
-        self.models: dict[str, ModelMetrics] = {}
-        self.responses: dict[tuple[str, int], int] = {}
+        self.own = Counts()
+        self._shown = self.own
         self._engines = engines
         self._registry: CollectorRegistry | None = None
 
     def model(self, name: str) -> ModelMetrics:
         """Counters of a model, by canonical name."""
-        return self.models.setdefault(name, ModelMetrics())
+        return self.own.models.setdefault(name, ModelMetrics())
 
     def count_response(self, route: str, status: int) -> None:
         key = (route, status)
-        self.responses[key] = self.responses.get(key, 0) + 1
+        self.own.responses[key] = self.own.responses.get(key, 0) + 1
 
-    def text(self) -> bytes:
-        """The exposition in Prometheus' text format."""
+    def text(self, others: Iterable[Counts] = ()) -> bytes:
+        """The exposition in Prometheus' text format; ``others`` have counted in processes beside this one."""
         from prometheus_client import CollectorRegistry, generate_latest
 
         if self._registry is None:
             self._registry = CollectorRegistry(auto_describe=False)
             self._registry.register(_Source(self))
+        self._shown = Counts()
+        for counts in (self.own, *others):
+            self._shown.add(counts)
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
         """Every family with its samples."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
+        shown = self._shown
         for name, text, field in _HISTOGRAMS:
             family: Any = HistogramMetricFamily(name, text, labels=["model"])
-            for model, counts in self.models.items():
+            for model, counts in shown.models.items():
                 histogram: Histogram = getattr(counts, field)
                 family.add_metric([model], histogram.buckets(), histogram.sum)
             yield family
         for name, text, field in _COUNTERS:
             family = CounterMetricFamily(name, text, labels=["model"])
-            yield _fill(family, ((m, getattr(counts, field)) for m, counts in self.models.items()))
+            yield _fill(family, ((m, getattr(counts, field)) for m, counts in shown.models.items()))
         family = GaugeMetricFamily(
             "headrace_requests_in_flight", "Admitted and not answered.", labels=["model"]
         )
-        yield _fill(family, ((m, counts.in_flight) for m, counts in self.models.items()))
+        yield _fill(family, ((m, counts.in_flight) for m, counts in shown.models.items()))
         family = CounterMetricFamily(
             "headrace_requests", "Requests by how they ended.", labels=["model", "outcome"]
         )
-        for model, counts in self.models.items():
+        for model, counts in shown.models.items():
             for outcome, count in counts.outcomes.items():
                 family.add_metric([model, outcome], count)
         yield family
         family = CounterMetricFamily(
             "headrace_http_responses", "Replies by route and status.", labels=["route", "status"]
         )
-        for (route, status), count in self.responses.items():
+        for (route, status), count in shown.responses.items():
             family.add_metric([route, str(status)], count)
         yield family
         yield from self._collect_engines(CounterMetricFamily, GaugeMetricFamily)

@@ -77,6 +77,8 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
 def _finish(request: web.Request, state: State, exchange: Exchange, status: int, seconds: float) -> None:
     resource = request.match_info.route.resource
     route = resource.canonical if resource is not None else "unknown"
+    if exchange.forwarded:  # the process that answered has counted it
+        return
     state.metrics.count_response(route, status)
     if request.path in _QUIET:
         return

@@ -58,10 +58,13 @@ async def ready(request: web.Request) -> web.Response:
     waiting = [name for name, row in rows.items() if row["status"] != "ok"]
     if waiting:
         return _reply(503, "not ready", _reason(rows, waiting), rows)
+    if state.joining:
+        return _reply(503, "not ready", "further HTTP processes are starting", rows)
     return _reply(200, "ok", "", rows)
 
 
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus' text format."""
-    text = request.app[STATE].metrics.text()
+    state = request.app[STATE]
+    text = state.metrics.text(await state.other_counts())
     return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

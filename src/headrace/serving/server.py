@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -13,29 +14,53 @@ from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError, EngineDead
 from headrace.llm import AsyncEngine
 from headrace.serving.app import make_app
+from headrace.serving.places import Places
 from headrace.serving.state import Model, Models, ServerOptions, State
+
+if TYPE_CHECKING:
+    from headrace.serving.fronts import Fronts
 
 __all__ = ["Server", "serve"]
 
 log = logging.getLogger(__name__)
 StartEngine = Callable[[EngineSpec], Awaitable[AsyncEngine]]
 _WATCH = 1.0  # seconds between looks at the engines' state
+_BACKLOG = 2048  # connections that wait to be accepted: many clients begin at once
 _LAST_WORDS = 2.0  # seconds for cancelled handlers to finish
 
 
 class Server:
-    """One HTTP server and its engines.
+    """One HTTP process and its engines; with ``options.api_server_count`` the first of several.
 
     It listens before its models are loaded: /health answers at once, the rest 503 until /ready is 200.
+
+    Args:
+        start_engine: makes the engine of a model.
+        places: those of all HTTP processes, if this is a further one.
+        first: the Unix socket of the first HTTP process, if this is a further one.
     """
 
     def __init__(
-        self, models: list[Model], options: ServerOptions, start_engine: StartEngine = AsyncEngine.start
+        self,
+        models: list[Model],
+        options: ServerOptions,
+        start_engine: StartEngine = AsyncEngine.start,
+        *,
+        places: Places | None = None,
+        first: str | None = None,
     ) -> None:
-        self.state = State(Models(models), options)
+        known = Models(models)
+        self._fronts: Fronts | None = None
+        if options.api_server_count > 1 and first is None:
+            from headrace.serving.fronts import Fronts
+
+            self._fronts = Fronts(models, options)
+            places = self._fronts.places
+        self.state = State(known, options, places, jobs=first is None)
+        self._first = first
         self._start_engine = start_engine
         self._runner = web.AppRunner(
-            make_app(self.state),
+            make_app(self.state, first),
             handler_cancellation=True,
             access_log=None,
             shutdown_timeout=_LAST_WORDS,
@@ -54,8 +79,13 @@ class Server:
         """Open the port; raises ConfigError when that is not possible."""
         options = self.state.options
         await self._runner.setup()
-        self._site = web.TCPSite(self._runner, options.host, options.port)
+        shared = options.api_server_count > 1
+        self._site = web.TCPSite(
+            self._runner, options.host, options.port, backlog=_BACKLOG, reuse_port=shared
+        )
         try:
+            if shared and self._first is None:
+                await _check_free(options.host, options.port)
             await self._site.start()
         except OSError as error:
             await self._runner.cleanup()
@@ -64,15 +94,27 @@ class Server:
                 "choose another --port or stop what uses it",
                 param="port",
             ) from error
+        if self._fronts is not None:
+            self.state.joining = True
+            self.state.other_counts = self._fronts.counts
+            await web.UnixSite(self._runner, self._fronts.socket).start()
         if self.state.batches is not None:
             self.state.batches.start(self.url)
 
     async def load(self) -> None:
-        """Start the engines that are not there yet, all at once; the first failure is raised."""
+        """Start the engines that are not there yet, all at once; the first failure is raised.
+
+        Further HTTP processes start meanwhile, and listen when this returns.
+        """
+        if self._fronts is not None:
+            await self._fronts.start()
         async with asyncio.TaskGroup() as group:
             for model in self.state.models.all:
                 if model.loaded is None:
                     group.create_task(self._load(model))
+        if self._fronts is not None:
+            await self._fronts.join(self._runner.addresses[0][1])
+            self.state.joining = False
 
     async def _load(self, model: Model) -> None:
         engine = await self._start_engine(model.spec)
@@ -96,6 +138,8 @@ class Server:
         if state.batches is not None:
             await state.batches.stop()
         state.draining = True
+        if self._fronts is not None:
+            self._fronts.drain()
         if self._site is not None:
             await self._site.stop()
         running = [task for task in state.running if task is not asyncio.current_task()]
@@ -107,11 +151,20 @@ class Server:
             if late:
                 log.warning("requests cut off", extra={"fields": {"requests": len(late)}})
                 await asyncio.wait(late, timeout=_LAST_WORDS)
+        if self._fronts is not None:
+            await self._fronts.close()
         await self._runner.cleanup()
         await state.grammars.close()
         for model in state.models.all:
             if model.loaded is not None:
                 await model.loaded.close(drain=False)
+
+
+async def _check_free(host: str, port: int) -> None:
+    """Raise OSError when somebody listens there: a shared port would be shared with strangers, too."""
+    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
+    server.close()
+    await server.wait_closed()
 
 
 async def serve(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from headrace.serving.admission import Admission
 from headrace.serving.auth import Keys
 from headrace.serving.batches import BatchJobs
 from headrace.serving.grammars import GrammarChecker
-from headrace.serving.metrics import Metrics
+from headrace.serving.metrics import Counts, Metrics
 from headrace.serving.openai.response_store import ResponseStore
 from headrace.serving.parsers.choose import choose
 from headrace.serving.parsers.grammar import Format
+from headrace.serving.places import Places
 
 __all__ = ["STATE", "Model", "Models", "ServerOptions", "State"]
 
@@ -38,6 +39,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         log_prompts: whether the log may hold what clients send.
         cors_origins: pages of these origins may call this server; ``*``: all.
         data_dir: folder for /v1/files and /v1/batches; None: they are off.
+        api_server_count: processes that listen on the same port.
     """
 
     host: str = "127.0.0.1"
@@ -50,6 +52,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     log_prompts: bool = False
     cors_origins: tuple[str, ...] = ()
     data_dir: str | None = None
+    api_server_count: int = 1
 
 
 class Model:
@@ -128,20 +131,28 @@ class State:
     Attributes:
         running: tasks of requests being answered.
         draining: set when the server takes no more requests.
+        other_counts: asks the other HTTP processes of this server what they have counted.
+        joining: set while further HTTP processes of this server start.
+
+    Args:
+        jobs: this process keeps files and batch jobs, if the server has any.
     """
 
-    def __init__(self, models: Models, options: ServerOptions) -> None:
+    def __init__(
+        self, models: Models, options: ServerOptions, places: Places | None = None, *, jobs: bool = True
+    ) -> None:
         self.models = models
         self.options = options
         self.keys = Keys(options.api_keys)
         self.metrics = Metrics(models.engines)
-        self.admission = Admission(self.metrics)
+        self.admission = Admission(self.metrics, places, options.api_server_count)
         self.grammars = GrammarChecker()
         self.responses = ResponseStore()
         self.running: set[asyncio.Task[object]] = set()
-        self.draining = False
+        self.draining = self.joining = False
+        self.other_counts: Callable[[], Awaitable[list[Counts]]] = _no_others
         self.batches: BatchJobs | None = None
-        if options.data_dir is not None:
+        if options.data_dir is not None and jobs:
             key = options.api_keys[0] if options.api_keys else None
             try:
                 self.batches = BatchJobs(Path(options.data_dir), key, self._all_loaded)
@@ -154,6 +165,10 @@ class State:
 
     def _all_loaded(self) -> bool:
         return all(model.loaded is not None for model in self.models.all)
+
+
+async def _no_others() -> list[Counts]:
+    return []
 
 
 STATE: web.AppKey[State] = web.AppKey("state", State)

@@ -7,14 +7,14 @@ import pytest
 
 from headrace.engines.encode import EncodeCore
 from headrace.engines.loop import Core
+from headrace.errors import InvalidRequest
 from headrace.types import EncodeOutput, EncodeParams, EncodeTask, Request, SamplingParams
 
 
 class FakePass:
-    """Answers with the lengths; breaks on token 13."""
+    """Answers with the lengths; breaks on token 13, and knows a hundred tokens."""
 
     tasks = frozenset({EncodeTask.EMBED, EncodeTask.EMBED_ALL})
-    vocab_size = 100
     max_tokens = 50
     dimensions = 8
     token_types = 2
@@ -26,6 +26,8 @@ class FakePass:
         self.batches.append([request.id for request in requests])
         if any(13 in request.token_ids for request in requests):
             raise RuntimeError("thirteen")
+        if not all(0 <= token < 100 for request in requests for token in request.token_ids):
+            raise InvalidRequest("a token id is outside the vocabulary", param="input")
         return [EncodeOutput(r.id, b"", (len(r.token_ids),)) for r in requests]
 
 
