@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
+from headrace.engines.audits import PLAIN, Bits, audits, is_packed, stored_bits
 from headrace.engines.build import choose_device, choose_dtype
+from headrace.engines.layer_errors import LayerErrors
 from headrace.engines.quality import Measured, save_measured
 from headrace.engines.scoring import piecewise_logits
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError
 from headrace.kernels.attention.fp4 import FP4
-from headrace.layers.linear import Linear
 from headrace.models.decoder import DecoderModel
-from headrace.quantization.audit import MatrixError, audit
+from headrace.quantization.audit import MatrixError
 from headrace.quantization.containers import QuantizedCheckpoint
-from headrace.quantization.linear import PackedLinear
-from headrace.quantization.scaled import ScaledLinear
-from headrace.quantization.schemes.fp4 import Fp4Weight
-from headrace.quantization.schemes.group_int import GroupIntWeight
-from headrace.quantization.schemes.int8 import Int8Linear
 
 __all__ = ["DEFAULT_LIMITS", "Limits", "Report", "compare", "verify"]
 
@@ -105,16 +100,18 @@ def verify(
     base = reference or msgspec.structs.replace(spec, quantization="", kv_cache_dtype="auto")
     base_checkpoint = open_weights(base)
     base_dtype = torch.float32 if device.type == "cpu" else choose_dtype(base, base_checkpoint, device)
-    model = load_weights(spec, checkpoint, dtype, device)
+    model = load_weights(spec, checkpoint, dtype, device, as_stored=True)
     cache = kv_dtype(spec, checkpoint, model.config, dtype)
     own = load_decoder_dense(base, base_checkpoint, base_dtype, device)
-    if cache == base_dtype and dtype == base_dtype and not any(_packed(model)):
+    same = checkpoint.fingerprint == base_checkpoint.fingerprint
+    if same and cache == base_dtype and dtype == base_dtype and not any(map(is_packed, model.modules())):
         raise ConfigError(
             f"{spec.name} in {dtype} is the reference itself: nothing is quantized, and the cache is {cache}; give "
             "--quantization, --kv-cache-dtype or --dtype",
             param="quantization",
         )
-    report = compare(model, own, tokenize(checkpoint), cache, base_dtype, device, limits)
+    bits = stored_bits(checkpoint, decoder=True)
+    report = compare(model, own, tokenize(checkpoint), cache, base_dtype, device, limits, bits)
     report = msgspec.structs.replace(
         report,
         setup=_describe(spec, checkpoint, dtype, cache),
@@ -143,13 +140,18 @@ def compare(
     reference_cache_dtype: torch.dtype,
     device: torch.device,
     limits: Limits = DEFAULT_LIMITS,
+    bits: Bits = lambda _: PLAIN,
 ) -> Report:
-    """Run both over the texts and audit the weights of ``model`` against those of ``reference``."""
+    """Run both over the texts and audit the weights of ``model`` against those of ``reference``.
+
+    Args:
+        bits: that matrices of ``model`` had on disk, where they were dequantized as they were loaded.
+    """
     texts = [ids for ids in texts if len(ids) > 1]
     if sum(map(len, texts)) < _MIN_TOKENS:
         raise ConfigError(f"the texts have {sum(map(len, texts))} tokens; at least {_MIN_TOKENS} are needed")
     kl, same, losses, base_losses = [], [], [], []
-    layers = _LayerErrors(model, reference)
+    layers = LayerErrors(model.layers, reference.layers)
     with layers:
         for ids in texts:
             mine = piecewise_logits(model, ids, cache_dtype, device)
@@ -176,7 +178,7 @@ def compare(
         perplexity=_perplexity(losses),
         reference_perplexity=_perplexity(base_losses),
         layer_errors=layers.means(),
-        matrices=tuple(_audits(model, reference)),
+        matrices=tuple(audits(model, reference, bits)),
     )
     return msgspec.structs.replace(report, problems=tuple(_problems(report, limits)))
 
@@ -205,65 +207,6 @@ def _problems(report: Report, limits: Limits) -> Iterator[str]:
                 f"{matrix.worst:.2f} of itself), the first at row {row}, column {column}: a wrong scale, order or "
                 "block"
             )
-
-
-def _packed(model: nn.Module) -> Iterator[tuple[str, PackedLinear | ScaledLinear]]:
-    for name, module in model.named_modules():
-        if isinstance(module, (PackedLinear, ScaledLinear)):
-            yield name, module
-
-
-def _bits(module: PackedLinear | ScaledLinear) -> int:
-    if isinstance(module, ScaledLinear):
-        weight = module.quantized
-        four = isinstance(weight, Fp4Weight) or (isinstance(weight, GroupIntWeight) and weight.bits == 4)
-        return 4 if four else 8
-    return 8 if isinstance(module, Int8Linear) else 4
-
-
-def _audits(model: DecoderModel, reference: DecoderModel) -> Iterator[MatrixError]:
-    modules = dict(reference.named_modules())
-    for name, packed in _packed(model):
-        other = modules.get(name)
-        if isinstance(other, Linear):
-            yield audit(name, packed.dequantize(), other.weight, bits=_bits(packed))
-
-
-class _LayerErrors:
-    """Hooks on both models' layers; ``settle`` compares what both did to one piece of text."""
-
-    def __init__(self, model: DecoderModel, reference: DecoderModel) -> None:
-        self._models = (model, reference)
-        self._streams: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._errors: list[list[float]] = [[] for _ in model.layers]
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for model, streams in zip(self._models, self._streams):
-            for layer in model.layers:
-                self._handles.append(layer.register_forward_hook(self._hook(streams)))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    @staticmethod
-    def _hook(streams: list[Tensor]) -> Callable[..., None]:
-        def keep(_: nn.Module, __: object, output: tuple[Tensor, Tensor]) -> None:
-            streams.append((output[0].float() + output[1].float()).clone())
-
-        return keep
-
-    def settle(self) -> None:
-        mine, other = self._streams
-        for errors, a, b in zip(self._errors, mine, other, strict=True):
-            errors.append(float((a - b).norm() / b.norm().clamp(min=1e-30)))
-        mine.clear()
-        other.clear()
-
-    def means(self) -> tuple[float, ...]:
-        """One number a layer."""
-        return tuple(sum(errors) / max(len(errors), 1) for errors in self._errors)
 
 
 def _describe(spec: EngineSpec, checkpoint: Checkpoint, dtype: torch.dtype, cache: torch.dtype) -> str:

@@ -49,9 +49,17 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    *,
+    as_stored: bool = False,
 ) -> DecoderModel:
-    """The decoder of an opened checkpoint, quantized on the way if the spec says so."""
+    """The decoder of an opened checkpoint, quantized on the way if the spec says so.
+
+    Args:
+        as_stored: matrices of a quantized checkpoint stay as they are, and round activations as it says, where
+            this device would dequantize them as they are loaded (for ``headrace verify``).
+    """
     transform = load_time(quantization_type(spec.quantization), device) if spec.quantization else None
+    stays = as_stored and isinstance(checkpoint, QuantizedCheckpoint)
     return load_decoder(
         checkpoint.config,
         checkpoint,
@@ -59,7 +67,7 @@ def load_weights(
         device=device,
         progress=progress,
         transform=transform,
-        keep_packed=transform is None and keeps_packed(checkpoint, dtype, device),
+        keep_packed=transform is None and (stays or keeps_packed(checkpoint, dtype, device)),
     )
 
 
