@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from headrace.checkpoints.base import Checkpoint
@@ -111,7 +110,8 @@ def _weights(model: nn.Module) -> dict[str, _Held]:
     """By path; matrices of linears and embeddings are named by their module."""
     found: dict[str, _Held] = {}
     leaves: list[str] = []
-    for path, module in model.named_modules():
+    for full, module in model.named_modules():
+        path = full.removeprefix("backbone.")  # of an EncodeModel
         if path.startswith(tuple(leaf + "." for leaf in leaves)):
             continue
         if isinstance(module, (*_Packed.__args__, PackedHead, RoundingNorm, PlainNorm)):
@@ -137,7 +137,7 @@ def _of_module(path: str, module: nn.Module) -> dict[str, _Held]:
     for name, value in own.items():
         at = path if name == "weight" and isinstance(module, (Linear, Embedding)) else f"{path}.{name}"
         if at not in found:
-            found[at] = _plain(lambda value=value: value.data)
+            found[at] = _plain(value.detach)
     return found
 
 
@@ -161,6 +161,7 @@ def _bits(module: nn.Module) -> int:
 
 def _gains(model: nn.Module) -> dict[str, Tensor]:
     """Norms of a decoder whose result goes into matrices and nowhere else."""
+    model = getattr(model, "backbone", model)
     if not isinstance(model, DecoderModel) or model.config.norm_place == "post":
         return {}
     return {

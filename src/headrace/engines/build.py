@@ -98,6 +98,8 @@ def _build_encode(
 ) -> tuple[EncodeCore[EncodeRunner], Ready]:
     check_int8_pays(spec, device)
     dtype = choose_encode_dtype(spec, checkpoint, device)
+    fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization)
+    check_quality(spec, checkpoint, dtype, dtype, changed=fewer)
     core, ready = build_encode(spec, checkpoint, device, dtype)
     ready.summary.update(_summary(checkpoint, core.runner.model, device, dtype))
     return core, ready

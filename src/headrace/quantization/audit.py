@@ -33,6 +33,17 @@ class MatrixError(msgspec.Struct, frozen=True, kw_only=True):
     bad_pieces: int = 0
     where: tuple[int, int] | None = None
 
+    @property
+    def problem(self) -> str:
+        """What is wrong with it, as a sentence; "" for nothing."""
+        if self.where is None:
+            return ""
+        row, column = self.where
+        return (
+            f"{self.name}: {self.bad_pieces} pieces are not the reference's rounded (worst off by {self.worst:.2f} of "
+            f"itself), the first at row {row}, column {column}: a wrong scale, order or block"
+        )
+
 
 def audit(name: str, packed: Tensor, reference: Tensor, *, bits: int) -> MatrixError:
     """Compare piece by piece, so that a wrong scale, swapped halves or a missing block cannot hide in the sum.

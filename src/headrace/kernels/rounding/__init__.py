@@ -18,7 +18,19 @@ from torch import Tensor
 
 from headrace.kernels.dispatch import kernel
 
-__all__ = ["BLOCK", "Format", "Rounded", "activate", "gate", "hadamard", "linear", "norm", "rows", "top", "values"]
+__all__ = [
+    "BLOCK",
+    "Format",
+    "Rounded",
+    "activate",
+    "gate",
+    "hadamard",
+    "linear",
+    "norm",
+    "rows",
+    "top",
+    "values",
+]
 
 Format = Literal["fp8", "int8"]
 BLOCK = 32  # columns that are rotated together; widths are multiples of it for int8
