@@ -8,16 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import encoders
-from headrace.checkpoints.resolve import open_checkpoint
 from headrace.config.spec import EngineSpec
 from headrace.engines.verify import Limits, verify
-from headrace.engines.verify_encode import EncodeLimits, compare_encoders
-from headrace.kernels.rounding import Format
-from headrace.layers.eight_bits import EightBitLinear
-from headrace.models.encode_eight_bits import EightBits
-from headrace.models.encode_model import EncodeModel, load_encode_model
-from headrace.text.encoding import Encoded
 from support.tiny_folder import write_llama
 
 pytestmark = [
@@ -44,31 +36,5 @@ def test_decoders(tmp_path: Path, scheme: str) -> None:
     report = verify(spec, lambda _: TEXTS, limits=LOOSE)
     assert report.problems == ()
     assert len(report.matrices) == 8
-    assert 0 < report.mean_kl
+    assert report.mean_kl > 0
     print(f"{scheme}: KL {report.mean_kl:.5f}, worst matrix {max(m.error for m in report.matrices):.4f}")
-
-
-@pytest.mark.parametrize("form", ["fp8", "int8"])
-@pytest.mark.parametrize("family", ["bert", "modernbert", "eurobert"])
-def test_encoders(tmp_path: Path, family: str, form: Format) -> None:
-    encoders.make(tmp_path, family, hidden_size=256, intermediate_size=512, num_hidden_layers=2)
-    encoders.add_pooling(tmp_path, hidden=256)
-    device = torch.device("cuda")
-
-    def load(how: EightBits | None) -> EncodeModel:
-        return load_encode_model(
-            tmp_path, open_checkpoint(tmp_path), dtype=torch.float16, device=device, eight_bits=how
-        )
-
-    inputs = [Encoded(tuple(RNG.randrange(5, 90) for _ in range(n))) for n in (17, 3, 80, 1, 29, 8)]
-    own, loose = load(None), EncodeLimits(min_cosine=0.9)
-    model = load(EightBits(form))
-    report = compare_encoders(model, own, inputs, device, loose)
-    assert report.problems == ()
-    assert len(report.matrices) == 8
-    print(f"{family} {form}: {report.changes[0]}")
-    linears = [(n, m) for n, m in model.backbone.named_modules() if isinstance(m, EightBitLinear)]
-    name, linear = random.Random(family).choice(linears)
-    linear.scale[5] *= 2
-    report = compare_encoders(model, own, inputs, device, loose)
-    assert [problem.split(":")[0] for problem in report.problems if "pieces" in problem] == [name]

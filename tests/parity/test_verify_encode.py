@@ -1,4 +1,7 @@
-"""verify for embedders, classifiers and rerankers: planted defects are caught every time, good set-ups pass."""
+"""verify for embedders, classifiers and rerankers: planted defects are caught every time, good set-ups pass.
+
+On a GPU, where there is one: what is measured there are the kernels that serve.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import json
 import random
 from pathlib import Path
 
+import encoders
 import pytest
 import torch
 
-import encoders
 from headrace.checkpoints.resolve import open_checkpoint
 from headrace.cli.main import main
 from headrace.engines.verify_encode import EncodeLimits, EncodeReport, compare_encoders
@@ -19,7 +22,8 @@ from headrace.models.encode_model import EncodeModel, load_encode_model
 from headrace.text.encoding import Encoded
 from support.tiny_folder import write_tokenizer
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.float16 if torch.cuda.is_available() else torch.float32
 LOOSE = EncodeLimits(min_cosine=0.9, max_difference=0.3)  # tiny random models are harsh on rounding
 ANYTHING = EncodeLimits(min_cosine=-1, max_difference=1)
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -37,13 +41,11 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def load(folder: Path, how: EightBits | None = None) -> EncodeModel:
-    return load_encode_model(
-        folder, open_checkpoint(folder), dtype=torch.float32, device="cpu", eight_bits=how
-    )
+    return load_encode_model(folder, open_checkpoint(folder), dtype=DTYPE, device=DEVICE, eight_bits=how)
 
 
 def check(model: EncodeModel, folder: Path, limits: EncodeLimits = LOOSE) -> EncodeReport:
-    return compare_encoders(model, load(folder), INPUTS, CPU, limits)
+    return compare_encoders(model, load(folder), INPUTS, DEVICE, limits)
 
 
 @pytest.mark.parametrize("how", [EightBits("fp8"), EightBits("int8"), EightBits("fp8", mlp_only=True)])
