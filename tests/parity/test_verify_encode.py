@@ -152,7 +152,8 @@ def test_the_command(
     assert "reference itself" in capsys.readouterr().err
     config = tmp_path / "c.yaml"
     config.write_text(
-        f"model_metadata:\n  headrace:\n    model: {folder}\n    quantization: fp8\n    device: cpu\n    quality: refuse\n"
+        f"model_metadata:\n  headrace:\n    model: {folder}\n    quantization: fp8\n    device: cpu\n"
+        "    quality: refuse\n"
         "    min_cosine: 0.9999999\n"
     )
     from headrace.config.resolve import resolve

@@ -6,7 +6,7 @@ import torch
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.resolve import open_checkpoint, resolve
-from headrace.config.quantization import quantization_type
+from headrace.config.quantization import cache_harm, quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError
 from headrace.kernels.attention.fp4 import FP4, GROUP
@@ -93,13 +93,8 @@ def kv_dtype(
         raise ConfigError(
             f"kv_cache_dtype is {name!r}; expected auto, {', '.join(_KV_TYPES)}", param="kv_cache_dtype"
         )
-    if name in ("fp8", "fp4") and config.qkv_bias:
-        raise ConfigError(
-            f"{source} asks for an {name.upper()} KV cache, and this model adds a bias to q, k and v, whose outliers "
-            f"{name.upper()} cannot hold: answers would suffer. Use kv_cache_dtype auto (with quantization fp8 if you "
-            "like)",
-            param="kv_cache_dtype",
-        )
+    if harm := cache_harm(name, qkv_bias=config.qkv_bias):
+        raise ConfigError(f"{source} asks for an {name.upper()} KV cache, and {harm}", param="kv_cache_dtype")
     if name == "fp4" and config.head_dim % GROUP:
         raise ConfigError(
             f"{source} asks for an FP4 KV cache, which takes heads of a multiple of {GROUP} dimensions; use fp8",
