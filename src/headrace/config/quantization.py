@@ -102,9 +102,9 @@ def is_small(layers: int, hidden: int) -> bool:
 # Format of the weights -> what was measured on models of 0.1 and 0.5 B parameters (docs/quantization.md).
 _SMALL_HARM = {
     "fp8": "0.035 and 0.010 nats, another likeliest token at 10% and 5% of positions",
-    "fp8_block": "0.031 nats at 0.1 B, another likeliest token at 9% of positions",
+    "fp8_block": "0.031 nats, another likeliest token at 9% of positions",
     "nvfp4": "0.23 and 0.056 nats, another likeliest token at 24% and 11% of positions (0.13 and 0.048 calibrated)",
-    "mxfp4": "0.57 nats at 0.1 B, another likeliest token at 35% of positions",
+    "mxfp4": "0.57 nats, another likeliest token at 35% of positions",
 }
 
 
@@ -129,8 +129,9 @@ def known_harm(name: str, *, layers: int, hidden: int, encodes: bool) -> str | N
     if measured is None:
         return f"{name}: models of this size lose more by fewer bits than they save; measure it with headrace verify"
     return (
-        f"{name} changes the answers of models of this size: KL divergence from 16 bits of {measured} (bfloat16 "
-        "itself: 0.001 nats, 2%). Use 16 bits, or int8 (0.005 nats); or measure it with headrace verify"
+        f"{name} changes the answers of models of this size: KL divergence from 16 bits of {measured}, measured at "
+        "0.1 and 0.5 B parameters (bfloat16 itself: 0.001 nats, 2%). Use 16 bits, or int8 (0.005 nats); or measure "
+        "it with headrace verify"
     )
 
 

@@ -66,13 +66,19 @@ def audits(model: nn.Module, reference: nn.Module, bits: Bits = lambda _: PLAIN)
     """
     ours, theirs = _weights(model), _weights(reference)
     gains, wanted_gains = _gains(model), _gains(reference)
+    if extra := [path for path in ours if path.startswith("layers.") and path not in theirs]:
+        raise ConfigError(
+            f"the set-up has {extra[0]} and the reference has not: it is another model", param="reference"
+        )
     for path, wanted in theirs.items():
         if path.removesuffix(".weight") in wanted_gains:
             continue
         found = ours.get(path)
         if found is None:
             if path.startswith("layers."):
-                raise ConfigError(f"the reference has {path} and the set-up has not: it is another model")
+                raise ConfigError(
+                    f"the reference has {path} and the set-up has not: it is another model", param="reference"
+                )
             continue  # a head, tied in one of them
         stored = min(found.bits, bits(path))
         mine, other = found.read(), wanted.read()

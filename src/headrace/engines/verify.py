@@ -159,6 +159,7 @@ def compare(
     Args:
         bits: that matrices of ``model`` had on disk, where they were dequantized as they were loaded.
     """
+    matrices = tuple(audits(model, reference, bits))
     layers = LayerErrors(model.layers, reference.layers)
     with layers:
         found = _distances(
@@ -178,7 +179,7 @@ def compare(
         perplexity=_perplexity(found.losses),
         reference_perplexity=_perplexity(found.base_losses),
         layer_errors=layers.means(),
-        matrices=tuple(audits(model, reference, bits)),
+        matrices=matrices,
     )
     return msgspec.structs.replace(report, problems=tuple(_problems(report, limits)))
 

@@ -193,6 +193,7 @@ def compare_encoders(
     """
     if len(inputs) < _MIN_INPUTS:
         raise ConfigError(f"the texts make {len(inputs)} inputs; at least {_MIN_INPUTS} are needed")
+    matrices = tuple(audits(model, reference, bits))
     card = reference.card
     tasks = card.tasks if card.kind == "m3" else card.tasks[:1]
     params = EncodeParams(task=tasks[0], also=tuple(tasks[1:]))
@@ -213,7 +214,6 @@ def compare_encoders(
                 for task, a, b in zip(tasks, _results(mine, len(tasks)), _results(other, len(tasks))):
                     pairs[task].append(_comparable(task, a, b, reference.vocab_size))
     changes = tuple(_change(task, found) for task, found in pairs.items())
-    matrices = tuple(audits(model, reference, bits))
     report = EncodeReport(
         setup="",
         reference="",
