@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
-    from headrace.config.report import Report
+    from headrace.config.report import Place, Report
     from headrace.config.schema.view import View
+    from headrace.config.spec import EngineSpec
 
 EXAMPLES = """\
 examples:
@@ -83,11 +84,25 @@ def _resolved(file: str) -> Report:
     view = _read(file)
     if view.report.ok:
         try:
-            resolve_view(view)
+            spec = resolve_view(view).spec
         except ConfigError as error:
             for problem in error.problems:
                 view.report.problem(problem.removeprefix(f"{file} "), place=Place(file))
+        else:
+            _warn_of_harm(spec, view.report, Place(file))
     return view.report
+
+
+def _warn_of_harm(spec: EngineSpec, report: Report, place: Place) -> None:
+    """What fewer bits cost this model, if it is known."""
+    from headrace.engines.plan import known_harms
+    from headrace.errors import ModelError
+
+    try:
+        for sentence in known_harms(spec):
+            report.notice("warning", sentence, path="quantization", place=place)
+    except (ConfigError, ModelError) as error:  # the file is not at fault
+        report.notice("warning", f"the model cannot be read: {error.message}", path="model", place=place)
 
 
 def _print(file: str, report: Report) -> None:

@@ -11,7 +11,7 @@ import msgspec
 
 from headrace.errors import ConfigError, nearest
 
-__all__ = ["HOSTED", "TYPES", "QuantizationType", "is_small", "quantization_type"]
+__all__ = ["HOSTED", "TYPES", "QuantizationType", "cache_harm", "is_small", "known_harm", "quantization_type"]
 
 _SMALL = 60_000  # layers times hidden size: some 3 B parameters
 
@@ -97,3 +97,50 @@ def quantization_type(name: str) -> QuantizationType:
 def is_small(layers: int, hidden: int) -> bool:
     """Whether a model is of a size that fewer bits are known to hurt (docs/quantization.md has measurements)."""
     return layers * hidden < _SMALL
+
+
+# Format of the weights -> what was measured on models of 0.1 and 0.5 B parameters (docs/quantization.md).
+_SMALL_HARM = {
+    "fp8": "0.035 and 0.010 nats, another likeliest token at 10% and 5% of positions",
+    "fp8_block": "0.031 nats, another likeliest token at 9% of positions",
+    "nvfp4": "0.23 and 0.056 nats, another likeliest token at 24% and 11% of positions (0.13 and 0.048 calibrated)",
+    "mxfp4": "0.57 nats, another likeliest token at 35% of positions",
+}
+
+
+def known_harm(name: str, *, layers: int, hidden: int, encodes: bool) -> str | None:
+    """What this type is known to cost a model of this size, as a sentence with the way out; None: nothing known.
+
+    Args:
+        encodes: an embedder, classifier or reranker.
+    """
+    kind = quantization_type(name)
+    if encodes:
+        if not kind.weights.startswith("fp8"):
+            return None
+        return (
+            f"{name} moves vectors: FP8 keeps three bits after the point, and MiniLM's have cosine 0.994 (the worst of "
+            "41 texts; 0.997 on average) with unquantized ones. Use int8, which rotates first: 0.9993 at the same "
+            "size; or measure it with headrace verify"
+        )
+    if not is_small(layers, hidden):
+        return None
+    measured = _SMALL_HARM.get(kind.weights)
+    if measured is None:
+        return f"{name}: models of this size lose more by fewer bits than they save; measure it with headrace verify"
+    return (
+        f"{name} changes the answers of models of this size: KL divergence from 16 bits of {measured}, measured at "
+        "0.1 and 0.5 B parameters (bfloat16 itself: 0.001 nats, 2%). Use 16 bits, or int8 (0.005 nats); or measure "
+        "it with headrace verify"
+    )
+
+
+def cache_harm(kv_cache_dtype: str, *, qkv_bias: bool) -> str | None:
+    """Why keys of this model do not go into such a cache; None: they do."""
+    if kv_cache_dtype not in ("fp8", "fp4") or not qkv_bias:
+        return None
+    name = kv_cache_dtype.upper()
+    return (
+        f"this model adds a bias to q, k and v, whose outliers an {name} KV cache cannot hold: answers would suffer. "
+        "Use kv_cache_dtype auto (with quantization fp8 if you like)"
+    )

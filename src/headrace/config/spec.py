@@ -93,6 +93,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         quality: whether a measurement by ``headrace verify`` must exist for this quantization and cache: ``off``,
             ``warn`` without one or beyond max_kl, or ``refuse`` to start.
         max_kl: mean KL divergence from the 16-bit model, in nats, that ``quality`` allows.
+        min_cosine: least cosine of an embedder's vectors with the unquantized model's that ``quality`` allows.
         deterministic: shape-independent reductions.
         eager: no CUDA graphs.
         pooling: for embedders whose checkpoint does not say.
@@ -137,6 +138,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     overlap: bool | None = None
     quality: Literal["off", "warn", "refuse"] = "off"
     max_kl: float = 0.05
+    min_cosine: float = 0.999
     deterministic: bool = False
     eager: bool = False
     seed: int = 0

@@ -14,7 +14,7 @@ from headrace.config.plan.facts import Facts
 from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS
 from headrace.config.plan.scratch import Scratch, largest_load, scratch
 from headrace.config.plan.shape import read_shape
-from headrace.config.quantization import is_small
+from headrace.config.quantization import known_harm
 from headrace.config.spec import EngineSpec
 from headrace.config.support import require_supported
 from headrace.engines.encode import EncodeCore
@@ -98,9 +98,19 @@ def _build_encode(
 ) -> tuple[EncodeCore[EncodeRunner], Ready]:
     check_int8_pays(spec, device)
     dtype = choose_encode_dtype(spec, checkpoint, device)
+    fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization)
+    _tell_harm(spec, 0, 0, encodes=True)
+    check_quality(spec, checkpoint, dtype, dtype, changed=fewer)
     core, ready = build_encode(spec, checkpoint, device, dtype)
     ready.summary.update(_summary(checkpoint, core.runner.model, device, dtype))
     return core, ready
+
+
+def _tell_harm(spec: EngineSpec, layers: int, hidden: int, *, encodes: bool) -> None:
+    if not spec.quantization:
+        return
+    if harm := known_harm(spec.quantization, layers=layers, hidden=hidden, encodes=encodes):
+        logger.warning("%s: %s", spec.name, harm)
 
 
 def _summary(
@@ -131,12 +141,7 @@ def _build_generate(
     # What is refused is refused before gigabytes are read.
     declared = read_config(checkpoint.config)
     cache_dtype = kv_dtype(spec, checkpoint, declared, dtype)
-    if spec.quantization and is_small(declared.num_layers, declared.hidden_size):
-        logger.warning(
-            "%s in %s: models of this size lose more by fewer bits than they save; measure it with headrace verify",
-            spec.name,
-            spec.quantization,
-        )
+    _tell_harm(spec, declared.num_layers, declared.hidden_size, encodes=False)
     fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
     check_quality(spec, checkpoint, dtype, cache_dtype, changed=fewer)
     shape = read_shape(facts)

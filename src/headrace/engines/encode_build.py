@@ -27,7 +27,7 @@ from headrace.quantization.registry import load_time
 from headrace.text.tokenizer import Tokenizer
 from headrace.types import EncodeParams, Request
 
-__all__ = ["build_encode", "check_int8_pays"]
+__all__ = ["build_encode", "check_int8_pays", "load_encode"]
 
 GRAPH_SECONDS = 2.5  # spent on capturing the ladder; what is left of it is captured when first needed
 
@@ -44,25 +44,11 @@ def build_encode(
         raise UnsupportedCheckpoint(
             f"{path}: embedders are read from folders with config.json and safetensors"
         )
-    eight_bits, transform = _quantization(spec, device)
     facts = inspect(path)
     shape = read_shape(facts, encoder=True)
-    if transform is None and eight_bits is None and not isinstance(checkpoint, QuantizedCheckpoint):
+    if not spec.quantization and not isinstance(checkpoint, QuantizedCheckpoint):
         take_for_weights(device, facts, shape, dtype)
-    yes_no = None
-    card = read_encode_card(path, pooling=spec.pooling)
-    if card.kind == "yes_no" and card.yes_no is None:
-        yes_no = _answers(Tokenizer.from_path(path))
-    model = load_encode_model(
-        path,
-        checkpoint,
-        dtype=dtype,
-        device=device,
-        pooling=spec.pooling,
-        yes_no=yes_no,
-        transform=transform,
-        eight_bits=eight_bits,
-    )
+    model = load_encode(spec, checkpoint, device, dtype)
     model.max_tokens = _max_tokens(spec, model)
     batch_tokens = spec.max_num_batched_tokens or (
         CUDA_ENCODE_TOKENS if device.type == "cuda" else CPU_ENCODE_TOKENS
@@ -87,6 +73,37 @@ def build_encode(
     }
     engine = "embed" if model.decoder else "bert"
     return core, Ready(engine, model.max_tokens, spec.max_num_seqs, model.vocab_size, summary)
+
+
+def load_encode(
+    spec: EngineSpec,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    any_device: bool = False,
+) -> EncodeModel:
+    """The model of a folder, quantized if the spec says so.
+
+    Args:
+        any_device: round on devices that do not multiply eight bits as well, by the kernels' references: slow, and
+            the same numbers (for ``headrace verify``).
+    Raises ModelError or ConfigError with the way out.
+    """
+    path = checkpoint.path
+    eight_bits, transform = _quantization(spec, device, any_device)
+    card = read_encode_card(path, pooling=spec.pooling)
+    asks = card.kind == "yes_no" and card.yes_no is None
+    return load_encode_model(
+        path,
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        pooling=spec.pooling,
+        yes_no=_answers(Tokenizer.from_path(path)) if asks else None,
+        transform=transform,
+        eight_bits=eight_bits,
+    )
 
 
 def _take_all(runner: EncodeRunner, need: Scratch, tokens: int, device: torch.device) -> None:
@@ -125,7 +142,9 @@ def check_int8_pays(spec: EngineSpec, device: torch.device) -> None:
         )
 
 
-def _quantization(spec: EngineSpec, device: torch.device) -> tuple[EightBits | None, Transform | None]:
+def _quantization(
+    spec: EngineSpec, device: torch.device, any_device: bool
+) -> tuple[EightBits | None, Transform | None]:
     """Weights and activations in eight bits where the device multiplies them, else weights alone (decoders only)."""
     if not spec.quantization:
         return None, None
@@ -137,9 +156,9 @@ def _quantization(spec: EngineSpec, device: torch.device) -> tuple[EightBits | N
             param="quantization",
         )
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    if kind.weights == "fp8" and kind.activations and hopper:
+    if kind.weights == "fp8" and kind.activations and (hopper or any_device):
         return EightBits("fp8", kind.layers == "mlp"), None
-    if kind.weights == "int8" and (hopper or device.type == "cpu"):
+    if kind.weights == "int8" and (hopper or any_device or device.type == "cpu"):
         return EightBits("int8"), None
     swap = load_time(kind, device)
     return None, lambda path, linear: linear if path == "head" else swap(path, linear)

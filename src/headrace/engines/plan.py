@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import msgspec
 
-from headrace.checkpoints.hub import is_hub_id
+from headrace.checkpoints.hub import cached_snapshot, is_hub_id
 from headrace.checkpoints.packaged import PACKAGED
 from headrace.checkpoints.resolve import resolve
+from headrace.config import env
 from headrace.config.accelerators import ACCELERATORS, GpuCount, parse_accelerator
+from headrace.config.plan.checks import harms
 from headrace.config.plan.facts import Facts
 from headrace.config.plan.plan import Machine, Plan, draw_plan
+from headrace.config.plan.shape import read_shape
+from headrace.config.quantization import cache_harm, quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.engines.inspect import inspect, inspect_hub
 from headrace.engines.select import select
 from headrace.errors import ConfigError
 
-__all__ = ["cpu_machine", "gpu_machine", "local_machine", "plan_for"]
+__all__ = ["cpu_machine", "gpu_machine", "known_harms", "local_machine", "plan_for"]
 
 _SMI_SECONDS = 1.0
+_BIASED = re.compile(r"qwen-?(2|2\.5)\b|qwq", re.IGNORECASE)
 
 
 def plan_for(spec: EngineSpec, machine: Machine | None = None, *, prompt: int = 1024) -> Plan:
@@ -37,6 +43,36 @@ def plan_for(spec: EngineSpec, machine: Machine | None = None, *, prompt: int = 
     if machine.cuda and machine.count > spec.tensor_parallel_size == 1 and chosen.engine in ("dense", "moe"):
         spec = msgspec.structs.replace(spec, tensor_parallel_size=machine.count)
     return draw_plan(spec, facts, machine, engine=chosen.engine, reason=chosen.reason, prompt=prompt)
+
+
+def known_harms(spec: EngineSpec) -> list[str]:
+    """What this quantization or cache is known to cost, where the model lies on this machine; fetches nothing.
+
+    Of a model that does not, its name says whether it is of the family whose keys a small cache cannot hold.
+    """
+    if not spec.quantization and spec.kv_cache_dtype not in ("fp8", "fp4"):
+        return []
+    path = _path_here(spec)
+    if path is not None:
+        facts = inspect(path)
+        engine = select(facts, spec).engine
+        return list(harms(read_shape(facts, encoder=engine in ("embed", "bert")), spec, engine))
+    kv = spec.kv_cache_dtype
+    if kv == "auto":
+        kv = quantization_type(spec.quantization).kv_cache
+    harm = cache_harm(kv, qkv_bias=_BIASED.search(spec.model) is not None)
+    return [f"by its name, serve will refuse the {kv} KV cache: {harm}"] if harm else []
+
+
+def _path_here(spec: EngineSpec) -> Path | None:
+    if spec.path is not None:
+        return spec.path
+    path = Path(spec.model).expanduser()
+    if path.exists():
+        return path
+    if spec.model in PACKAGED:
+        return resolve(spec.model) if (env.home() / "models" / spec.model).is_dir() else None
+    return cached_snapshot(spec.model, spec.revision) if is_hub_id(spec.model) else None
 
 
 def _facts(spec: EngineSpec) -> Facts:

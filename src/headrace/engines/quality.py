@@ -13,8 +13,12 @@ from headrace.checkpoints.base import Checkpoint
 from headrace.config import env
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError
+from headrace.kernels.attention.fp4 import FP4
+from headrace.quantization.containers import QuantizedCheckpoint
 
-__all__ = ["Measured", "check_quality", "load_measured", "save_measured"]
+__all__ = ["MAX_DIFFERENCE", "Measured", "check_quality", "describe", "load_measured", "save_measured"]
+
+MAX_DIFFERENCE = 0.02  # of a classifier's probability or a reranker's score
 
 logger = logging.getLogger("headrace.core")
 
@@ -23,14 +27,27 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """What ``headrace verify`` found.
 
     Attributes:
-        mean_kl: nats.
+        mean_kl, top1: of a generating model: nats, and share of positions with the same likeliest token.
+        min_cosine, max_difference: of an embedder's vectors, and of a classifier's probabilities.
         defects: sentences about single matrices that are wrong.
     """
 
     setup: str
-    mean_kl: float
-    top1: float
+    mean_kl: float | None = None
+    top1: float | None = None
+    min_cosine: float | None = None
+    max_difference: float | None = None
     defects: tuple[str, ...] = ()
+
+
+def describe(
+    spec: EngineSpec, checkpoint: Checkpoint, dtype: torch.dtype, cache: torch.dtype | None = None
+) -> str:
+    """A set-up, for people."""
+    form = spec.quantization or (checkpoint.label if isinstance(checkpoint, QuantizedCheckpoint) else "")
+    name, *rest = ("fp4" if kind is FP4 else str(kind).removeprefix("torch.") for kind in (dtype, cache))
+    held = "" if cache is None else f", cache {rest[0]}"
+    return f"{spec.name}: {form + ', ' if form else ''}{name}{held}"
 
 
 def _file(spec: EngineSpec, checkpoint: Checkpoint, dtype: torch.dtype, cache: torch.dtype) -> Path:
@@ -66,31 +83,50 @@ def load_measured(
 def check_quality(
     spec: EngineSpec, checkpoint: Checkpoint, dtype: torch.dtype, cache: torch.dtype, *, changed: bool
 ) -> str | None:
-    """Warn or refuse as ``spec.quality`` says; returns the warning.
+    """Warn or refuse as ``spec.quality`` says; returns the warning. What was found to be bad is told even if ``off``.
 
     Args:
+        cache: of keys and values; ``dtype`` for models without a cache.
         changed: whether weights or cache are in fewer bits than the model's 16.
 
-    Raises ConfigError with ``quality: refuse`` when no measurement is there, or it is beyond ``spec.max_kl``.
+    Raises ConfigError with ``quality: refuse`` when no measurement is there, or it is beyond the limits.
     """
-    if spec.quality == "off" or not changed:
+    if not changed:
         return None
     found = load_measured(spec, checkpoint, dtype, cache)
-    problem = None
-    if found is None:
-        flags = f" --quantization {spec.quantization}" if spec.quantization else ""
-        flags += "" if spec.kv_cache_dtype == "auto" else f" --kv-cache-dtype {spec.kv_cache_dtype}"
-        problem = f"nobody has measured it here; run: headrace verify {spec.model}{flags}"
-    elif found.defects:
-        problem = f"headrace verify found {found.defects[0]}"
-    elif not found.mean_kl <= spec.max_kl:
-        problem = f"its KL divergence from the 16-bit model is {found.mean_kl:.4f} nats, and max_kl is {spec.max_kl:g}"
-    if problem is None:
+    if found is None and spec.quality == "off":
         return None
-    sentence = (
-        f"quality of {spec.name} ({spec.quantization or checkpoint.path.name}, cache {cache}): {problem}"
-    )
+    problem = _not_measured(spec) if found is None else _beyond(found, spec)
+    if not problem:
+        return None
+    held = "" if cache is dtype else f", cache {cache}"
+    sentence = f"quality of {spec.name} ({spec.quantization or checkpoint.path.name}{held}): {problem}"
     if spec.quality == "refuse":
         raise ConfigError(f"{sentence}; or set quality to warn or off", param="quality")
     logger.warning("%s", sentence)
     return sentence
+
+
+def _not_measured(spec: EngineSpec) -> str:
+    flags = f" --quantization {spec.quantization}" if spec.quantization else ""
+    flags += "" if spec.kv_cache_dtype == "auto" else f" --kv-cache-dtype {spec.kv_cache_dtype}"
+    return f"nobody has measured it here; run: headrace verify {spec.model}{flags}"
+
+
+def _beyond(found: Measured, spec: EngineSpec) -> str:
+    """What is wrong, "" for nothing."""
+    if found.defects:
+        return f"headrace verify found {found.defects[0]}"
+    if found.mean_kl is not None and not found.mean_kl <= spec.max_kl:
+        kl = f"its KL divergence from the 16-bit model is {found.mean_kl:.4f} nats, and max_kl is {spec.max_kl:g}"
+        return (
+            kl if found.top1 is None else f"{kl} (the same likeliest token at {found.top1:.1%} of positions)"
+        )
+    if found.min_cosine is not None and not found.min_cosine >= spec.min_cosine:
+        return (
+            f"its vectors have cosine {found.min_cosine:.5f} with the unquantized model's, and min_cosine is "
+            f"{spec.min_cosine:g}"
+        )
+    if found.max_difference is not None and not found.max_difference <= MAX_DIFFERENCE:
+        return f"a probability of its is off by {found.max_difference:.3f} from the unquantized model's"
+    return ""

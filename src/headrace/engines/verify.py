@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
+from headrace.engines.audits import PLAIN, Bits, audits, is_packed, stored_bits
 from headrace.engines.build import choose_device, choose_dtype
-from headrace.engines.quality import Measured, save_measured
+from headrace.engines.layer_errors import LayerErrors
+from headrace.engines.quality import Measured, describe, save_measured
 from headrace.engines.scoring import piecewise_logits
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError
-from headrace.kernels.attention.fp4 import FP4
-from headrace.layers.linear import Linear
 from headrace.models.decoder import DecoderModel
-from headrace.quantization.audit import MatrixError, audit
-from headrace.quantization.containers import QuantizedCheckpoint
-from headrace.quantization.linear import PackedLinear
-from headrace.quantization.scaled import ScaledLinear
-from headrace.quantization.schemes.fp4 import Fp4Weight
-from headrace.quantization.schemes.group_int import GroupIntWeight
-from headrace.quantization.schemes.int8 import Int8Linear
+from headrace.quantization.audit import MatrixError
 
 __all__ = ["DEFAULT_LIMITS", "Limits", "Report", "compare", "verify"]
 
 _MIN_TOKENS = 64
+NEAR_TIE = 0.1  # nats between the two likeliest tokens
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +53,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         tokens: positions compared.
         mean_kl, p99_kl, max_kl: KL(reference || set-up) in nats.
         top1: share of positions with the same likeliest token.
+        decided: share of positions where the reference prefers its likeliest token by a tenth (NEAR_TIE); at others
+            any rounding may turn the order.
+        top1_decided: as top1, of these.
+        floor: KL, top1 and top1_decided of the reference's own weights in bfloat16, if that was asked for.
         perplexity, reference_perplexity: of the texts.
         layer_errors: relative error of the residual stream after each layer, on the reference's own inputs to the
             model.
@@ -72,8 +71,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     p99_kl: float
     max_kl: float
     top1: float
+    decided: float
+    top1_decided: float
     perplexity: float
     reference_perplexity: float
+    floor: tuple[float, float, float] | None = None
     layer_errors: tuple[float, ...] = ()
     matrices: tuple[MatrixError, ...] = ()
     problems: tuple[str, ...] = ()
@@ -89,6 +91,7 @@ def verify(
     *,
     reference: EngineSpec | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    floor: bool = False,
 ) -> Report:
     """Load a set-up and its reference, and compare them; what is found is kept for ``spec.quality``.
 
@@ -96,6 +99,7 @@ def verify(
         tokenize: the texts in the tokens of the checkpoint.
         reference: what to compare with; None: the same checkpoint, unquantized where it can be, in float32 on a
             CPU and 16 bits on a GPU, with a cache of that type.
+        floor: measure the reference's own weights in bfloat16, too: what no 16-bit model can be better than.
 
     Raises ModelError or ConfigError, also when the set-up is the reference.
     """
@@ -105,22 +109,27 @@ def verify(
     base = reference or msgspec.structs.replace(spec, quantization="", kv_cache_dtype="auto")
     base_checkpoint = open_weights(base)
     base_dtype = torch.float32 if device.type == "cpu" else choose_dtype(base, base_checkpoint, device)
-    model = load_weights(spec, checkpoint, dtype, device)
+    model = load_weights(spec, checkpoint, dtype, device, as_stored=True)
     cache = kv_dtype(spec, checkpoint, model.config, dtype)
     own = load_decoder_dense(base, base_checkpoint, base_dtype, device)
-    if cache == base_dtype and dtype == base_dtype and not any(_packed(model)):
+    same = checkpoint.fingerprint == base_checkpoint.fingerprint
+    if same and cache == base_dtype and dtype == base_dtype and not any(map(is_packed, model.modules())):
         raise ConfigError(
             f"{spec.name} in {dtype} is the reference itself: nothing is quantized, and the cache is {cache}; give "
             "--quantization, --kv-cache-dtype or --dtype",
             param="quantization",
         )
-    report = compare(model, own, tokenize(checkpoint), cache, base_dtype, device, limits)
+    bits = stored_bits(checkpoint, decoder=True)
+    texts = tokenize(checkpoint)
+    report = compare(model, own, texts, cache, base_dtype, device, limits, bits)
+    del model
     report = msgspec.structs.replace(
         report,
-        setup=_describe(spec, checkpoint, dtype, cache),
-        reference=_describe(base, base_checkpoint, base_dtype, base_dtype),
+        floor=_floor(base, base_checkpoint, own, texts, device) if floor else None,
+        setup=describe(spec, checkpoint, dtype, cache),
+        reference=describe(base, base_checkpoint, base_dtype, base_dtype),
     )
-    defects = tuple(problem for problem in report.problems if "pieces are not" in problem)
+    defects = tuple(matrix.problem for matrix in report.matrices if matrix.problem)
     kept = Measured(setup=report.setup, mean_kl=report.mean_kl, top1=report.top1, defects=defects)
     save_measured(spec, checkpoint, dtype, cache, kept)
     return report
@@ -143,28 +152,20 @@ def compare(
     reference_cache_dtype: torch.dtype,
     device: torch.device,
     limits: Limits = DEFAULT_LIMITS,
+    bits: Bits = lambda _: PLAIN,
 ) -> Report:
-    """Run both over the texts and audit the weights of ``model`` against those of ``reference``."""
-    texts = [ids for ids in texts if len(ids) > 1]
-    if sum(map(len, texts)) < _MIN_TOKENS:
-        raise ConfigError(f"the texts have {sum(map(len, texts))} tokens; at least {_MIN_TOKENS} are needed")
-    kl, same, losses, base_losses = [], [], [], []
-    layers = _LayerErrors(model, reference)
+    """Run both over the texts and audit the weights of ``model`` against those of ``reference``.
+
+    Args:
+        bits: that matrices of ``model`` had on disk, where they were dequantized as they were loaded.
+    """
+    matrices = tuple(audits(model, reference, bits))
+    layers = LayerErrors(model.layers, reference.layers)
     with layers:
-        for ids in texts:
-            mine = piecewise_logits(model, ids, cache_dtype, device)
-            other = piecewise_logits(reference, ids, reference_cache_dtype, device)
-            at = 0
-            for got, wanted in zip(mine, other, strict=True):
-                layers.settle()
-                p, q = got.log_softmax(-1), wanted.log_softmax(-1)
-                kl.append((q.exp() * (q - p)).sum(-1).cpu())
-                same.append((p.argmax(-1) == q.argmax(-1)).cpu())
-                targets = torch.tensor(ids[at + 1 : at + 1 + len(got)], device=device)[:, None]
-                losses.append(-p[: len(targets)].gather(1, targets).squeeze(1).cpu())
-                base_losses.append(-q[: len(targets)].gather(1, targets).squeeze(1).cpu())
-                at += len(got)
-    divergence = torch.cat(kl).nan_to_num(nan=torch.inf)
+        found = _distances(
+            model, reference, texts, (cache_dtype, reference_cache_dtype), device, layers.settle
+        )
+    divergence = found.kl
     report = Report(
         setup="",
         reference="",
@@ -172,17 +173,91 @@ def compare(
         mean_kl=float(divergence.mean()),
         p99_kl=float(divergence.sort().values[int(0.99 * (len(divergence) - 1))]),
         max_kl=float(divergence.max()),
-        top1=float(torch.cat(same).float().mean()),
-        perplexity=_perplexity(losses),
-        reference_perplexity=_perplexity(base_losses),
+        top1=float(found.same.float().mean()),
+        decided=float(found.decided.float().mean()),
+        top1_decided=found.top1_decided,
+        perplexity=_perplexity(found.losses),
+        reference_perplexity=_perplexity(found.base_losses),
         layer_errors=layers.means(),
-        matrices=tuple(_audits(model, reference)),
+        matrices=matrices,
     )
     return msgspec.structs.replace(report, problems=tuple(_problems(report, limits)))
 
 
-def _perplexity(losses: list[Tensor]) -> float:
-    mean = float(torch.cat(losses).double().mean())
+@dataclass
+class _Distances:
+    """Of each position.
+
+    Attributes:
+        kl: float32 [P], nats; infinite where the set-up gives no numbers.
+        same: bool [P], the likeliest token is the same.
+        decided: bool [P], the reference prefers its own by NEAR_TIE nats.
+        losses, base_losses: of the set-up and the reference, float32, for the text's next tokens.
+    """
+
+    kl: Tensor
+    same: Tensor
+    decided: Tensor
+    losses: Tensor
+    base_losses: Tensor
+
+    @property
+    def top1_decided(self) -> float:
+        """Share of decided positions with the same likeliest token."""
+        return float((self.same & self.decided).sum() / self.decided.sum().clamp(min=1))
+
+
+def _distances(
+    model: DecoderModel,
+    reference: DecoderModel,
+    texts: Sequence[list[int]],
+    caches: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+    settle: Callable[[], None] = lambda: None,
+) -> _Distances:
+    """Run both over the texts; ``settle`` is called when both have done a piece."""
+    texts = [ids for ids in texts if len(ids) > 1]
+    if sum(map(len, texts)) < _MIN_TOKENS:
+        raise ConfigError(f"the texts have {sum(map(len, texts))} tokens; at least {_MIN_TOKENS} are needed")
+    pieces: list[tuple[Tensor, ...]] = []
+    for ids in texts:
+        mine = piecewise_logits(model, ids, caches[0], device)
+        other = piecewise_logits(reference, ids, caches[1], device)
+        at = 0
+        for got, wanted in zip(mine, other, strict=True):
+            settle()
+            p, q = got.log_softmax(-1), wanted.log_softmax(-1)
+            targets = torch.tensor(ids[at + 1 : at + 1 + len(got)], device=device)[:, None]
+            best = q.topk(2, -1).values
+            piece = (
+                (q.exp() * (q - p)).sum(-1).nan_to_num(nan=torch.inf),
+                p.argmax(-1) == q.argmax(-1),
+                best[:, 0] - best[:, 1] >= NEAR_TIE,
+                -p[: len(targets)].gather(1, targets).squeeze(1),
+                -q[: len(targets)].gather(1, targets).squeeze(1),
+            )
+            pieces.append(tuple(part.cpu() for part in piece))
+            at += len(got)
+    return _Distances(*(torch.cat(parts) for parts in zip(*pieces)))
+
+
+def _floor(
+    spec: EngineSpec,
+    checkpoint: Checkpoint,
+    reference: DecoderModel,
+    texts: Sequence[list[int]],
+    device: torch.device,
+) -> tuple[float, float, float]:
+    """What bfloat16 alone costs: KL, top1 and top1_decided."""
+    if device.type != "cpu":
+        raise ConfigError("--floor is for CPUs: here the reference itself is in 16 bits", param="floor")
+    plain = load_decoder_dense(spec, checkpoint, torch.bfloat16, device)
+    found = _distances(plain, reference, texts, (torch.bfloat16, torch.float32), device)
+    return float(found.kl.mean()), float(found.same.float().mean()), found.top1_decided
+
+
+def _perplexity(losses: Tensor) -> float:
+    mean = float(losses.double().mean())
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -198,75 +273,5 @@ def _problems(report: Report, limits: Limits) -> Iterator[str]:
             f"{report.reference_perplexity:.3f}; the limit is {limits.max_perplexity_ratio:g} times"
         )
     for matrix in report.matrices:
-        if matrix.where is not None:
-            row, column = matrix.where
-            yield (
-                f"{matrix.name}: {matrix.bad_pieces} pieces are not the reference's rounded (worst off by "
-                f"{matrix.worst:.2f} of itself), the first at row {row}, column {column}: a wrong scale, order or "
-                "block"
-            )
-
-
-def _packed(model: nn.Module) -> Iterator[tuple[str, PackedLinear | ScaledLinear]]:
-    for name, module in model.named_modules():
-        if isinstance(module, (PackedLinear, ScaledLinear)):
-            yield name, module
-
-
-def _bits(module: PackedLinear | ScaledLinear) -> int:
-    if isinstance(module, ScaledLinear):
-        weight = module.quantized
-        four = isinstance(weight, Fp4Weight) or (isinstance(weight, GroupIntWeight) and weight.bits == 4)
-        return 4 if four else 8
-    return 8 if isinstance(module, Int8Linear) else 4
-
-
-def _audits(model: DecoderModel, reference: DecoderModel) -> Iterator[MatrixError]:
-    modules = dict(reference.named_modules())
-    for name, packed in _packed(model):
-        other = modules.get(name)
-        if isinstance(other, Linear):
-            yield audit(name, packed.dequantize(), other.weight, bits=_bits(packed))
-
-
-class _LayerErrors:
-    """Hooks on both models' layers; ``settle`` compares what both did to one piece of text."""
-
-    def __init__(self, model: DecoderModel, reference: DecoderModel) -> None:
-        self._models = (model, reference)
-        self._streams: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._errors: list[list[float]] = [[] for _ in model.layers]
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for model, streams in zip(self._models, self._streams):
-            for layer in model.layers:
-                self._handles.append(layer.register_forward_hook(self._hook(streams)))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    @staticmethod
-    def _hook(streams: list[Tensor]) -> Callable[..., None]:
-        def keep(_: nn.Module, __: object, output: tuple[Tensor, Tensor]) -> None:
-            streams.append((output[0].float() + output[1].float()).clone())
-
-        return keep
-
-    def settle(self) -> None:
-        mine, other = self._streams
-        for errors, a, b in zip(self._errors, mine, other, strict=True):
-            errors.append(float((a - b).norm() / b.norm().clamp(min=1e-30)))
-        mine.clear()
-        other.clear()
-
-    def means(self) -> tuple[float, ...]:
-        """One number a layer."""
-        return tuple(sum(errors) / max(len(errors), 1) for errors in self._errors)
-
-
-def _describe(spec: EngineSpec, checkpoint: Checkpoint, dtype: torch.dtype, cache: torch.dtype) -> str:
-    form = spec.quantization or (checkpoint.label if isinstance(checkpoint, QuantizedCheckpoint) else "")
-    names = ("fp4" if kind is FP4 else str(kind).removeprefix("torch.") for kind in (dtype, cache))
-    return "{}: {}{}, cache {}".format(spec.name, form + ", " if form else "", *names)
+        if matrix.problem:
+            yield matrix.problem

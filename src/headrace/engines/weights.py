@@ -6,7 +6,7 @@ import torch
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.resolve import open_checkpoint, resolve
-from headrace.config.quantization import quantization_type
+from headrace.config.quantization import cache_harm, quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError
 from headrace.kernels.attention.fp4 import FP4, GROUP
@@ -49,9 +49,17 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    *,
+    as_stored: bool = False,
 ) -> DecoderModel:
-    """The decoder of an opened checkpoint, quantized on the way if the spec says so."""
+    """The decoder of an opened checkpoint, quantized on the way if the spec says so.
+
+    Args:
+        as_stored: matrices of a quantized checkpoint stay as they are, and round activations as it says, where
+            this device would dequantize them as they are loaded (for ``headrace verify``).
+    """
     transform = load_time(quantization_type(spec.quantization), device) if spec.quantization else None
+    stays = as_stored and isinstance(checkpoint, QuantizedCheckpoint)
     return load_decoder(
         checkpoint.config,
         checkpoint,
@@ -59,7 +67,7 @@ def load_weights(
         device=device,
         progress=progress,
         transform=transform,
-        keep_packed=transform is None and keeps_packed(checkpoint, dtype, device),
+        keep_packed=transform is None and (stays or keeps_packed(checkpoint, dtype, device)),
     )
 
 
@@ -85,13 +93,8 @@ def kv_dtype(
         raise ConfigError(
             f"kv_cache_dtype is {name!r}; expected auto, {', '.join(_KV_TYPES)}", param="kv_cache_dtype"
         )
-    if name in ("fp8", "fp4") and config.qkv_bias:
-        raise ConfigError(
-            f"{source} asks for an {name.upper()} KV cache, and this model adds a bias to q, k and v, whose outliers "
-            f"{name.upper()} cannot hold: answers would suffer. Use kv_cache_dtype auto (with quantization fp8 if you "
-            "like)",
-            param="kv_cache_dtype",
-        )
+    if harm := cache_harm(name, qkv_bias=config.qkv_bias):
+        raise ConfigError(f"{source} asks for an {name.upper()} KV cache, and {harm}", param="kv_cache_dtype")
     if name == "fp4" and config.head_dim % GROUP:
         raise ConfigError(
             f"{source} asks for an FP4 KV cache, which takes heads of a multiple of {GROUP} dimensions; use fp8",

@@ -45,3 +45,7 @@ class Dense(Linear):
         """[T, in] -> [T, out]."""
         assert self._packed is not None, "finish() was not called"
         return dense(x, self._packed, self.bias, self.activation)
+
+    def unpacked(self) -> Tensor:
+        """The weight [out, in], also after finish()."""
+        return self.weight if self.weight.numel() or self._packed is None else self._packed.to_dense()

@@ -48,6 +48,10 @@ class EightBitLinear(nn.Module):
         rounds = self.format if self.rounds else None
         return rounding.linear(x, self.codes, self.scale, self.bias, self.dtype, self.activation, rounds)
 
+    def dequantize(self) -> Tensor:
+        """The weights that forward multiplies with, float32 [out, in]."""
+        return rounding.values(Rounded(self.codes, self.scale[:, None]))
+
     @property
     def nbytes(self) -> int:
         """Memory held by the weights."""

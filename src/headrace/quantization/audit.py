@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import torch
 from torch import Tensor
@@ -9,8 +11,9 @@ from torch import Tensor
 __all__ = ["MatrixError", "audit"]
 
 _PIECE = 64  # columns that are judged together; one row each
+_CHUNK = 1 << 23  # numbers that are judged at a time
 _FLOOR = 0.25  # of the row's own size: pieces that small may well be lost
-_LIMITS = {8: 0.25, 4: 0.6}  # bits -> relative error of one piece that no sound rounding reaches
+_LIMITS = {16: 0.03, 8: 0.25, 4: 0.6}  # bits -> relative error of one piece that no sound rounding reaches
 
 
 class MatrixError(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +33,17 @@ class MatrixError(msgspec.Struct, frozen=True, kw_only=True):
     bad_pieces: int = 0
     where: tuple[int, int] | None = None
 
+    @property
+    def problem(self) -> str:
+        """What is wrong with it, as a sentence; "" for nothing."""
+        if self.where is None:
+            return ""
+        row, column = self.where
+        return (
+            f"{self.name}: {self.bad_pieces} pieces are not the reference's rounded (worst off by {self.worst:.2f} of "
+            f"itself), the first at row {row}, column {column}: a wrong scale, order or block"
+        )
+
 
 def audit(name: str, packed: Tensor, reference: Tensor, *, bits: int) -> MatrixError:
     """Compare piece by piece, so that a wrong scale, swapped halves or a missing block cannot hide in the sum.
@@ -37,20 +51,32 @@ def audit(name: str, packed: Tensor, reference: Tensor, *, bits: int) -> MatrixE
     Args:
         packed: what the packed weight stands for, float32 [rows, columns].
         reference: the unquantized weight, same shape.
-        bits: of a packed value, 4 or 8.
+        bits: of a packed value, 4 or 8; 16 for one that was only cast.
     """
     assert packed.shape == reference.shape, (name, packed.shape, reference.shape)
     rows, columns = packed.shape
+    step = max(_CHUNK // columns, 1)
+    lost = kept = worst = 0.0
+    bad, where = 0, None
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        error, difference, size = _pieces(packed[part].float(), reference[part].float())
+        lost, kept, worst = lost + difference, kept + size, max(worst, float(error.max()))
+        places = (error > _LIMITS[bits]).nonzero()
+        if len(places) and where is None:
+            where = (start + int(places[0, 0]), int(places[0, 1]) * _PIECE)
+        bad += len(places)
+    whole = math.sqrt(lost / max(kept, 1e-30)) if math.isfinite(lost) else math.inf
+    return MatrixError(name=name, error=whole, worst=worst, bad_pieces=bad, where=where)
+
+
+def _pieces(packed: Tensor, reference: Tensor) -> tuple[Tensor, float, float]:
+    """Error of each piece [rows, pieces], and the sums of squares of difference and reference."""
+    rows, columns = packed.shape
     width = -columns % _PIECE
-    full = torch.nn.functional.pad(reference.float(), (0, width)).view(rows, -1, _PIECE)
-    difference = torch.nn.functional.pad(packed.float(), (0, width)).view(rows, -1, _PIECE) - full
+    full = torch.nn.functional.pad(reference, (0, width)).view(rows, -1, _PIECE)
+    squares = (torch.nn.functional.pad(packed, (0, width)).view(rows, -1, _PIECE) - full).square().sum(-1)
     size = full.square().sum(-1)
     floor = size.sum(1, keepdim=True) * (_PIECE / columns) * _FLOOR**2
-    error = (difference.square().sum(-1) / torch.maximum(size, floor).clamp(min=1e-30)).sqrt()
-    error = error.nan_to_num(nan=torch.inf)
-    whole = (difference.square().sum() / size.sum().clamp(min=1e-30)).sqrt()
-    bad = (error > _LIMITS[bits]).nonzero()
-    where = (int(bad[0, 0]), int(bad[0, 1]) * _PIECE) if len(bad) else None
-    return MatrixError(
-        name=name, error=float(whole), worst=float(error.max()), bad_pieces=len(bad), where=where
-    )
+    error = (squares / torch.maximum(size, floor).clamp(min=1e-30)).sqrt().nan_to_num(nan=torch.inf)
+    return error, float(squares.sum(dtype=torch.float64)), float(size.sum(dtype=torch.float64))

@@ -102,3 +102,7 @@ class SplitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return torch.cat([linear(x) for linear in self.linears], dim=-1)
+
+    def dequantize(self) -> Tensor:
+        """The weights that forward multiplies with, float32 [out, in]."""
+        return torch.cat([linear.dequantize() for linear in self.linears])  # type: ignore[operator]

@@ -262,3 +262,113 @@ def test_texts(tmp_path: Path) -> None:
         read_rows(tmp_path / "bad.jsonl")
     with pytest.raises(MissingFile):
         read_rows(tmp_path / "none")
+
+
+def written(folder: Path, out: Path, name: str) -> Path:
+    """Quantized into several files."""
+    from headrace.engines.quantize import quantize_checkpoint
+
+    quantize_checkpoint(FolderCheckpoint(folder), name, out, shard_bytes=60_000)
+    assert len(list(out.glob("*.safetensors"))) > 2
+    return out
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_block", "fp4", "mxfp4", "int8", "int4"])
+def test_checkpoints_in_several_files(name: str, folder: Path, tmp_path: Path) -> None:
+    """Also on CPUs, which dequantize most of them as they load: what lies on disk is held against the original."""
+    out = written(folder, tmp_path / "q", name)
+    spec = EngineSpec(model=str(out), path=out, dtype="float32", device="cpu")
+    original = EngineSpec(model=str(folder), path=folder, dtype="float32", device="cpu")
+    report = verify(spec, lambda _: TEXTS, reference=original, limits=LOOSE)
+    assert report.problems == ()
+    assert len(report.matrices) == 8
+    for number in (1, 3):
+        other = write_llama(tmp_path / f"other{number}", **{**SHAPE, "num_hidden_layers": number})
+        wrong = msgspec.structs.replace(original, path=other)
+        with pytest.raises(ConfigError, match="another model"):
+            verify(spec, lambda _: TEXTS, reference=wrong, limits=LOOSE)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp4", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["scale", "swapped", "missing"])
+def test_defects_on_disk_are_caught(name: str, kind: str, folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    out = written(folder, tmp_path / "q", name)
+    rng = random.Random(f"{name} {kind}")
+    weights = [
+        (file, key)
+        for file in sorted(out.glob("*.safetensors"))
+        for key in load_file(file)
+        if ".layers." in key and key.endswith((".weight_packed", "_proj.weight"))
+    ]
+    file, key = rng.choice(weights)
+    tensors = load_file(file)
+    base = key.rsplit(".", 1)[0]
+    codes = tensors[key].view(torch.uint8) if tensors[key].element_size() == 1 else tensors[key]
+    rows, columns = codes.shape
+    if kind == "scale":
+        scale = tensors[f"{base}.weight_scale"]
+        wide = scale.float()
+        wide[rng.randrange(rows)] *= rng.choice([0.25, 4.0])
+        tensors[f"{base}.weight_scale"] = wide.to(scale.dtype)
+    elif kind == "swapped":
+        codes.copy_(torch.cat((codes[rows // 2 :], codes[: rows // 2])))
+    else:
+        codes[3:7, : max(columns // 2, 1)] = 0
+    save_file(tensors, file)
+    spec = EngineSpec(model=str(out), path=out, dtype="float32", device="cpu")
+    original = EngineSpec(model=str(folder), path=folder, dtype="float32", device="cpu")
+    anything = Limits(max_kl=1e9, min_top1=0, max_perplexity_ratio=1e9)
+    report = verify(spec, lambda _: TEXTS, reference=original, limits=anything)
+    assert not report.passed
+    assert all("pieces are not the reference's" in problem for problem in report.problems)
+    assert len(report.problems) == 1
+
+
+def test_weights_in_16_bits_are_looked_at_too(folder: Path) -> None:
+    """A wrong row of the embeddings, a norm or the head."""
+    anything = Limits(max_kl=1e9, min_top1=0, max_perplexity_ratio=1e9)
+    for place in ("embed.weight", "norm.weight", "head.weight", "layers.1.mlp_norm.weight"):
+        model = load(folder, "fp8")
+        weight = model.get_parameter(place)
+        weight.data[5:40] *= 2.0
+        report = check(model, folder, anything)
+        name = place.removesuffix(".weight") if place != "norm.weight" else place
+        named = "layers.1.mlp.gate_up" if "mlp_norm" in place else name
+        assert [problem.split(":")[0] for problem in report.problems] == [named]
+
+
+def test_scales_moved_into_norms_are_no_defect(folder: Path) -> None:
+    """What AWQ and SmoothQuant do: columns times a factor, the norm before them divided by it."""
+    plain, moved = load(folder), load(folder)
+    for layer in moved.layers:
+        for norm, linear in (
+            (layer.attention_norm, layer.attention.qkv),
+            (layer.mlp_norm, layer.mlp.gate_up),
+        ):
+            factor = torch.rand(norm.weight.shape) + 0.5
+            norm.weight.data.div_(factor)
+            linear.weight.data.mul_(factor)
+    transform = load_time(quantization_type("fp8"), CPU)
+    for path, module in list(moved.named_modules()):
+        if type(module).__name__ == "Linear" and path != "head":
+            parent = moved.get_submodule(path.rsplit(".", 1)[0])
+            setattr(parent, path.rsplit(".", 1)[1], transform(path, module))
+    assert compare(moved, plain, TEXTS, torch.float32, torch.float32, CPU, LOOSE).problems == ()
+    moved.layers[0].attention_norm.weight.data[:20] *= 1.5
+    anything = Limits(max_kl=1e9, min_top1=0, max_perplexity_ratio=1e9)
+    report = compare(moved, plain, TEXTS, torch.float32, torch.float32, CPU, anything)
+    assert [problem.split(":")[0] for problem in report.problems] == ["layers.0.attention.qkv"]
+
+
+def test_the_floor_and_near_ties(folder: Path) -> None:
+    spec = EngineSpec(model=str(folder), path=folder, quantization="fp8", dtype="float32", device="cpu")
+    report = verify(spec, lambda _: TEXTS, limits=LOOSE, floor=True)
+    assert report.floor is not None
+    kl, top1, decided = report.floor
+    assert 0 < kl < report.mean_kl
+    assert report.top1 <= top1 <= 1
+    assert 0 < report.decided < 1
+    assert report.top1_decided >= report.top1
+    assert decided >= top1

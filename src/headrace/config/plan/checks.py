@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from headrace.config.plan.facts import Facts
 from headrace.config.plan.shape import ModelShape
-from headrace.config.quantization import is_small, quantization_type
+from headrace.config.quantization import cache_harm, known_harm, quantization_type
 from headrace.config.spec import EngineSpec
 
-__all__ = ["licence_files", "warnings"]
+__all__ = ["harms", "licence_files", "warnings"]
 
 _LICENCES = ("license", "licence", "notice", "use_policy", "copying")
 _ROPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "su", "mrope", "proportional", "ntk")
@@ -64,17 +64,23 @@ def _rope(shape: ModelShape) -> Iterator[str]:
         yield "dynamic rope scaling: prefixes are shared only between prompts of the same length"
 
 
-def _numbers(facts: Facts, shape: ModelShape, spec: EngineSpec, engine: str, dtype: str) -> Iterator[str]:
-    if dtype == "float16" and facts.architecture.startswith("Gemma"):
-        yield "Gemma overflows in float16: use bfloat16 or float32"
+def harms(shape: ModelShape, spec: EngineSpec, engine: str) -> Iterator[str]:
+    """What fewer bits are known to cost this model; an FP8 or FP4 cache of some models is refused by the server."""
+    encodes = engine in ("embed", "bert")
     kv = spec.kv_cache_dtype
     if kv == "auto" and spec.quantization:
         kv = quantization_type(spec.quantization).kv_cache
-    if kv in ("fp8", "fp4") and "Qwen2" in facts.architecture:
-        yield f"an {kv} KV cache hurts models with a bias in q, k and v, as this one; serve refuses it: leave it out"
-    if spec.quantization and engine == "bert":
-        yield "quantizing a small encoder saves little and costs accuracy: 16 bit is advised"
-    if spec.quantization and is_small(shape.layers, shape.hidden):
-        yield "quantizing a model of this size costs accuracy: best from some 8 B parameters"
+    if not encodes and (harm := cache_harm(kv, qkv_bias=shape.qkv_bias)):
+        yield f"serve will refuse the {kv} KV cache: {harm}"
+    if spec.quantization:
+        harm = known_harm(spec.quantization, layers=shape.layers, hidden=shape.hidden, encodes=encodes)
+        if harm:
+            yield harm
+
+
+def _numbers(facts: Facts, shape: ModelShape, spec: EngineSpec, engine: str, dtype: str) -> Iterator[str]:
+    if dtype == "float16" and facts.architecture.startswith("Gemma"):
+        yield "Gemma overflows in float16: use bfloat16 or float32"
+    yield from harms(shape, spec, engine)
     if shape.context and spec.max_model_len is None and shape.context > 131_072:
         yield f"the checkpoint allows {shape.context} tokens: set --max-model-len to what requests need"

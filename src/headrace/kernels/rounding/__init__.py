@@ -18,7 +18,19 @@ from torch import Tensor
 
 from headrace.kernels.dispatch import kernel
 
-__all__ = ["BLOCK", "Format", "Rounded", "activate", "gate", "hadamard", "linear", "norm", "rows", "top"]
+__all__ = [
+    "BLOCK",
+    "Format",
+    "Rounded",
+    "activate",
+    "gate",
+    "hadamard",
+    "linear",
+    "norm",
+    "rows",
+    "top",
+    "values",
+]
 
 Format = Literal["fp8", "int8"]
 BLOCK = 32  # columns that are rotated together; widths are multiples of it for int8
@@ -61,6 +73,14 @@ def hadamard(device: torch.device) -> Tensor:
 def rows(x: Tensor, format: Format) -> Rounded:
     """x [T, D], contiguous."""
     return kernel("rounding", "rows", x.device.type)(x, format)  # type: ignore[no-any-return]
+
+
+def values(rounded: Rounded) -> Tensor:
+    """What it stands for before any rotation, float32 [T, D]."""
+    found = rounded.codes.float() * rounded.scale
+    if rounded.codes.dtype is torch.int8:
+        found = (found.view(-1, BLOCK) @ hadamard(found.device)).view(found.shape)
+    return found
 
 
 def norm(

@@ -1,0 +1,184 @@
+"""Every weight of a loaded model beside the reference's: each piece must be the same number, rounded at most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from headrace.checkpoints.base import Checkpoint
+from headrace.errors import ConfigError
+from headrace.layers.dense import Dense
+from headrace.layers.eight_bits import EightBitLinear, PlainNorm, RoundingNorm
+from headrace.layers.linear import Embedding, Linear
+from headrace.layers.norm import RMSNorm
+from headrace.models.decoder import DecoderModel
+from headrace.models.loading import linear_sources
+from headrace.quantization.audit import MatrixError, audit
+from headrace.quantization.containers import QuantizedCheckpoint
+from headrace.quantization.ggml import PackedHead
+from headrace.quantization.keep import SplitLinear
+from headrace.quantization.linear import JoinedLinear, PackedLinear
+from headrace.quantization.scaled import ScaledLinear
+from headrace.quantization.schemes.fp4 import Fp4Weight
+from headrace.quantization.schemes.group_int import GroupIntWeight
+from headrace.quantization.schemes.int8 import Int8Linear
+
+__all__ = ["PLAIN", "Bits", "audits", "is_packed", "stored_bits"]
+
+PLAIN = 16  # bits of a weight that was cast at most
+Bits = Callable[[str], int]
+"""Path within the model -> bits of the numbers that it was stored in."""
+
+_Packed = PackedLinear | JoinedLinear | ScaledLinear | SplitLinear | EightBitLinear
+_NORM_BEFORE = {"attention.qkv": "attention_norm", "mlp.gate_up": "mlp_norm", "mlp.up": "mlp_norm"}
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One weight of a model.
+
+    Attributes:
+        read: float32 [rows, columns]; vectors are one row.
+        bits: of its numbers.
+    """
+
+    read: Callable[[], Tensor]
+    bits: int = PLAIN
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether this is a linear over fewer bits than 16."""
+    return isinstance(module, _Packed)
+
+
+def audits(model: nn.Module, reference: nn.Module, bits: Bits = lambda _: PLAIN) -> Iterator[MatrixError]:
+    """Compare all weights; yields those of quantized matrices, and whatever else is wrong.
+
+    The gain of a norm is compared as a factor of the matrices that read it, because formats that scale
+    activations (AWQ) move factors between the two.
+
+    Args:
+        reference: unquantized, of the same modules.
+        bits: of matrices that were dequantized while they were loaded.
+    Raises ConfigError when the reference is another model.
+    """
+    ours, theirs = _weights(model), _weights(reference)
+    gains, wanted_gains = _gains(model), _gains(reference)
+    if extra := [path for path in ours if path.startswith("layers.") and path not in theirs]:
+        raise ConfigError(
+            f"the set-up has {extra[0]} and the reference has not: it is another model", param="reference"
+        )
+    for path, wanted in theirs.items():
+        if path.removesuffix(".weight") in wanted_gains:
+            continue
+        found = ours.get(path)
+        if found is None:
+            if path.startswith("layers."):
+                raise ConfigError(
+                    f"the reference has {path} and the set-up has not: it is another model", param="reference"
+                )
+            continue  # a head, tied in one of them
+        stored = min(found.bits, bits(path))
+        mine, other = found.read(), wanted.read()
+        if mine.shape != other.shape:
+            raise ConfigError(
+                f"{path} is {list(mine.shape)}, and {list(other.shape)} in the reference: it is another model",
+                param="reference",
+            )
+        norm = _norm_before(path)
+        if norm in gains and norm in wanted_gains:
+            mine, other = mine * gains[norm], other * wanted_gains[norm]
+        result = audit(path, mine, other, bits=stored)
+        if stored < PLAIN or result.where is not None:
+            yield result
+
+
+def stored_bits(checkpoint: Checkpoint, *, decoder: bool) -> Bits:
+    """How many bits the matrices of a checkpoint have on disk, whatever they are loaded as."""
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        return lambda _: PLAIN
+    on_disk = {name: _bits_on_disk(checkpoint, name) for name in checkpoint.modules}
+    if decoder:
+        sources = linear_sources(checkpoint.config, checkpoint)
+        return lambda path: min((on_disk.get(name, PLAIN) for name in sources.get(path, ())), default=PLAIN)
+    least = min(on_disk.values())  # tables of encoders name tensors by module, not the other way round
+    return lambda path: least if path.startswith("layers.") else PLAIN
+
+
+def _bits_on_disk(checkpoint: QuantizedCheckpoint, name: str) -> int:
+    info = checkpoint.info(name)
+    return 4 if info.nbytes * 8 < 6.5 * info.shape[0] * info.shape[1] else 8
+
+
+def _weights(model: nn.Module) -> dict[str, _Held]:
+    """By path; matrices of linears and embeddings are named by their module."""
+    found: dict[str, _Held] = {}
+    leaves: list[str] = []
+    for full, module in model.named_modules():
+        path = full.removeprefix("backbone.")  # of an EncodeModel
+        if path.startswith(tuple(leaf + "." for leaf in leaves)):
+            continue
+        if isinstance(module, (*_Packed.__args__, PackedHead, RoundingNorm, PlainNorm)):
+            leaves.append(path)
+        found |= _of_module(path, module)
+    return found
+
+
+def _of_module(path: str, module: nn.Module) -> dict[str, _Held]:
+    if isinstance(module, PackedHead):
+        module = module.linear
+    if isinstance(module, (RoundingNorm, PlainNorm)):
+        module = module.norm
+    found: dict[str, _Held] = {}
+    if is_packed(module):
+        found[path] = _Held(module.dequantize, _bits(module))  # type: ignore[arg-type]
+    elif isinstance(module, Dense):
+        found[path] = _plain(module.unpacked)
+    own = dict(module.named_parameters(recurse=False))
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, Tensor):
+        own["bias"] = bias  # type: ignore[assignment]
+    for name, value in own.items():
+        at = path if name == "weight" and isinstance(module, (Linear, Embedding)) else f"{path}.{name}"
+        if at not in found:
+            found[at] = _plain(value.detach)
+    return found
+
+
+def _plain(read: Callable[[], Tensor]) -> _Held:
+    def matrix() -> Tensor:
+        value = read().float()
+        return value if value.dim() == 2 else value.reshape(1, -1)
+
+    return _Held(matrix)
+
+
+def _bits(module: nn.Module) -> int:
+    if isinstance(module, ScaledLinear):
+        weight = module.quantized
+        four = isinstance(weight, Fp4Weight) or (isinstance(weight, GroupIntWeight) and weight.bits == 4)
+        return 4 if four else 8
+    if isinstance(module, (JoinedLinear, SplitLinear)):
+        return min(_bits(part) for part in module.linears)
+    return 8 if isinstance(module, (Int8Linear, EightBitLinear)) else 4
+
+
+def _gains(model: nn.Module) -> dict[str, Tensor]:
+    """Norms of a decoder whose result goes into matrices and nowhere else."""
+    model = getattr(model, "backbone", model)
+    if not isinstance(model, DecoderModel) or model.config.norm_place == "post":
+        return {}
+    return {
+        path: module.weight.float()
+        for path, module in model.named_modules()
+        if isinstance(module, RMSNorm) and path.endswith(tuple(_NORM_BEFORE.values()))
+    }
+
+
+def _norm_before(path: str) -> str:
+    """Path of the norm that this matrix reads; "" for none."""
+    layer = ".".join(path.split(".")[:2])
+    norm = _NORM_BEFORE.get(path.removeprefix(layer + "."))
+    return f"{layer}.{norm}" if norm else ""
