@@ -154,6 +154,24 @@ def test_counts_limits_responses_and_cancellation_are_one_servers(server: ServeP
     Client(server).stream(1)
 
 
+def test_a_dead_engine_is_told_by_both(server: ServeProcess) -> None:
+    pair = on_each(server)
+    pid = server.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    cores = [int(c) for c in children if "core_process" in Path(f"/proc/{c}/cmdline").read_text()]
+    os.kill(cores[0], signal.SIGKILL)
+    for client in pair:
+        until(lambda: client.json("GET", "/health")[0] == 503, 10)  # noqa: B023
+    asks: list[tuple[str, dict[str, object]]] = [
+        ("/v1/embeddings", {"model": "minilm", "input": "a"}),
+        ("/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 2}),
+    ]
+    for client in pair:  # one engine is gone, the other goes on
+        assert sorted(client.json("POST", path, body)[0] for path, body in asks) == [200, 503]
+    os.kill(cores[1], signal.SIGKILL)
+    assert server.process.wait(30) == 1
+
+
 def test_a_killed_process_takes_only_its_own_requests_and_is_replaced(server: ServeProcess) -> None:
     first, other = on_each(server)
     killed = further(server)[0]

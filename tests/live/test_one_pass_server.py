@@ -299,6 +299,69 @@ def test_predict_takes_the_bodies_of_other_routes(served: Served) -> None:
     assert served.ok("/predict", body) == served.ok("/predict_tokens", body)
 
 
+def test_the_root_path_does_what_the_model_is_for(served: Served) -> None:
+    pairs: list[tuple[dict[str, Any], str]] = [
+        ({"model": "embedder", "inputs": TEXTS}, "/embed"),
+        ({"model": "embedder", "input": "a"}, "/v1/embeddings"),
+        ({"model": "embedder", "inputs": {"source_sentence": "a", "sentences": TEXTS}}, "/similarity"),
+        ({"model": "classifier", "inputs": [["a"], ["b"]]}, "/predict"),
+        ({"model": "tagger", "inputs": TEXTS[2]}, "/predict_tokens"),
+        ({"query": "a", "texts": TEXTS}, "/rerank"),
+        ({"query": "a", "documents": TEXTS}, "/v1/rerank"),
+    ]
+    for body, path in pairs:
+        expected = served.ok(path, body)
+        assert served.ok("/", body) == served.ok("/invocations", body) == expected, path
+    assert served.ok("/embeddings", pairs[1][0]) == served.ok("/v1/embeddings", pairs[1][0])
+    for body, status, param in (
+        ({"inputs": "a"}, 400, "model"),
+        ({"model": "none", "inputs": "a"}, 404, "model"),
+        ({"model": ["embedder"], "inputs": "a"}, 400, "model"),
+        ({"model": "embedder"}, 400, "inputs"),
+    ):
+        found, reply, _ = served.post("/", body)
+        assert (found, reply["error"]["param"]) == (status, param), reply
+
+
+def test_hugging_face_clients_reach_a_server_of_one_model(served: Served) -> None:
+    """They post to the root path, without a model."""
+    from huggingface_hub import InferenceClient
+
+    model = Model(EngineSpec(model="embedder", path=served.folders["embedder"], num_threads=1))
+    with live(model) as server:
+        model.loaded = server.call(_engine(model.spec))
+        client = InferenceClient(model=server.url)
+        expected = served.ok("/embed", {"model": "embedder", "inputs": TEXTS[0]})
+        np.testing.assert_allclose(client.feature_extraction(TEXTS[0], truncate=True), expected, atol=1e-6)
+        alike = served.ok(
+            "/similarity", {"model": "embedder", "inputs": {"source_sentence": "a", "sentences": TEXTS}}
+        )
+        assert client.sentence_similarity("a", other_sentences=TEXTS) == pytest.approx(alike)
+
+
+def test_limits_and_cuts_of_openai_embeddings(served: Served) -> None:
+    """The same as on the other routes: --max-inputs is 64 here, and this embedder does not cut by itself."""
+    status, reply, _ = served.post("/v1/embeddings", {"model": "embedder", "input": ["a"] * 65})
+    assert (status, reply["error"]["param"]) == (413, "input")
+    assert len(served.ok("/v1/embeddings", {"model": "embedder", "input": ["a"] * 64})["data"]) == 64
+    long = " ".join(["Apple", "buys", "a", "startup", "in", "Berlin"] * 20)
+    ask = {"model": "embedder", "input": long}
+    for refused in ({}, {"truncate": False}):
+        status, reply, _ = served.post("/v1/embeddings", ask | refused)
+        assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+    vectors = {}
+    for direction in ("Left", "Right", None):
+        how = {"truncate": True} | ({"truncation_direction": direction} if direction else {})
+        (expected,) = served.ok("/embed", {"model": "embedder", "inputs": long} | how)
+        vectors[direction] = served.ok("/v1/embeddings", ask | how)["data"][0]["embedding"]
+        np.testing.assert_allclose(vectors[direction], expected, atol=1e-6)
+    assert vectors[None] == vectors["Right"] != vectors["Left"]
+    short = served.ok("/v1/embeddings", ask | {"truncate_prompt_tokens": 9, "truncation_direction": "Left"})
+    assert short["usage"]["prompt_tokens"] == 9
+    status, reply, _ = served.post("/v1/embeddings", ask | {"truncate": False, "truncate_prompt_tokens": 9})
+    assert (status, reply["error"]["param"]) == (400, "truncate")
+
+
 def test_tokenize_decode_info(served: Served) -> None:
     (tokens,) = served.ok("/tokenize", {"model": "embedder", "inputs": "Apple buys"})
     assert tokens[0]["special"]

@@ -20,7 +20,7 @@ from headrace.llm.encoder import INLINE_CHARS, Embeddings, Encoder
 from headrace.llm.generation import Generation
 from headrace.llm.protocols import Messages, Prompt, TextKit
 from headrace.llm.results import Completion, Result, collect
-from headrace.text.encoding import EncodeText, Truncate
+from headrace.text.encoding import Direction, EncodeText, Truncate
 from headrace.text.rerank import RerankTemplate
 from headrace.text.stopping import StopMatcher
 from headrace.types import EncodeParams, Request, SamplingParams
@@ -381,6 +381,8 @@ class AsyncEngine:
         params: EncodeParams | None = None,
         *,
         truncate_prompt_tokens: int | None = None,
+        truncate: bool | None = None,
+        truncation_direction: Direction | None = None,
         prompt_name: str | None = None,
         add_special_tokens: bool = True,
         priority: int = 0,
@@ -390,17 +392,22 @@ class AsyncEngine:
 
         Args:
             truncate_prompt_tokens: cut inputs to so many tokens, special ones included; -1: to what fits.
+            truncate: cut them to what fits, or refuse them; None: as the engine was told at its start.
+            truncation_direction: the end that is cut off; None: the tokenizer's.
             prompt_name: a prompt of the checkpoint that is put before each text; "": not even its default one.
 
         Raises Unprocessable naming the input that is too long, and for a model of text.
         """
-        truncate = self.encoder.auto_truncate
+        cut: Truncate | None = None
         if truncate_prompt_tokens is not None:
             _check_truncate(truncate_prompt_tokens)
-            truncate = Truncate(limit=None if truncate_prompt_tokens == -1 else truncate_prompt_tokens)
+            limit = None if truncate_prompt_tokens == -1 else truncate_prompt_tokens
+            cut = Truncate(truncation_direction, limit)
+        elif self.encoder.auto_truncate is not None if truncate is None else truncate:
+            cut = Truncate(truncation_direction)
         plain = [item.token_ids if isinstance(item, Prompt) else item for item in inputs]
         encoded = await self.encoder.texts(
-            plain, prompt=prompt_name, truncate=truncate, add_special_tokens=add_special_tokens
+            plain, prompt=prompt_name, truncate=cut, add_special_tokens=add_special_tokens
         )
         return await self.encoder.run(encoded, params or EncodeParams(), priority=priority, deadline=deadline)
 

@@ -26,7 +26,7 @@ from headrace.serving.openai.tokens import DetokenizeRequest, detokenize
 from headrace.serving.state import STATE, State
 from headrace.serving.tei import embed, predict, rerank, text
 from headrace.serving.tei.decide import system_one
-from headrace.serving.tei.default import predict_any, rerank_any, tokenize_any
+from headrace.serving.tei.default import infer, predict_any, rerank_any, tokenize_any
 from headrace.serving.tei.schemas import (
     CohereRerankRequest,
     DecodeRequest,
@@ -66,6 +66,7 @@ TABLE = (
     Route("DELETE", "/v1/responses/{id}", delete_response, "Forget a stored response."),
     Route("POST", "/v1/messages", messages, "Answer a conversation in Anthropic's shape.", MessagesRequest),
     Route("POST", "/v1/embeddings", embeddings, "Turn texts into vectors.", EmbeddingRequest),
+    Route("POST", "/embeddings", embeddings, "The same.", EmbeddingRequest),
     Route("POST", "/embed", embed.embed, "Turn texts into vectors.", EmbedRequest),
     Route("POST", "/embed_all", embed.embed_all, "One vector for each token.", EmbedAllRequest),
     Route("POST", "/embed_sparse", embed.embed_sparse, "Weights of vocabulary entries.", SparseRequest),
@@ -74,6 +75,13 @@ TABLE = (
     Route("POST", "/v1/rerank", rerank.rerank_jina, "The same in Jina's shape.", JinaRerankRequest),
     Route("POST", "/v2/rerank", rerank.rerank_cohere, "The same in Cohere's shape.", CohereRerankRequest),
     Route("POST", "/v1/systemone", system_one, "Typed questions about a state.", SystemOneRequest),
+    Route(
+        "POST",
+        "/",
+        infer,
+        "What the model is for: /embed, /rerank, /similarity, /predict or /predict_tokens.",
+    ),
+    Route("POST", "/invocations", infer, "The same, where platforms send everything."),
     Route("POST", "/predict", predict_any, "Labels of texts.", PredictRequest),
     Route("POST", "/predict_tokens", predict.predict_tokens, "Entities in texts.", PredictTokensRequest),
     Route("POST", "/score", score, "How well texts fit each other, in vLLM's shape.", ScoreRequest),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from headrace.text.sources import TextSources, read_sources
 __all__ = ["Tokenizer"]
 
 _LOCKED_CHARS = 4096  # of texts up to which the batch call's own cost would be felt
+_BERT_CLASS = re.compile(r"(Bert|DistilBert|MPNet|Electra|MobileBert|LayoutLM)Tokenizer(Fast)?")
+_BERT_TYPES = ("bert", "distilbert", "mpnet", "electra")  # whose class is one of these
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -63,6 +66,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UnsupportedCheckpoint(f"{file} is not a tokenizer.json that can be read: {error}") from None
         _apply_settings(backend, sources.tokenizer_config)
+        _apply_bert_settings(backend, sources)
         return cls(backend, sources)
 
     # -- to ids
@@ -177,6 +181,27 @@ def _special_tokens(sources: TextSources) -> dict[str, str]:
             if isinstance(text, str):
                 found[f"{role}_token"] = text
     return found
+
+
+def _apply_bert_settings(backend: tokenizers.Tokenizer, sources: TextSources) -> None:
+    """What tokenizer_config.json says of letters, for classes of BERT's kind: there it wins over tokenizer.json.
+
+    So has transformers it, and sentence-transformers by it. Where the files differ, texts would be other tokens.
+    """
+    settings, normalizer = sources.tokenizer_config, backend.normalizer
+    if not isinstance(normalizer, tokenizers.normalizers.BertNormalizer):
+        return
+    name = settings.get("tokenizer_class")
+    if name is None and sources.config.get("model_type") not in _BERT_TYPES:
+        return
+    if name is not None and not _BERT_CLASS.fullmatch(str(name)):
+        return
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(
+        clean_text=normalizer.clean_text,
+        handle_chinese_chars=settings.get("tokenize_chinese_chars") is not False,
+        strip_accents=settings.get("strip_accents"),
+        lowercase=settings.get("do_lower_case") is not False,
+    )
 
 
 def _apply_settings(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:

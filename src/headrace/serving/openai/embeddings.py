@@ -12,6 +12,7 @@ from headrace.serving.body import read
 from headrace.serving.call import open_call
 from headrace.serving.openai.completions import inputs_of
 from headrace.serving.openai.schemas import EmbeddingRequest
+from headrace.serving.tei.common import check_count, direction
 from headrace.serving.vectors import RAW, reply, vectors
 from headrace.types import EncodeParams
 
@@ -46,12 +47,15 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
     """Turn texts into vectors."""
     body = await read(request, EmbeddingRequest)
     inputs = inputs_of(body.input)
+    check_count(request, len(inputs), "input")
     async with open_call(request, body.model, len(inputs)) as call:
         call.show_prompt(body.input)
         result = await call.model.engine.embed(
             inputs,
             EncodeParams(dimensions=body.dimensions, normalize=body.normalize is not False),
             truncate_prompt_tokens=body.truncate_prompt_tokens,
+            truncate=body.truncate,
+            truncation_direction=direction(body.truncation_direction),
             prompt_name=body.prompt_name,
             add_special_tokens=body.add_special_tokens is not False,
             priority=body.priority or 0,

@@ -216,7 +216,7 @@ class EmbeddingRequest(ApiModel):
         description="A served name; GET /v1/models lists them.", json_schema_extra={"effect": "acted on"}
     )
     input: str | Many[str] | Many[int] | Many[Many[int]] = Field(
-        description=f"Text, token ids, or a list of up to {MAX_INPUTS} of either.",
+        description="Text, token ids, or a list of either, at most --max-inputs (2048).",
         json_schema_extra={"effect": "acted on"},
     )
     encoding_format: Literal["float", "base64", "bytes"] | None = acts(
@@ -227,6 +227,12 @@ class EmbeddingRequest(ApiModel):
     )
     truncate_prompt_tokens: int | None = acts(
         None, "Cut inputs to so many tokens; -1: to what the model takes.", ge=-1
+    )
+    truncate: bool | None = acts(
+        None, "Cut inputs that are too long, or refuse them. Default: the server's --auto-truncate."
+    )
+    truncation_direction: Literal["Left", "Right", "left", "right"] | None = acts(
+        None, "The end that is cut off. Default: the tokenizer's."
     )
     add_special_tokens: bool | None = acts(
         None, "Add the tokenizer's special tokens to texts (default true)."
@@ -241,6 +247,6 @@ class EmbeddingRequest(ApiModel):
         many = isinstance(self.input, list)
         if many and not self.input:
             raise FieldError("input", "input is an empty list; expected text, token ids, or a list of either")
-        if many and not isinstance(self.input[0], int) and len(self.input) > MAX_INPUTS:
-            raise FieldError("input", f"input holds {len(self.input)} items; expected at most {MAX_INPUTS}")
+        if self.truncate is False and self.truncate_prompt_tokens is not None:
+            raise FieldError("truncate", "truncate is false, but truncate_prompt_tokens asks for a cut")
         return self

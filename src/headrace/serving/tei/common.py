@@ -12,10 +12,10 @@ from headrace.llm.encoder import Encoder
 from headrace.serving.call import Call, open_call
 from headrace.serving.state import STATE, State
 from headrace.serving.tei.schemas import OnePass
-from headrace.text.encoding import Truncate
+from headrace.text.encoding import Direction, Truncate
 from headrace.types import EncodeTask
 
-__all__ = ["check_count", "listed", "one_pass", "truncation"]
+__all__ = ["check_count", "direction", "listed", "one_pass", "truncation"]
 
 
 @asynccontextmanager
@@ -80,6 +80,9 @@ def truncation(encoder: Encoder, body: OnePass, limit: int | None = None) -> Tru
     cut = encoder.auto_truncate is not None if body.truncate is None else body.truncate
     if not cut and limit is None:
         return None
-    if body.truncation_direction is None:
-        return Truncate(limit=limit)
-    return Truncate("left" if body.truncation_direction.lower() == "left" else "right", limit)
+    return Truncate(direction(body.truncation_direction), limit)
+
+
+def direction(given: str | None) -> Direction | None:
+    """text-embeddings-inference writes it with a capital."""
+    return None if given is None else "left" if given.lower() == "left" else "right"

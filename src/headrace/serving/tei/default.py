@@ -8,18 +8,19 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, InvalidRequest
 from headrace.serving.body import content
 from headrace.serving.openai.embeddings import embeddings
 from headrace.serving.openai.tokens import tokenize_chat, tokenize_prompt
 from headrace.serving.state import STATE
 from headrace.serving.tei.decide import system_one
+from headrace.serving.tei.embed import embed, embed_all, embed_sparse, similarity
 from headrace.serving.tei.predict import predict, predict_tokens
 from headrace.serving.tei.rerank import rerank, rerank_jina
 from headrace.serving.tei.text import tokenize
 from headrace.types import EncodeTask
 
-__all__ = ["predict_any", "rerank_any", "tokenize_any"]
+__all__ = ["infer", "predict_any", "rerank_any", "tokenize_any"]
 
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -33,10 +34,22 @@ _DEFAULTS: dict[str, _Handler] = {
 }
 
 
+# What the root path does for a model whose first task this is.
+_BY_TASK: dict[EncodeTask, _Handler] = {
+    EncodeTask.EMBED: embed,
+    EncodeTask.EMBED_ALL: embed_all,
+    EncodeTask.SPARSE: embed_sparse,
+    EncodeTask.SCORE: predict,
+    EncodeTask.CLASSIFY: predict,
+    EncodeTask.TOKEN_CLASSIFY: predict_tokens,
+}
+
+
 class _Shape(msgspec.Struct):
     model: msgspec.Raw = msgspec.Raw()
     questions: msgspec.Raw = msgspec.Raw()
     input: msgspec.Raw = msgspec.Raw()
+    inputs: msgspec.Raw = msgspec.Raw()
     query: msgspec.Raw = msgspec.Raw()
     documents: msgspec.Raw = msgspec.Raw()
     prompt: msgspec.Raw = msgspec.Raw()
@@ -87,6 +100,29 @@ def _default(request: web.Request, named: bytes) -> str | None:
         name = msgspec.json.decode(named)
         models = [model for model in models if name in model.names]
     return models[0].spec.default_route if len(models) == 1 else None
+
+
+async def infer(request: web.Request) -> web.StreamResponse:
+    """What the model is for: the root path of text-embeddings-inference, which also tells bodies apart."""
+    shape = await _shape(request)
+    if shape.has("query"):
+        return await rerank_any(request)
+    if shape.has("input"):
+        return await embeddings(request)
+    if shape.has("inputs") and bytes(shape.inputs).lstrip()[:1] == b"{":
+        return await similarity(request)
+    models = request.app[STATE].models
+    if shape.has("model"):
+        name = msgspec.json.decode(bytes(shape.model))
+        if not isinstance(name, str):
+            raise InvalidRequest("model is no text; expected a served name", param="model")
+        model = models.find(name)
+    elif len(models.all) == 1:
+        model = models.all[0]
+    else:
+        raise InvalidRequest("several models are served here; name one in model", param="model")
+    first = model.engine.encoder.card.tasks[0]
+    return await _BY_TASK[first](request)
 
 
 async def rerank_any(request: web.Request) -> web.StreamResponse:

@@ -49,7 +49,9 @@ async def rerank_jina(request: web.Request) -> web.StreamResponse:
     """Documents by how well they answer a query, best first, in Jina's shape."""
     body = await read(request, JinaRerankRequest)
     texts = [item if isinstance(item, str) else item.text for item in body.documents]
-    scores, usage, name = await _scores(request, body, body.query, texts, "documents", body.instruction)
+    scores, usage, name = await _scores(
+        request, body, body.query, texts, "documents", body.instruction, raw=body.raw_scores
+    )
     shown = body.return_documents is not False
     results = [
         Relevance(i, scores[i], {"text": texts[i]} if shown else UNSET) for i in _order(scores, body.top_n)

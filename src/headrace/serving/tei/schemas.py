@@ -129,6 +129,7 @@ class JinaRerankRequest(OnePass):
     documents: list[str | JinaDocument] = needed("Texts, or objects with a text.")
     top_n: int | None = acts(None, "Return the best so many.", ge=1)
     return_documents: bool | None = acts(None, "Repeat the documents in the reply (default true).")
+    raw_scores: bool = acts(False, "Logits instead of numbers from 0 to 1 (Infinity's field).")
     instruction: str | None = acts(None, "For rerankers whose prompt has one.")
     user: str | None = harmless("For the caller's own books.")
 
