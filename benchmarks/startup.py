@@ -1,76 +1,212 @@
-"""Start-up: process start to first token, broken down, without reading weights.
+"""Start-up: from the start of `headrace serve`'s process to its first answer over HTTP, broken down by part.
 
-    python -m benchmarks.startup --model qwen3-0.6b --record
+    python -m benchmarks.startup --models qwen3-0.6b qwen3-8b bge-large --record
 
-Each measurement is a process of its own: once with an empty cache of compiled kernels, once with a filled one.
+Each measurement is a server of its own. Kernels: ``warm`` is a cache that has them all; ``cold`` an empty one, as on a
+new machine (--cold). Weights of generators: made on the device, so that nothing is read (the goals' case), or with
+--weights file read from a file whose pages are all holes, which is the page cache's rate; those of encoders are always
+read. The vocabulary has its real size and is made up. ``parts`` are the core's own account, which the server also logs;
+``ready`` is when /ready said 200, ``value`` when the first answer (one token, or one vector) was there. ``late`` are
+milliseconds of 50 requests right after, one by one, of different kinds: nothing may compile in them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import re
+import shutil
+import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
 
-from benchmarks.common import Recorder, arguments
+from benchmarks.common import Recorder, arguments, model_config
 
-
-def child(name: str, began: float) -> None:
-    """What a core does until its first token; prints seconds since ``began`` for each stage."""
-    stages = {"python": time.time() - began}
-    import torch
-
-    from benchmarks.common import model_config
-    from headrace.engines.bench.cases import Case, measure
-    from headrace.engines.bench.cores import build_core, random_model
-
-    stages["imports"] = time.time() - began
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = random_model(model_config(name), dtype=dtype, device=torch.device(device))
-    stages["weights"] = time.time() - began
-    core = build_core(model, [(1, 128, 2)], eager=device == "cpu", step_tokens=8192)
-    stages["cache"] = time.time() - began
-    measure(core, Case(1, 128, 1), model.config.vocab_size, seed=1)
-    stages["first_token"] = time.time() - began
-    measure(core, Case(1, 128, 2), model.config.vocab_size, seed=2)
-    stages["first_decode_step"] = time.time() - began
-    print(json.dumps(stages))
+_DEADLINE = 300.0
 
 
-def measured(model: str, cache: str | None) -> dict[str, float]:
-    """Stages of a process of its own; ``cache``: folder of compiled kernels, None: the usual one."""
-    began = repr(time.time())
-    command = [sys.executable, "-m", "benchmarks.startup", "--model", model, "--child", began]
-    environment = {**os.environ, **({} if cache is None else {"TRITON_CACHE_DIR": cache})}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    stages: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return stages
+def write_folder(folder: Path, name: str) -> None:
+    """A checkpoint of this shape; a generator's weights are holes."""
+    from benchmarks.made_up_bpe import END, made_up_bpe
+    from headrace.config.plan.facts import Facts
+    from headrace.config.plan.shape import read_shape
+    from headrace.config.plan.weights import expected_tensors
+
+    config = {"model_type": "qwen3", **model_config(name)}
+    if config["model_type"] == "bert" or "Embedding" in name or "embedding" in name:
+        from benchmarks.encode_http import write_checkpoint
+
+        write_checkpoint(folder, name)
+        return
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    (folder / "tokenizer.json").write_text(made_up_bpe(config["vocab_size"]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
+    header, at = {}, 0
+    shape = read_shape(Facts(where="", config=config, container="config"))
+    for key, tensor in expected_tensors(shape, 2).items():
+        size = tensor.nbytes
+        header[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+
+
+class Server:
+    """`headrace serve` of one folder, from its first moment to its first answer."""
+
+    def __init__(self, folder: Path, cache: Path | None, made_up: bool, extra: list[str]) -> None:
+        self.began = time.time()
+        command = [sys.executable, "-m", "benchmarks.startup_server", *(["--made-up"] if made_up else [])]
+        more = {} if cache is None else {"TRITON_CACHE_DIR": str(cache)}
+        self.process = subprocess.Popen(
+            [*command, "serve", f"m={folder}", "--port", "0", *extra],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, **more, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self.parts: dict[str, float] = {}
+        self.url = ""
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if found := re.search(r"headrace \S+ on (http://\S+)", line):
+                self.url = found[1]
+            elif '"model ready"' in line:
+                self.parts = json.loads(line).get("start", {})
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        """The answer, or None while the server cannot give one."""
+        data = None if body is None else json.dumps({"model": "m", **body}).encode()
+        ask = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(ask, timeout=120) as reply:
+                return json.load(reply) if path != "/ready" else {}
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise RuntimeError(error.read().decode()) from error
+        except OSError:
+            pass
+        return None
+
+    def until(self, path: str, body: dict[str, Any] | None = None) -> float:
+        """Seconds from the process's start to the first answer."""
+        while time.time() < self.began + _DEADLINE and self.process.poll() is None:
+            if self.url and self.ask(path, body) is not None:
+                return time.time() - self.began
+            time.sleep(0.01)
+        raise RuntimeError("the server gave no answer:\n" + "".join(self.lines[-30:]))
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+def requests(encodes: bool, vocab: int) -> list[tuple[str, dict[str, Any]]]:
+    """Fifty of different kinds."""
+    draw = random.Random(1)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0}, {"temperature": 1}, {"temperature": 0.7, "top_p": 0.9, "top_k": 40},
+        {"temperature": 0, "logprobs": 3}, {"temperature": 1, "frequency_penalty": 0.5},
+    ]  # fmt: skip
+    found: list[tuple[str, dict[str, Any]]] = []
+    for i in range(50):
+        length = draw.choice((1, 7, 30, 90, 250, 480))
+        if encodes:
+            found.append(
+                ("/v1/embeddings", {"input": " ".join(draw.choices(("kana", "lona", "mina"), k=length))})
+            )
+        else:
+            ids = [draw.randrange(vocab - 300) + 256 for _ in range(length)]
+            found.append(
+                (
+                    "/v1/completions",
+                    {"prompt": ids, "max_tokens": 8, "ignore_eos": True, **kinds[i % len(kinds)]},
+                )
+            )
+    return found
+
+
+def measure(name: str, folder: Path, cache: Path | None, args: Any) -> dict[str, Any]:
+    """One start."""
+    config = model_config(name)
+    encodes = config.get("model_type") == "bert" or "embedding" in name
+    path, body = ("/v1/embeddings", {"input": "kana"}) if encodes else (
+        "/v1/completions", {"prompt": [300, 301, 302], "max_tokens": 1, "temperature": 0}
+    )  # fmt: skip
+    server = Server(folder, cache, args.weights == "device" and not encodes, args.serve or [])
+    try:
+        ready = server.until("/ready")
+        first = server.until(path, body)
+        late = []
+        for at, ask in requests(encodes, config["vocab_size"]):
+            began = time.perf_counter()
+            server.ask(at, ask)
+            late.append((time.perf_counter() - began) * 1e3)
+        again = []
+        for at, ask in requests(encodes, config["vocab_size"]):
+            began = time.perf_counter()
+            server.ask(at, ask)
+            again.append((time.perf_counter() - began) * 1e3)
+    finally:
+        server.close()
+    return {
+        "value": first, "ready": round(ready, 2), "parts": server.parts,
+        "late": {
+            "median": round(statistics.median(late), 1), "worst": round(max(late), 1),
+            "later_median": round(statistics.median(again), 1), "later_worst": round(max(again), 1),
+        },
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--model", default="qwen3-0.6b")
-    parser.add_argument("--warm", action="store_true", help="only with the kernels that are compiled already")
-    parser.add_argument("--child", type=float, help="internal")
+    parser.add_argument("--models", nargs="+", default=["qwen3-0.6b"])
+    parser.add_argument("--weights", choices=("device", "file"), default="device")
+    parser.add_argument("--cold", action="store_true", help="also with an empty cache of kernels")
+    parser.add_argument("--starts", type=int, default=2, help="warm ones; the first one may compile")
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written and kept")
+    parser.add_argument(
+        "--serve", nargs="+", help="more flags for headrace serve, each as one word: --flag=value"
+    )
     args = parser.parse_args()
-    if args.child is not None:
-        child(args.model, args.child)
-        return
-    rows = []
-    with tempfile.TemporaryDirectory() as empty:
-        kept = os.environ.get("TRITON_CACHE_DIR")
-        cold = {} if args.warm else {"cold kernels": empty}
-        for case, cache in {**cold, "warm kernels": kept if args.warm else empty}.items():
-            rows.append((case, measured(args.model, cache)))
+    rows: list[tuple[str, str, dict[str, Any]]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in args.models:
+            folder = (args.folder or Path(scratch)) / name
+            if not (folder / "config.json").is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_folder(folder, name)
+            if args.cold:
+                empty = Path(scratch) / f"kernels-{name}"
+                rows.append((name, "cold kernels", measure(name, folder, empty, args)))
+                print(rows[-1], file=sys.stderr, flush=True)
+                rows.append((name, "warm kernels", measure(name, folder, empty, args)))
+                print(rows[-1], file=sys.stderr, flush=True)
+                shutil.rmtree(empty, ignore_errors=True)
+            for _ in range(args.starts):
+                rows.append((name, "warm kernels", measure(name, folder, None, args)))
+                print(rows[-1], file=sys.stderr, flush=True)
     recorder = Recorder("startup", args)  # imports torch: after the measurements
-    for case, stages in rows:
+    for name, case, found in rows:
+        where = "read" if args.weights == "file" else "made on the device, or read by encoders"
         recorder.row(
-            model=args.model, precision="bfloat16", case=case, metric="seconds", value=stages["first_token"],
-            stages={name: round(seconds, 2) for name, seconds in stages.items()},
-        )  # fmt: skip
+            model=name, precision="bfloat16", case=case, metric="first_answer_s", weights=where, **found
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ core ──► serving   Ready · Outputs · EncodeOutputs · Heartbeat · Faile
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -81,10 +81,11 @@ class CoreStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
-    """Bytes of weights in place so far, and in all; only before Ready."""
+    """Bytes of weights in place so far, and in all; or kernels compiled so far, and in all. Only before Ready."""
 
     done: int
     total: int
+    part: Literal["weights", "kernels"] = "weights"
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

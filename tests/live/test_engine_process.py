@@ -106,7 +106,7 @@ def test_generate_cancel_refuse_and_drain(how: str, tiny: EngineSpec) -> None:
 def test_loading_tells_how_far_it_is(tiny: EngineSpec) -> None:
     async def scenario() -> None:
         told: list[tuple[int, int]] = []
-        client = await start(tiny, lambda done, total: told.append((done, total)))
+        client = await start(tiny, lambda done, total, part: told.append((done, total)))
         await client.close()
         assert told
         assert told[-1][0] == told[-1][1] == client.ready.summary["weight_bytes"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.checkpoints.base import TensorInfo, fingerprint_files
+from headrace.checkpoints.upload import Region
 from headrace.errors import MissingFile, UnsupportedCheckpoint, nearest
 
 if TYPE_CHECKING:
@@ -36,13 +37,14 @@ class FolderCheckpoint:
         self.generation_config: dict[str, Any] = read_json(generation) if generation.is_file() else {}
         self._files = _weight_files(path)
         self._where: dict[str, tuple[Path, TensorInfo]] = {}
+        self._offsets: dict[str, int] = {}
         for file in self._files:
-            for name, info in _read_header(file).items():
+            for name, (info, offset) in _read_header(file).items():
                 if name in self._where:
                     raise UnsupportedCheckpoint(
                         f"tensor {name!r} is in two files, {self._where[name][0]} and {file}"
                     )
-                self._where[name] = (file, info)
+                self._where[name], self._offsets[name] = (file, info), offset
         self._handles: dict[Path, Any] = {}
 
     @cached_property
@@ -56,13 +58,26 @@ class FolderCheckpoint:
         return self._find(name)[1]
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        tensor: torch.Tensor = self._handle(self._find(name)[0]).get_tensor(name)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def region(self, name: str) -> Region | None:
+        """Where a tensor's data lies, for those who read it themselves; None unless it is of a plain float type."""
+        import torch
+
+        file, info = self._find(name)
+        self._handle(file)  # the library checks all offsets of the file
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(info.dtype)
+        if dtype is None or math.prod(info.shape) * dtype.itemsize != info.nbytes:
+            return None
+        return Region(file, self._offsets[name], info.nbytes, dtype, info.shape)
+
+    def _handle(self, file: Path) -> Any:
         from safetensors import safe_open
 
-        file = self._find(name)[0]
         if file not in self._handles:
             self._handles[file] = safe_open(str(file), framework="pt")
-        tensor: torch.Tensor = self._handles[file].get_tensor(name)
-        return tensor if dtype is None else tensor.to(dtype)
+        return self._handles[file]
 
     def _find(self, name: str) -> tuple[Path, TensorInfo]:
         found = self._where.get(name)
@@ -130,8 +145,8 @@ def _no_weights(folder: Path, others: list[Path]) -> MissingFile | UnsupportedCh
     return MissingFile(f"{folder} holds no model.safetensors and no {_INDEX}")
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Names, shapes and types of one safetensors file (https://huggingface.co/docs/safetensors), checked."""
+def _read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
+    """Names, shapes, types and places of one safetensors file (https://huggingface.co/docs/safetensors), checked."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         head = handle.read(8)
@@ -142,7 +157,10 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         table = json.loads(text)
         table.pop("__metadata__", None)
-        infos = {name: _tensor_info(entry) for name, entry in table.items()}
+        data = 8 + length
+        infos = {
+            name: (_tensor_info(entry), data + entry["data_offsets"][0]) for name, entry in table.items()
+        }
         end = max((entry["data_offsets"][1] for entry in table.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise UnsupportedCheckpoint(f"{file} has a damaged safetensors header; download it again") from None

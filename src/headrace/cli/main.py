@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "models": "list the models that are here, and those that can be fetched by name",
     "plan": "say whether a model fits, and how fast it can be, without a GPU and without reading weights",
+    "build": "fetch a model and compile its kernels ahead, so that its starts need neither",
     "verify": "measure what quantized weights or a smaller cache cost against the 16-bit model",
     "quantize": "write a quantized copy of a model",
     "bench": "measure generation, and profile where its time goes",

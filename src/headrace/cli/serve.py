@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import json
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headrace.cli.options import add_model_arguments, api_keys, specs
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from headrace.config.spec import EngineSpec
+    from headrace.engines.child import CoreChild
     from headrace.llm import AsyncEngine
     from headrace.serving.server import Server
 
@@ -94,6 +95,19 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     chosen = specs(args, args.models)
     keys = api_keys(args)
+    from headrace.engines.child import CoreChild
+
+    children = [CoreChild(spec) for spec in chosen]  # they import while this process does
+    try:
+        return _serve(args, chosen, keys, children)
+    finally:
+        for child in children:
+            child.end()
+
+
+def _serve(
+    args: argparse.Namespace, chosen: list[EngineSpec], keys: tuple[str, ...], children: list[CoreChild]
+) -> int:
     from headrace.config import env
     from headrace.llm.progress import LoadingBars
     from headrace.serving import logs
@@ -117,8 +131,10 @@ def run(args: argparse.Namespace) -> int:
         api_server_count=args.api_server_count,
     )
     bars = LoadingBars()
+    models = [Model(spec) for spec in chosen]
+    of_spec = {id(spec): child for spec, child in zip(chosen, children)}
     server = Server(
-        [Model(spec) for spec in chosen], options, start_engine=lambda spec: _start(spec, bars.of(spec.name))
+        models, options, start_engine=lambda spec: _start(spec, bars.of(spec.name), of_spec[id(spec)])
     )
     asyncio.run(serve(server, _listening, _ready))
     return 0
@@ -135,7 +151,9 @@ def _listening(server: Server) -> None:
     _say(f"headrace {__version__} on {server.url}\nloading {names} ...")
 
 
-async def _start(spec: EngineSpec, on_loading: Callable[[int, int], None]) -> AsyncEngine:
+async def _start(
+    spec: EngineSpec, on_loading: Callable[[int, int, str], None], child: CoreChild
+) -> AsyncEngine:
     import msgspec
 
     from headrace.checkpoints.resolve import resolve
@@ -149,13 +167,20 @@ async def _start(spec: EngineSpec, on_loading: Callable[[int, int], None]) -> As
     if spec.path is None:
         path = await asyncio.to_thread(resolve, spec.model, spec.revision, spec.secret_name)
         spec = msgspec.structs.replace(spec, path=path)
-    engine = await AsyncEngine.start(spec, on_loading)
+    engine = await AsyncEngine.start(spec, on_loading, child)
     ready = engine.client.ready
     _say(
         f"  {spec.name}: {ready.engine} engine, context {ready.max_model_len}, "
-        f"{ready.max_num_seqs} sequences a step, {time.perf_counter() - begin:.1f} s"
+        f"{ready.max_num_seqs} sequences a step, {_seconds(ready.summary, time.perf_counter() - begin)}"
     )
     return engine
+
+
+def _seconds(summary: dict[str, Any], waited: float) -> str:
+    """How long the start took, and its parts."""
+    parts = summary.get("start") or {}
+    listed = ", ".join(f"{name} {value:.1f}" for name, value in parts.items() if value >= 0.05)
+    return f"{sum(parts.values()) or waited:.1f} s" + (f" ({listed})" if listed else "")
 
 
 def banner(server: Server) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from headrace.errors import ConfigError
 
-__all__ = ["VARIABLES", "api_keys", "home", "log_level", "secrets_folder", "variable"]
+__all__ = ["VARIABLES", "api_keys", "home", "kernel_cache", "log_level", "secrets_folder", "variable"]
 
 VARIABLES = {
     "HEADRACE_HOME": "Where models and caches are kept; default: `headrace` in the user's cache folder.",
+    "TRITON_CACHE_DIR": "Where compiled GPU kernels are kept; default: the folder `kernels` of `HEADRACE_HOME`.",
     "HEADRACE_SECRETS_DIR": "Folder of mounted secrets; default: `/secrets`.",
     "HEADRACE_LOG": "Log level: `debug`, `info`, `warning` or `error`; default: `info`.",
     "HEADRACE_API_KEYS": "API keys of the server, separated by commas.",
@@ -26,6 +27,14 @@ def home() -> Path:
         return Path(chosen).expanduser().absolute()
     caches = os.environ.get("XDG_CACHE_HOME")
     return (Path(caches).expanduser() if caches else Path.home() / ".cache") / "headrace"
+
+
+def kernel_cache() -> Path | None:
+    """Where compiled GPU kernels are kept, so that what carries HEADRACE_HOME carries them: its folder ``kernels``.
+
+    None where the user's own TRITON_CACHE_DIR says otherwise.
+    """
+    return None if os.environ.get("TRITON_CACHE_DIR") else home() / "kernels"
 
 
 def secrets_folder() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from headrace.engines.loop import Core
 from headrace.engines.memory import give_back, kv_block_bytes, num_kv_blocks, take_for_steps, take_for_weights
 from headrace.engines.quality import check_quality
 from headrace.engines.select import select
+from headrace.engines.stages import Stages
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.constraints.compiler import ConstraintCompiler
@@ -53,15 +55,23 @@ __all__ = ["build", "choose_device", "choose_dtype", "choose_encode_dtype", "eos
 logger = logging.getLogger("headrace.core")
 
 
-def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Ready]:
+def build(
+    spec: EngineSpec,
+    progress: Progress | None = None,
+    stages: Stages | None = None,
+    on_compiling: Progress | None = None,
+) -> tuple[Core, Ready]:
     """Load the model of ``spec`` and make the core that serves it.
 
     Args:
         progress: told the bytes of weights in place and in all.
+        stages: what the start took until now; its parts end up in the summary.
+        on_compiling: told how many kernels are compiled, and of how many.
 
     Raises ModelError, ConfigError or DoesNotFit with the way out.
     """
     began = time.perf_counter()
+    stages = stages or Stages()
     require_supported(spec)
     checkpoint = open_weights(spec)
     device = choose_device(spec)
@@ -80,9 +90,9 @@ def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Rea
     core: EncodeCore[EncodeRunner] | GenerateCore
     try:
         if encodes:
-            core, ready = _build_encode(spec, checkpoint, device)
+            core, ready = _build_encode(spec, checkpoint, device, stages, on_compiling)
         else:
-            core, ready = _build_generate(spec, checkpoint, facts, device, progress)
+            core, ready = _build_generate(spec, checkpoint, facts, device, progress, stages, on_compiling)
     finally:
         torch.set_num_threads(threads)
     if device.type == "cpu":
@@ -90,18 +100,24 @@ def build(spec: EngineSpec, progress: Progress | None = None) -> tuple[Core, Rea
     if device.type == "cpu" and spec.num_threads is None:
         core.runner.threads = ThreadGovernor(threads)
     ready.summary["seconds"] = round(time.perf_counter() - began, 2)
+    stages.done("rest")
+    ready.summary["start"] = stages.seconds
     return core, ready
 
 
 def _build_encode(
-    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device
+    spec: EngineSpec,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    stages: Stages,
+    on_compiling: Progress | None,
 ) -> tuple[EncodeCore[EncodeRunner], Ready]:
     check_int8_pays(spec, device)
     dtype = choose_encode_dtype(spec, checkpoint, device)
     fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization)
     _tell_harm(spec, 0, 0, encodes=True)
     check_quality(spec, checkpoint, dtype, dtype, changed=fewer)
-    core, ready = build_encode(spec, checkpoint, device, dtype)
+    core, ready = build_encode(spec, checkpoint, device, dtype, stages, on_compiling)
     ready.summary.update(_summary(checkpoint, core.runner.model, device, dtype))
     return core, ready
 
@@ -135,7 +151,13 @@ def _summary(
 
 
 def _build_generate(
-    spec: EngineSpec, checkpoint: Checkpoint, facts: Facts, device: torch.device, progress: Progress | None
+    spec: EngineSpec,
+    checkpoint: Checkpoint,
+    facts: Facts,
+    device: torch.device,
+    progress: Progress | None,
+    stages: Stages,
+    on_compiling: Progress | None,
 ) -> tuple[GenerateCore, Ready]:
     dtype = choose_dtype(spec, checkpoint, device, packs=True)
     # What is refused is refused before gigabytes are read.
@@ -147,14 +169,18 @@ def _build_generate(
     shape = read_shape(facts)
     if not (spec.quantization or isinstance(checkpoint, QuantizedCheckpoint)):
         take_for_weights(device, facts, shape, dtype)
-    model = load_weights(spec, checkpoint, dtype, device, progress)
+    stages.done("device")
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(_tokenizer, checkpoint)
+        model = load_weights(spec, checkpoint, dtype, device, progress)
+    stages.done("weights")
     if model.config.headless:
         raise UnsupportedCheckpoint(
             f"{spec.model}: {checkpoint.config.get('architectures')} has no language-model head; "
             "serve it as an embedder, or give a *ForCausalLM checkpoint",
             param="engine",
         )
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = reading.result()
     eos_ids = eos_token_ids(checkpoint, tokenizer)
     max_model_len = _max_model_len(spec, model)
     step_tokens = spec.max_num_batched_tokens or (
@@ -176,7 +202,13 @@ def _build_generate(
     caches = allocate_caches(layout, blocks, spec.block_size, cache_dtype, device)
     runner = _runner(spec, model, caches, device, max_model_len)
     if device.type == "cuda":
-        _take_all(runner, need, step_tokens, spec.max_num_seqs, max_model_len)
+        sizes = {
+            "step_tokens": step_tokens,
+            "max_num_seqs": spec.max_num_seqs,
+            "max_model_len": max_model_len,
+        }
+        work = kernel_work(spec, checkpoint, dtype, cache_dtype, sizes)
+        _take_all(runner, need, work, sizes, stages, on_compiling)
     scheduler = Scheduler(
         BlockPool(blocks),
         block_size=spec.block_size,
@@ -237,13 +269,31 @@ def _runner(
     return Runner(model, caches, device=device, rope_by_length=by_length, **sizes)
 
 
-def _take_all(runner: Runner, need: Scratch, step_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+def _take_all(
+    runner: Runner,
+    need: Scratch,
+    work: str,
+    sizes: dict[str, int],
+    stages: Stages,
+    on_compiling: Progress | None,
+) -> None:
     """Take what serving will ever need of the device, so that it never asks for more."""
     from headrace.execution.graphs import GraphRunner
-    from headrace.execution.warm_up import warm_up
+    from headrace.execution.warm_up import prepare_kernels, warm_up
 
     take_for_steps(runner.device, need, runner if isinstance(runner, GraphRunner) else None)
-    warm_up(runner, step_tokens=step_tokens, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+    stages.done("memory")
+    prepare_kernels(runner, work, **sizes, progress=on_compiling)
+    stages.done("kernels")
+    warm_up(runner, **sizes)
+    stages.done("warm-up")
+
+
+def kernel_work(spec: EngineSpec, checkpoint: Checkpoint, *rest: Any) -> str:
+    """All that decides which kernels a model needs."""
+    settings = (spec.quantization, spec.kv_cache_dtype, spec.deterministic, spec.eager, spec.block_size)
+    container = checkpoint.label if isinstance(checkpoint, QuantizedCheckpoint) else ""
+    return repr((checkpoint.config, container, settings, rest))
 
 
 def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:

@@ -1,7 +1,8 @@
-"""A core in a process of its own, run as ``python -m headrace.engines.core_process``.
+"""A core in a process of its own, run as ``python -m headrace.engines.core_process [DEVICE]``.
 
-It reads its spec, the address to listen on and its parent's process id from standard input (pickled by that parent),
-and ends with its parent.
+It imports what every core needs and, unless DEVICE is cpu, creates the GPU's context. Then it reads its spec, the
+address to listen on and its parent's process id from standard input (pickled by that parent, see child.py). It ends
+with its parent.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
-from typing import Any
+from typing import Any, Literal
 
+from headrace.config import env
 from headrace.config.spec import EngineSpec
+from headrace.engines.child import remove_socket
 from headrace.engines.loop import CoreLoop
+from headrace.engines.stages import Stages, process_began
 from headrace.errors import HeadraceError
+from headrace.execution.context import prepare
 from headrace.messages import Failed, FromCore, Loading, Shutdown, ToCore, decode_to_core, encode
 
 __all__ = ["ZmqTransport", "main"]
@@ -76,32 +82,48 @@ class ZmqTransport:
 
 
 class _Throttle:
-    """Tells how far loading is, ten times a second at most, and at its end."""
+    """Tells how far weights or kernels are, ten times a second at most, and at its end."""
 
-    def __init__(self, transport: ZmqTransport) -> None:
-        self._transport = transport
+    def __init__(self, transport: ZmqTransport, part: Literal["weights", "kernels"]) -> None:
+        self._transport, self._part = transport, part
         self._last = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == total or now - self._last > 0.1:
+        if done in (0, total) or now - self._last > 0.1:
             self._last = now
-            self._transport.broadcast(Loading(done, total))
+            self._transport.broadcast(Loading(done, total, self._part))
 
 
-def _run_core(spec: EngineSpec, address: str, parent: int) -> None:
+class _Orphaned(threading.Thread):
+    """Ends this process when its parent is gone, until told that the loop, which sees that too, has begun."""
+
+    def __init__(self, parent: int) -> None:
+        super().__init__(name="headrace-parent", daemon=True)
+        self._parent = parent
+        self.address = ""
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        """Look five times a second."""
+        while not self.over.wait(0.2):
+            if os.getppid() != self._parent:
+                remove_socket(self.address)
+                os._exit(1)
+
+
+def _run_core(spec: EngineSpec, address: str, parent: int, stages: Stages, alone: _Orphaned) -> None:
     """Until the parent says shutdown, or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the serving process decides when a core ends
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Torch's threads are left to spin between two operations, which nearly halves a small model's step;
-    # execution/threads.py takes them away while other processes want the cores.
-    os.environ.update(spec.environment)
+    alone.address = address
     transport = ZmqTransport(address, parent)
     transport.wait_for_client()
     try:
         from headrace.engines.build import build
 
-        core, ready = build(spec, _Throttle(transport))
+        core, ready = build(
+            spec, _Throttle(transport, "weights"), stages, on_compiling=_Throttle(transport, "kernels")
+        )
+        alone.over.set()
         transport.broadcast(ready)
         CoreLoop(core, transport).run()
     except Exception as error:
@@ -112,11 +134,48 @@ def _run_core(spec: EngineSpec, address: str, parent: int) -> None:
         transport.close()
 
 
+def _keep_kernels() -> None:
+    """Have Triton keep what it compiles beside the models, and no more than it needs to load it again."""
+    folder = env.kernel_cache()
+    if folder is not None:
+        with contextlib.suppress(OSError):  # Triton's own place is left, or one that is there but read-only
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ["TRITON_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("TRITON_STORE_BINARY_ONLY", "1")
+
+
+def _import_all(device: str, stages: Stages) -> None:
+    """What a core needs whatever it runs; what cannot be imported is told when the spec is there."""
+    _keep_kernels()
+    beside = threading.Thread(target=prepare, name="headrace-context", daemon=True)
+    if device != "cpu":
+        beside.start()
+    # Torch's threads are left to spin between two operations, which nearly halves a small model's step;
+    # execution/threads.py takes them away while other processes want the cores.
+    with contextlib.suppress(ImportError):
+        import headrace.engines.build  # noqa: F401
+    stages.done("imports")
+    if device != "cpu":
+        beside.join()
+        stages.done("context")
+
+
 def main() -> None:
     """Read what to run from standard input, and run it."""
-    spec, address, parent = pickle.load(sys.stdin.buffer)
+    stages = Stages(process_began())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the serving process decides when a core ends
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    alone = _Orphaned(os.getppid())
+    alone.start()
+    stages.done("python")
+    _import_all(sys.argv[1] if len(sys.argv) > 1 else "auto", stages)
+    try:
+        spec, address, parent = pickle.load(sys.stdin.buffer)
+    except EOFError:  # nobody wants a core any more
+        return
     sys.stdin.close()
-    _run_core(spec, address, parent)
+    stages.done("waiting")
+    _run_core(spec, address, parent, stages, alone)
 
 
 if __name__ == "__main__":

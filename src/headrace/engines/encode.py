@@ -66,6 +66,10 @@ class OverlappingPass(Pass, Protocol):
         """Begin a pass over these and return; passes run one after another."""
         ...
 
+    def prepare_next(self) -> bool:
+        """A little of what would make a later pass wait; true if more is left."""
+        ...
+
 
 @dataclass(slots=True)
 class _Running:
@@ -143,11 +147,12 @@ class EncodeCore(Generic[P]):
             self._finish(running, outputs)
         return outputs
 
-    def idle(self) -> None:
-        """Called when there is no work: nothing may be left over."""
+    def idle(self) -> bool:
+        """Called when there is no work: nothing may be left over. Then another graph is captured, if one is left."""
         assert len(self._queue) == 0
         assert self._queue.num_tokens == 0
         assert self._running is None
+        return self._overlapping is not None and self._overlapping.prepare_next()
 
     def stats(self) -> CoreStats:
         """Counters and gauges."""

@@ -15,31 +15,36 @@ from headrace.config.spec import EngineSpec
 from headrace.engines.encode import EncodeCore
 from headrace.engines.inspect import inspect
 from headrace.engines.memory import give_back, take_for_steps, take_for_weights
+from headrace.engines.stages import Stages
 from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.execution.encode_runner import EncodeRunner
 from headrace.messages import Ready
 from headrace.models.encode_card import read_encode_card
 from headrace.models.encode_eight_bits import EightBits
 from headrace.models.encode_model import EncodeModel, load_encode_model
-from headrace.models.loading import Transform
+from headrace.models.loading import Progress, Transform
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.registry import load_time
 from headrace.text.tokenizer import Tokenizer
-from headrace.types import EncodeParams, Request
 
 __all__ = ["build_encode", "check_int8_pays", "load_encode"]
 
-GRAPH_SECONDS = 2.5  # spent on capturing the ladder; what is left of it is captured when first needed
+GRAPH_SECONDS = 0.3  # spent on graphs before the first request; others follow while there is none
 
 
 def build_encode(
-    spec: EngineSpec, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    spec: EngineSpec,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    stages: Stages | None = None,
+    on_compiling: Progress | None = None,
 ) -> tuple[EncodeCore[EncodeRunner], Ready]:
     """Load an embedder, classifier or reranker and make its core.
 
     Raises ModelError or ConfigError with the way out.
     """
-    path = checkpoint.path
+    path, stages = checkpoint.path, stages or Stages()
     if not path.is_dir():
         raise UnsupportedCheckpoint(
             f"{path}: embedders are read from folders with config.json and safetensors"
@@ -48,7 +53,9 @@ def build_encode(
     shape = read_shape(facts, encoder=True)
     if not spec.quantization and not isinstance(checkpoint, QuantizedCheckpoint):
         take_for_weights(device, facts, shape, dtype)
+    stages.done("device")
     model = load_encode(spec, checkpoint, device, dtype)
+    stages.done("weights")
     model.max_tokens = _max_tokens(spec, model)
     batch_tokens = spec.max_num_batched_tokens or (
         CUDA_ENCODE_TOKENS if device.type == "cuda" else CPU_ENCODE_TOKENS
@@ -65,7 +72,8 @@ def build_encode(
     overlap = device.type == "cuda" if spec.overlap is None else spec.overlap
     core = EncodeCore(runner, max_tokens=batch_tokens, max_seqs=spec.max_num_seqs, overlap=overlap)
     if device.type == "cuda":
-        _take_all(runner, scratch(shape, load), load.tokens, device)
+        work = repr((checkpoint.config, model.card, spec.quantization, spec.eager, dtype, load))
+        _take_all(runner, scratch(shape, load), load.tokens, work, stages, on_compiling)
     summary: dict[str, Any] = {
         "tasks": [task.value for task in model.card.tasks],
         "dimensions": model.dimensions,
@@ -106,21 +114,26 @@ def load_encode(
     )
 
 
-def _take_all(runner: EncodeRunner, need: Scratch, tokens: int, device: torch.device) -> None:
+def _take_all(
+    runner: EncodeRunner,
+    need: Scratch,
+    tokens: int,
+    work: str,
+    stages: Stages,
+    on_compiling: Progress | None,
+) -> None:
     """Take what serving will ever need of the device, so that it never asks for more."""
-    give_back(device)
-    take_for_steps(device, need, runner.graphs)
+    from headrace.execution.encode_warm_up import prepare_kernels, run_once
+
+    give_back(runner.device)
+    take_for_steps(runner.device, need, runner.graphs)
+    stages.done("memory")
+    prepare_kernels(runner, work, tokens, on_compiling)
+    stages.done("kernels")
     if runner.graphs is not None:
         runner.graphs.warm_up(GRAPH_SECONDS)
-    length = runner.max_tokens
-    counts = [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)
-    task = next(iter(runner.model.card.tasks))
-    runner.run(
-        [
-            Request(id=str(i), token_ids=(0,) * count, encode=EncodeParams(task=task))
-            for i, count in enumerate(counts)
-        ]
-    )
+    run_once(runner, tokens)
+    stages.done("warm-up")
 
 
 def check_int8_pays(spec: EngineSpec, device: torch.device) -> None:

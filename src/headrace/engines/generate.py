@@ -291,14 +291,15 @@ class GenerateCore:
 
     # --- state -----------------------------------------------------------------------------------
 
-    def idle(self) -> None:
-        """Called when there is no work: the books must balance now."""
+    def idle(self) -> bool:
+        """Called when there is no work: the books must balance now. Then another graph is captured, if one is left."""
         if not self._balanced:
             self._balanced = True
             try:
                 self.scheduler.check()
             except AccountError:
                 logger.exception("block account violated; rebuilt from its owners")
+        return self.runner.prepare_next()
 
     def stats(self) -> CoreStats:
         """Counters and gauges."""

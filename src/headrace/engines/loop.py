@@ -48,8 +48,8 @@ class Core(Protocol):
     def step(self) -> Sequence[Output | EncodeOutput]:
         """Advance by one step."""
 
-    def idle(self) -> None:
-        """Called once each time the work runs out."""
+    def idle(self) -> bool:
+        """Called again and again while there is no work; true when it would use more such time."""
 
     def stats(self) -> CoreStats:
         """Counters and gauges."""
@@ -94,8 +94,9 @@ class CoreLoop:
         """Turn until Shutdown; drains first if that asks for it."""
         core = self.core
         gc.freeze()  # what was loaded stays: no collection walks over it while requests wait
+        more = True  # to be done in moments without work
         while True:
-            busy = core.has_work()
+            busy = more or core.has_work()
             for client, message in self.transport.receive(0.0 if busy else HEARTBEAT_SECONDS):
                 self._handle(client, message)
             if core.has_work():
@@ -103,7 +104,7 @@ class CoreLoop:
             elif self._stopping:
                 break
             else:
-                core.idle()
+                more = core.idle()
             self._heartbeat()
         core.close()
 

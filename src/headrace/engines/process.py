@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import pickle
 import queue
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -19,6 +15,7 @@ from typing import Any
 
 from headrace.config.spec import EngineSpec
 from headrace.engines.attached import Attachment, SocketClient, connect
+from headrace.engines.child import CoreChild
 from headrace.engines.dispatch import DispatchClient, error_of
 from headrace.engines.loop import Core, CoreLoop
 from headrace.errors import EngineDead
@@ -38,68 +35,46 @@ __all__ = ["InProcessClient", "ProcessClient", "start", "start_in_process"]
 _CLOSE_SECONDS = 10.0
 
 
-OnLoading = Callable[[int, int], None]  # bytes of weights in place, and in all
+OnLoading = Callable[[int, int, str], None]  # see Loading
 
 
-async def start(spec: EngineSpec, on_loading: OnLoading | None = None) -> ProcessClient:
+async def start(
+    spec: EngineSpec, on_loading: OnLoading | None = None, child: CoreChild | None = None
+) -> ProcessClient:
     """Start a core process for ``spec`` and wait until it has loaded its model.
+
+    Args:
+        child: a process started before; it is taken over, and ended whatever happens.
 
     Raises the core's own error (ModelError, ConfigError, DoesNotFit, ...) when it cannot start.
     """
-    return await ProcessClient.start(spec, on_loading)
+    return await ProcessClient.start(spec, on_loading, child)
 
 
 # --- the serving side --------------------------------------------------------------------------------
 
 
-Child = subprocess.Popen[bytes]
-
-
-def _launch(spec: EngineSpec, address: str) -> Child:
-    """Start ``headrace.engines.core_process``.
-
-    Not by multiprocessing: that would run the caller's script once more in the child.
-    """
-    path = os.pathsep.join(path for path in sys.path if path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "headrace.engines.core_process"],
-        stdin=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": path},
-    )
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it died already: the caller sees that
-        process.stdin.write(pickle.dumps((spec, address, os.getpid())))
-        process.stdin.close()
-    return process
-
-
-def _end(process: Child) -> None:
-    process.kill()
-    process.wait()
-
-
-def _alive(process: Child) -> bool:
-    return process.poll() is None
-
-
 class ProcessClient(SocketClient):
     """A core in a process of its own, which this one started."""
 
-    def __init__(self, spec: EngineSpec, ready: Ready, process: Child, socket: Any, address: str) -> None:
+    def __init__(self, spec: EngineSpec, ready: Ready, process: CoreChild, socket: Any, address: str) -> None:
         super().__init__(spec, ready, socket)
         self._process = process
         self._address = address
 
     @classmethod
-    async def start(cls, spec: EngineSpec, on_loading: OnLoading | None = None) -> ProcessClient:
+    async def start(
+        cls, spec: EngineSpec, on_loading: OnLoading | None = None, child: CoreChild | None = None
+    ) -> ProcessClient:
         """See `headrace.engines.process.start`."""
         address = f"ipc://{tempfile.gettempdir()}/headrace-{uuid.uuid4().hex[:16]}"
-        process = _launch(spec, address)
+        process = child or CoreChild(spec)
+        process.give(spec, address)
         socket = await connect(address)
         try:
             ready = await _until_ready(socket, process, on_loading)
         except BaseException:
-            _end(process)
+            process.end()
             socket.close()
             raise
         return cls(spec, ready, process, socket, address)
@@ -119,31 +94,32 @@ class ProcessClient(SocketClient):
     async def close(self, drain: bool = True) -> None:
         """See EngineClient."""
         self._draining = True
-        if _alive(self._process) and self._failure is None:
+        if self._process.exit_code is None and self._failure is None:
             self._send(Shutdown(drain))
         deadline = None if drain else time.monotonic() + _CLOSE_SECONDS
-        while _alive(self._process) and (deadline is None or time.monotonic() < deadline):
+        while self._process.exit_code is None and (deadline is None or time.monotonic() < deadline):
             await asyncio.sleep(0.02)
-        _end(self._process)
+        self._process.end()
         self._disconnect()
 
     def _death(self) -> str | None:
-        return None if _alive(self._process) else f"with exit code {self._process.returncode}"
+        code = self._process.exit_code
+        return None if code is None else f"with exit code {code}"
 
 
-async def _until_ready(socket: Any, process: Child, on_loading: OnLoading | None) -> Ready:
+async def _until_ready(socket: Any, process: CoreChild, on_loading: OnLoading | None) -> Ready:
     while True:
         if await socket.poll(100):
             message = decode_from_core(await socket.recv())
             if isinstance(message, Loading) and on_loading is not None:
-                on_loading(message.done, message.total)
+                on_loading(message.done, message.total, message.part)
             if isinstance(message, Ready):
                 return message
             if isinstance(message, Failed):
                 raise error_of(message)
-        elif not _alive(process):
+        elif process.exit_code is not None:
             raise EngineDead(
-                f"the engine process died with exit code {process.returncode} before it was ready; "
+                f"the engine process died with exit code {process.exit_code} before it was ready; "
                 "its standard error says why (exit code -9 is usually the kernel's out-of-memory killer)"
             )
 

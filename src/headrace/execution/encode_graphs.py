@@ -8,8 +8,9 @@ is launched as it is, since padding would cost more than launches.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +123,31 @@ class EncodeGraphs:
         """Take ``size`` bytes for all graphs together, ``small`` of them for tensors up to a MiB."""
         if self._memory is not None:
             self._memory.grow(size, small)
+
+    def capture_next(self) -> bool:
+        """Make the smallest graph that is not there; true if another one is missing."""
+        missing = [size for size in (*TOKENS, *LARGE) if size not in self._graphs] if self.captures else []
+        if missing:
+            self.capture(missing[0])
+        return len(missing) > 1
+
+    def capture(self, size: int) -> None:
+        """Make the graph of this size now, if it is not there yet."""
+        with torch.inference_mode():
+            if size not in self._graphs:
+                self._graphs[size] = self._make(size)
+            if self._memory is None:
+                self._graphs[size].replay()
+
+    @contextlib.contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Within, graphs are not captured but run as they are, and forgotten afterwards."""
+        memory, graphs = self._memory, self._graphs
+        self._memory, self._graphs = None, {}
+        try:
+            yield
+        finally:
+            self._memory, self._graphs = memory, graphs
 
     @torch.inference_mode()
     def warm_up(self, seconds: float) -> None:

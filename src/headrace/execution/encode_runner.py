@@ -46,6 +46,10 @@ class EncodeRunner:
             pooled = None if self.pooled_task is None else self._pooled
             self.graphs = EncodeGraphs(model, pooled, device, types=self.token_types > 1)
 
+    def prepare_next(self) -> bool:
+        """Called in moments without work: capture one more graph; true if another is left."""
+        return self.graphs is not None and self.graphs.capture_next()
+
     def run(self, requests: Sequence[Request]) -> list[EncodeOutput]:
         """One forward pass over all requests, and what each of them asked for, in their order."""
         return self.launch(requests).finish()

@@ -8,7 +8,11 @@ Longer steps take the Runner's plain way, which is also the specification of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -40,6 +44,9 @@ if TYPE_CHECKING:
     from headrace.models.decoder_fast import DecodeBatch, FastDecoder
 
 __all__ = ["GraphRunner", "GraphStep"]
+
+_FORESEEN_TOKENS = 1024  # of a step whose graph is made before it is needed
+logger = logging.getLogger("headrace.core")
 
 _STAGES = 4  # pinned buffers in turn; at most two steps are in flight
 
@@ -125,6 +132,7 @@ class GraphRunner(Runner):
         pinned = device.type == "cuda"
         self._stages = [torch.zeros(largest, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
         self._turn = 0
+        self._ahead: deque[GraphKey] = deque()
         self._changed: list[tuple[int, int]] = []
         self._fast = _fast_decoder(model, max_model_len) if fast and not fixed else None
         self._workspace = None if self._fast is None else self._fast.workspace(max_num_seqs)
@@ -258,6 +266,71 @@ class GraphRunner(Runner):
         with torch.inference_mode():
             for size in sorted({up(self.decode_sizes, size) for size in sizes}, reverse=True):
                 self._graph(GraphKey(size, size, "tokens"))
+
+    def keys(self, tokens: int) -> Iterator[GraphKey]:
+        """Of every graph that steps of up to ``tokens`` tokens can need."""
+        for size, kind in itertools.product(self.decode_sizes, ("tokens", "drawn", "filtered", "logits")):
+            yield GraphKey(size, size, kind)
+        flags = [(True, False)] if self.fixed else list(itertools.product((True, False), repeat=2))
+        for size in ladder(MIXED_TOKENS, up(MIXED_TOKENS, min(tokens, MIXED_TOKENS[-1]))):
+            for below, seqs in zip((0, *self._seq_sizes), self._seq_sizes):
+                if below < size:
+                    yield from (GraphKey(size, seqs, "mixed", *flag) for flag in flags)
+
+    def foresee(self, tokens: int) -> None:
+        """Have `prepare_next` make the graphs that traffic is likely to need, one by one: single requests first."""
+        drawn = [
+            GraphKey(size, size, kind) for size in self.decode_sizes[:5] for kind in ("drawn", "filtered")
+        ]
+        prompts = [size for size in MIXED_TOKENS if size <= min(tokens, _FORESEEN_TOKENS)]
+        seqs = self._seq_sizes[0]
+        kinds = [(True, False)] if self.fixed else [(False, True), (True, True)]
+        self._ahead = deque(
+            [
+                *drawn[:2],
+                *(GraphKey(size, seqs, "mixed", *kinds[0]) for size in prompts),
+                *(GraphKey(size, size, "tokens") for size in self.decode_sizes),
+                *drawn[2:],
+                *(GraphKey(size, seqs, "mixed", *kind) for kind in kinds[1:] for size in prompts),
+            ]
+        )
+
+    def prepare_next(self) -> bool:
+        """Capture one of the graphs that are foreseen; see Runner."""
+        while self._ahead:
+            key = self._ahead.popleft()
+            if key in self._graphs:
+                continue
+            try:
+                self.capture(key)
+            except torch.OutOfMemoryError as error:  # the step that needs it will say so
+                logger.warning("a graph was not captured ahead: %s", error)
+                self._ahead.clear()
+            break
+        return bool(self._ahead)
+
+    def capture(self, key: GraphKey) -> None:
+        """Make this graph now, if it is not there yet."""
+        with torch.inference_mode():
+            graph = self._graph(key)
+            if self._memory is None:
+                graph.replay()
+
+    @contextlib.contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Within, graphs are not captured but run as they are, over the first layers, and forgotten afterwards."""
+        memory, graphs, fast = self._memory, self._graphs, self._fast
+        layers = [] if fast is None else fast.layers
+        self._memory, self._graphs = None, {}
+        try:
+            with self.decoder.shortened() as count:
+                if fast is not None:
+                    fast.layers = layers[:count]
+                yield
+        finally:
+            self._memory, self._graphs = memory, graphs
+            if fast is not None:
+                fast.layers = layers
 
     def _graph(self, key: GraphKey) -> _Graph:
         found = self._graphs.get(key)

@@ -132,6 +132,10 @@ class Runner:
         self._num_blocks = np.zeros(max_num_seqs, np.int64)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
+    def prepare_next(self) -> bool:
+        """Called in moments without work: do a little of what would make a later step wait; true if more is left."""
+        return False
+
     @torch.inference_mode()
     def prepare(self, plan: StepPlan) -> Step:
         """Pack the plan. All that is read of its sequences is read here, so that they may change afterwards."""

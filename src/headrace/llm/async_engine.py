@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from headrace.config.spec import EngineSpec
+from headrace.engines.child import CoreChild
 from headrace.engines.client import EngineClient, Health
 from headrace.errors import ContextLengthExceeded, InvalidRequest, Unprocessable
 from headrace.llm.choice import Choice, Delta
@@ -75,17 +76,23 @@ class AsyncEngine:
 
     @classmethod
     async def start(
-        cls, spec: EngineSpec, on_loading: Callable[[int, int], None] | None = None
+        cls,
+        spec: EngineSpec,
+        on_loading: Callable[[int, int, str], None] | None = None,
+        child: CoreChild | None = None,
     ) -> AsyncEngine:
         """Start an engine core as the spec says and wait until it is ready.
 
-        ``on_loading`` is told the bytes of weights in place and in all.
+        Args:
+            on_loading: told the bytes of weights in place and in all, and then ``weights``; or of kernels that are
+                compiled, how many, of how many, and ``kernels``.
+            child: a process for the core that was started before (with the same device and environment).
 
         Raises ConfigError and ModelError when the model cannot be served, EngineDead when its process dies.
         """
         from headrace.llm.startup import start
 
-        return cls._over(*await start(spec, on_loading))
+        return cls._over(*await start(spec, on_loading, child))
 
     @classmethod
     async def attach(cls, attachment: Attachment) -> AsyncEngine:

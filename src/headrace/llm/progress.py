@@ -33,7 +33,7 @@ class LoadingBars:
     """One bar a model whose weights are being loaded; shown only on a terminal, gone when all are there."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
+        self._console = console = Console(stderr=True)
         columns = (
             TextColumn("loading {task.description}"),
             BarColumn(),
@@ -43,10 +43,18 @@ class LoadingBars:
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._tasks: dict[str, TaskID] = {}
 
-    def of(self, name: str) -> Callable[[int, int], None]:
-        """What to tell the bytes of this model's weights in place, and in all."""
+    def of(self, name: str) -> Callable[[int, int, str], None]:
+        """What to tell the bytes of this model's weights in place, and in all; or of compiled kernels, in lines."""
 
-        def show(done: int, total: int) -> None:
+        def show(done: int, total: int, part: str = "weights") -> None:
+            if part == "kernels":
+                if done == 0:
+                    self._console.print(
+                        f"  {name}: compiling {total} kernels for this GPU (kept for later starts)"
+                    )
+                elif done * 4 // total > (done - 1) * 4 // total:
+                    self._console.print(f"  {name}: {done} of {total} kernels")
+                return
             if not self._tasks:
                 self._progress.start()
             if name not in self._tasks:

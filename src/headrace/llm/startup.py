@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from headrace.config.spec import EngineSpec
+from headrace.engines.child import CoreChild
 from headrace.engines.client import EngineClient
 from headrace.llm.protocols import TextKit
 from headrace.models.encode_card import read_encode_card
@@ -27,7 +28,9 @@ _ADVISED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 async def start(
-    spec: EngineSpec, on_loading: Callable[[int, int], None] | None = None
+    spec: EngineSpec,
+    on_loading: Callable[[int, int, str], None] | None = None,
+    child: CoreChild | None = None,
 ) -> tuple[EngineClient, TextKit, dict[str, Any]]:
     """Start the core, and read tokenizer, template and sampling advice while it loads.
 
@@ -42,7 +45,7 @@ async def start(
         spec = msgspec.structs.replace(spec, path=path)
     reading = asyncio.create_task(asyncio.to_thread(load_text, spec))
     try:
-        client = await start_core(spec, on_loading)
+        client = await start_core(spec, on_loading, child)
     except BaseException:
         await asyncio.gather(
             reading, return_exceptions=True

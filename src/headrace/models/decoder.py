@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -159,6 +161,20 @@ class DecoderModel(nn.Module):
             KVLayer(self.config.num_kv_heads, self.config.head_dim, window) for window in self.config.windows
         ]
 
+    @contextlib.contextmanager
+    def shortened(self) -> Iterator[int]:
+        """Within, only so many of the first layers (the value) that one of each kind is there, but at least two."""
+        layers = self.layers
+        kinds = [
+            (self.config.windows[i], i in self.config.no_rope_layers, _kind(m)) for i, m in enumerate(layers)
+        ]
+        count = max(2, 1 + max(kinds.index(kind) for kind in kinds))
+        self.layers = layers[:count]
+        try:
+            yield count
+        finally:
+            self.layers = layers
+
     @torch.inference_mode()
     def forward(self, batch: PackedBatch) -> Tensor:
         """Hidden states [T, D] after the last norm."""
@@ -187,3 +203,13 @@ class DecoderModel(nn.Module):
         if self.config.logit_soft_cap is not None:
             logits = self.config.logit_soft_cap * torch.tanh(logits / self.config.logit_soft_cap)
         return logits
+
+
+def _kind(layer: nn.Module) -> str:
+    """What tells apart layers that run different code: classes, and shapes and types of tensors."""
+    found = []
+    for name, module in layer.named_modules():
+        held = [*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values()]
+        tensors = [(tuple(t.shape), t.dtype) for t in held if isinstance(t, Tensor)]
+        found.append((name, type(module).__name__, tensors))
+    return str(found)

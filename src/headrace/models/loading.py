@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from headrace.checkpoints.upload import Region, Upload, Uploader
 from headrace.errors import UnsupportedCheckpoint
 from headrace.layers.linear import Embedding, Linear, parameter
 from headrace.models.declaration import DecoderConfig
@@ -19,7 +20,15 @@ from headrace.quantization.ggml import PackedEmbedding, PackedHead, packed_linea
 from headrace.quantization.keep import quantized_linear
 from headrace.quantization.registry import PackedSource, can_keep
 
-__all__ = ["Progress", "Transform", "WeightSource", "linear_sources", "load_decoder", "random_weights"]
+__all__ = [
+    "InFiles",
+    "Progress",
+    "Transform",
+    "WeightSource",
+    "linear_sources",
+    "load_decoder",
+    "random_weights",
+]
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all (of the loaded model)
 Transform = Callable[[str, Linear], nn.Module]  # path and loaded linear -> what replaces it
@@ -38,6 +47,15 @@ class WeightSource(Protocol):
 
     def load(self, name: str) -> Tensor:
         """One tensor, mapped if possible and in the type it is stored in."""
+        ...
+
+
+@runtime_checkable
+class InFiles(Protocol):
+    """A checkpoint that says where its tensors lie."""
+
+    def region(self, name: str) -> Region | None:
+        """None for those that only it can read."""
         ...
 
 
@@ -241,27 +259,57 @@ class _Loader:
         """Read every tensor once, module by module."""
         sizes = [p.numel() * p.element_size() for p in self.model.parameters()]
         done, total = 0, sum(sizes)
-        for path, module in list(self.model.named_modules()):
-            for name, shell in list(module.named_parameters(recurse=False)):
-                full = parameter(*shell.shape, dtype=shell.dtype, device=self.device)
-                parts = full.data.split(module.parts) if isinstance(module, Linear) else (full.data,)
-                sources = self.sources[f"{path}.{name}"]
-                # A checkpoint may hold the fused projection whole.
-                for source, part in zip(sources, parts if len(sources) > 1 else (full.data,), strict=True):
-                    self._place(source, part)
-                setattr(module, name, full)
-                done += full.numel() * full.element_size()
-                if progress is not None:
-                    progress(done, total)
-            if transform is not None and isinstance(module, Linear):
-                self.model.set_submodule(path, transform(path, module))
 
-    def _place(self, name: str, destination: Tensor) -> None:
+        def placed(size: int) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(done, total)
+
+        uploader = None
+        if self.device.type == "cuda" and isinstance(self.weights, InFiles):
+            uploader = Uploader(self.device)
+        try:
+            for path, module in list(self.model.named_modules()):
+                for name, shell in list(module.named_parameters(recurse=False)):
+                    full = parameter(*shell.shape, dtype=shell.dtype, device=self.device)
+                    parts = full.data.split(module.parts) if isinstance(module, Linear) else (full.data,)
+                    sources = self.sources[f"{path}.{name}"]
+                    # A checkpoint may hold the fused projection whole.
+                    for source, part in zip(
+                        sources, parts if len(sources) > 1 else (full.data,), strict=True
+                    ):
+                        self._place(source, part, placed, uploader)
+                    setattr(module, name, full)
+                if transform is not None and isinstance(module, Linear):
+                    if uploader is not None:
+                        uploader.flush()
+                    self.model.set_submodule(path, transform(path, module))
+            if uploader is not None:
+                uploader.flush()
+        finally:
+            if uploader is not None:
+                uploader.close()
+
+    def _place(
+        self, name: str, destination: Tensor, placed: Callable[[int], None], uploader: Uploader | None
+    ) -> None:
+        """Copy a tensor, or have it copied, and say how large it was when it is there."""
+        size = destination.numel() * destination.element_size()
+        region = self.weights.region(name) if uploader and isinstance(self.weights, InFiles) else None
+        if uploader is not None and region is not None:
+            self._check_shape(name, region.shape, destination)
+            uploader.add(Upload(region, destination, lambda: placed(size)))
+            return
         tensor = self.weights.load(name)
-        if tensor.shape != destination.shape:
+        self._check_shape(name, tuple(tensor.shape), destination)
+        destination.copy_(tensor)
+        placed(size)
+
+    def _check_shape(self, name: str, shape: tuple[int, ...], destination: Tensor) -> None:
+        if shape != tuple(destination.shape):
             raise UnsupportedCheckpoint(
-                f"tensor {name!r} has shape {list(tensor.shape)}; expected {list(destination.shape)} "
+                f"tensor {name!r} has shape {list(shape)}; expected {list(destination.shape)} "
                 f"by config.json of {self.architecture}",
                 param=name,
             )
-        destination.copy_(tensor)

@@ -155,6 +155,9 @@ class FakeOverlap(FakePass):
 
         return FakeLaunch(work)
 
+    def prepare_next(self) -> bool:
+        return False
+
 
 def test_overlap_answers_everybody_once() -> None:
     engine = EncodeCore(FakeOverlap(), max_tokens=20, max_seqs=8, overlap=True)

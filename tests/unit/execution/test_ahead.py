@@ -1,0 +1,44 @@
+"""Kernels compiled ahead: each variant once, by processes that leave nothing, and errors are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_each_variant_is_compiled_once(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "support" / "compile_ahead.py")],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "src"),
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    # Triton tells apart 1, what 16 divides, and others.
+    assert found["count"] == 3
+    assert found["sums"] == [0.0] * 6  # nothing ran, and what it would have written reads as zeros
+    assert found["before"] == []
+    assert found["after"] == ["_add"] * 3
+    assert found["told"][0] == [0, 3]
+    assert found["told"][-1] == [3, 3]
+    assert found["again"] == 0
+    assert found["error"] == "CompilationError"
+    assert found["beside_the_bad"] == 4  # the good one beside it was compiled all the same
+    assert found["outside"] == 12
+    assert found["children"] == 0
