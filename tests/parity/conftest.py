@@ -1,0 +1,20 @@
+"""Where kernels run under Triton's interpreter, every address that they touch is checked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def kernels_are_checked() -> Iterator[None]:
+    if os.environ.get("TRITON_INTERPRET") != "1" or "triton" not in sys.modules:
+        yield
+        return
+    from support.checked_kernels import checked_kernels
+
+    with checked_kernels():
+        yield
