@@ -182,3 +182,48 @@ def test_no_graph_reads_what_others_left(family: str, monkeypatch: pytest.Monkey
         return found
 
     assert answers(dirty=True) == answers(dirty=False)
+
+
+@pytest.mark.parametrize("hasty", [False, True], ids=["as it is", "nobody waits for chunks"])
+def test_a_device_that_lags_behind_gets_each_step_whole(hasty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a long prompt yield no token to wait for: their inputs must not be overwritten before they are copied.
+
+    (They once were, and steps that read half of another step's input reached outside the KV pool.)
+    """
+    model = build_model("qwen3")
+    prompt = tuple(random.Random(0).randrange(VOCAB) for _ in range(LENGTH - 20))
+
+    def answer() -> list[int]:
+        runner = build_runner(model, 3, 200)
+        scheduler = Scheduler(
+            BlockPool(200), block_size=BLOCK, max_num_seqs=3, max_num_batched_tokens=70, max_model_len=LENGTH
+        )
+        core = GenerateCore(runner, scheduler, overlap=True)
+        tokens: list[int] = []
+        for name in ("first", "again"):  # captured on the way, then replayed
+            sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+            core.add([Request(id=name, token_ids=prompt, sampling=sampling, cache_salt=name)])
+            while core.has_work():
+                for output in core.step():
+                    assert not output.error, output
+                    tokens += output.token_ids
+        assert core.scheduler.prefix_hits == 0
+        core.close()
+        return tokens
+
+    expected = answer()
+    replay, send = GraphRunner._replay, GraphRunner._send
+
+    def late(runner: GraphRunner, step: GraphStep) -> Tensor:
+        torch.cuda._sleep(4_000_000)
+        return replay(runner, step)
+
+    def forgetful(runner: GraphRunner, step: GraphStep) -> None:
+        if step.sampled is not None:
+            send(runner, step)
+
+    monkeypatch.setattr(GraphRunner, "_replay", late)
+    if hasty:
+        monkeypatch.setattr(GraphRunner, "_send", forgetful)
+    assert answer() == expected
+    assert len(expected) == 16

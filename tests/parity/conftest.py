@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from support.checked_kernels import Checker
+
 
 @pytest.fixture(autouse=True)
-def kernels_are_checked() -> Iterator[None]:
+def kernels_are_checked() -> Iterator[Checker | None]:
     if os.environ.get("TRITON_INTERPRET") != "1" or "triton" not in sys.modules:
-        yield
+        yield None
         return
     from support.checked_kernels import checked_kernels
 
-    with checked_kernels():
-        yield
+    with checked_kernels() as checker:
+        yield checker

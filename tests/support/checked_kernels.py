@@ -1,9 +1,9 @@
 """Triton's interpreter as a memory checker: every address that a kernel touches must lie in one of its arguments.
 
 What sanitizers do on a GPU, without one and for every element: a load, store, atomic, or prefetch outside the memory of
-the tensors that a kernel was given is an error that names them. Two more rules of kernels that start early
-(headrace/kernels/launch.py): nothing is written before the wait for the kernel before, and what is read before it is
-recorded. New tensors begin as NaN, or integers that are no index of anything.
+the tensors that a kernel was given is an error that names them. Kernels that start early (headrace/kernels/launch.py)
+write nothing before they have waited for the kernel before, and read only what no kernel of a step writes, but for
+what kernels/step promises. New tensors begin as NaN, or integers that are no index of anything.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from headrace.kernels import launch
 __all__ = ["Checker", "checked_kernels"]
 
 
-class Checker:
-    """The kernel that runs now: its arguments' memory, and whether it has waited.
+# Arguments that may be read before the wait: weights; and of decode attention what the step began with, and older keys.
+_WEIGHTS = frozenset({"w_ptr", "gain_ptr", "bias_ptr", "next_gain_ptr"})
+_STEP = frozenset(
+    {"lens_ptr", "tables_ptr", "rows_ptr", "k_cache", "v_cache", "cos_ptr", "sin_ptr", "gain_ptr"}
+)
 
-    Attributes:
-        early: by kernel, names of arguments that were read before the wait; of one address, all that it may be.
-    """
+
+class Checker:
+    """The kernel that runs now: its arguments' memory, and whether it has waited."""
 
     def __init__(self) -> None:
-        self.early: dict[str, set[frozenset[str]]] = {}
         self.kernel = ""
         self.waits = self.waited = False
         self._starts = self._ends = np.zeros(0, np.uint64)
@@ -88,7 +90,13 @@ class Checker:
         if self.waits and not self.waited and what != "prefetch":
             if what != "load":
                 raise RuntimeError(f"{self.kernel}: {what} before the wait for the kernel before")
-            self.early.setdefault(self.kernel, set()).update(self._names[i] for i in set(which.tolist()))
+            allowed = _STEP if self.kernel == "_decode" else _WEIGHTS
+            for i in set(which.tolist()):
+                if not self._names[i] & allowed:
+                    names = "/".join(sorted(self._names[i]))
+                    raise RuntimeError(
+                        f"{self.kernel}: {names} is read before the wait for the kernel before"
+                    )
 
 
 def _patch_interpreter(checker: Checker, patch: pytest.MonkeyPatch) -> None:
