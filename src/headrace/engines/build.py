@@ -20,6 +20,7 @@ from headrace.config.spec import EngineSpec
 from headrace.config.support import require_supported
 from headrace.engines.encode import EncodeCore
 from headrace.engines.encode_build import build_encode, check_int8_pays
+from headrace.engines.finite import require_finite
 from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
@@ -29,6 +30,7 @@ from headrace.engines.select import select
 from headrace.engines.stages import Stages
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
+from headrace.execution.blank_step import is_finite
 from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.encode_runner import EncodeRunner
 from headrace.execution.runner import Runner
@@ -209,6 +211,7 @@ def _build_generate(
         }
         work = kernel_work(spec, checkpoint, dtype, cache_dtype, sizes)
         _take_all(runner, need, work, sizes, stages, on_compiling)
+    require_finite(is_finite(runner), model, spec.model, dtype)
     scheduler = Scheduler(
         BlockPool(blocks),
         block_size=spec.block_size,

@@ -13,6 +13,7 @@ from headrace.config.plan.shape import read_shape
 from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.engines.encode import EncodeCore
+from headrace.engines.finite import require_finite
 from headrace.engines.inspect import inspect
 from headrace.engines.memory import give_back, take_for_steps, take_for_weights
 from headrace.engines.stages import Stages
@@ -26,6 +27,7 @@ from headrace.models.loading import Progress, Transform
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.registry import load_time
 from headrace.text.tokenizer import Tokenizer
+from headrace.types import EncodeParams, Request
 
 __all__ = ["build_encode", "check_int8_pays", "load_encode"]
 
@@ -74,6 +76,7 @@ def build_encode(
     if device.type == "cuda":
         work = repr((checkpoint.config, model.card, spec.quantization, spec.eager, dtype, load))
         _take_all(runner, scratch(shape, load), load.tokens, work, stages, on_compiling)
+    require_finite(_is_finite(runner), model, spec.model, dtype)
     summary: dict[str, Any] = {
         "tasks": [task.value for task in model.card.tasks],
         "dimensions": model.dimensions,
@@ -112,6 +115,13 @@ def load_encode(
         transform=transform,
         eight_bits=eight_bits,
     )
+
+
+def _is_finite(runner: EncodeRunner) -> bool:
+    """Whether what the model makes of one token is made of numbers."""
+    task = next(iter(runner.model.card.tasks))
+    request = Request(id="first", token_ids=(0,), encode=EncodeParams(task=task))
+    return not any(output.error for output in runner.run([request]))
 
 
 def _take_all(

@@ -48,7 +48,7 @@ __all__ = ["GraphRunner", "GraphStep"]
 _FORESEEN_TOKENS = 1024  # of a step whose graph is made before it is needed
 logger = logging.getLogger("headrace.core")
 
-_STAGES = 4  # pinned buffers in turn; at most two steps are in flight
+_STAGES = 4  # pinned buffers in turn; the overlapped loop has two steps in flight
 
 
 _NO_GRAPH = GraphKey(0, 0, "")
@@ -59,13 +59,14 @@ class GraphStep(Step):
     """A step that a graph runs; its input waits in pinned memory.
 
     Attributes:
-        input: int32 [key.size].
+        input: int32 [key.size], of the runner's buffer number ``turn``.
         updates: rows of the block tables that changed, int64 [N], and their contents.
         tokens: int64 [P], of a decode graph that ends there.
     """
 
     key: GraphKey = _NO_GRAPH
     input: Tensor | None = None
+    turn: int = 0
     updates: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     tokens: Tensor | None = None
 
@@ -131,6 +132,8 @@ class GraphRunner(Runner):
         )
         pinned = device.type == "cuda"
         self._stages = [torch.zeros(largest, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
+        # Recorded behind the copy of each buffer: it is not written again before.
+        self._copied = [torch.cuda.Event() for _ in self._stages] if pinned else []
         self._turn = 0
         self._ahead: deque[GraphKey] = deque()
         self._changed: list[tuple[int, int]] = []
@@ -175,8 +178,10 @@ class GraphRunner(Runner):
 
     def _stage(self, step: GraphStep, arrays: StepArrays) -> GraphStep:
         """Write the step's input."""
-        self._turn = (self._turn + 1) % _STAGES
-        step.input = self._stages[self._turn][: step.key.size]
+        step.turn = self._turn = (self._turn + 1) % _STAGES
+        if self._copied:
+            self._copied[step.turn].synchronize()
+        step.input = self._stages[step.turn][: step.key.size]
         flat = step.input.numpy()
         packed = fill(flat, step.key, step.plan.chunks, arrays, self._padding)
         if step.key.draws:
@@ -241,6 +246,8 @@ class GraphRunner(Runner):
         graph = self._graph(step.key)
         assert step.input is not None
         graph.input.copy_(step.input, non_blocking=True)
+        if self._copied:
+            self._copied[step.turn].record()
         graph.replay()
         return graph.output[0]
 

@@ -4,6 +4,9 @@ Programmatic dependent launch (PDL): a kernel may start while its predecessor st
 at once that its successor may start, touches only weights and other data that no kernel of the same graph writes,
 then waits (`griddepcontrol.wait`) until its predecessor has finished. Since every kernel waits, waiting for the
 predecessor is waiting for all before it.
+
+What a kernel writes is promised only to those that have waited for it. A kernel whose results are read by later ones
+before they wait (kernels/step) launches nobody early and ends with `perform_stores`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ __all__ = [
     "Scratch",
     "launch_options",
     "num_multiprocessors",
+    "perform_stores",
     "prefetch_l2",
     "sequence_lanes",
     "supports_pdl",
@@ -99,4 +103,12 @@ def prefetch_l2(pointers):
         dtype=tl.int32,
         is_pure=False,
         pack=1,
+    )
+
+
+@triton.jit
+def perform_stores():
+    """Return when all earlier stores of the calling threads can be seen on the whole device."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )

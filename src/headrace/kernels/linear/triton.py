@@ -125,11 +125,12 @@ def _skinny(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr,
     if PDL:
         LINE: tl.constexpr = 64
         lines = tl.arange(0, BK // LINE) * LINE
-        ahead = w_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K + lines[None, :]
+        ahead = w_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K
         for k in range(lo, tl.minimum(hi, lo + 4 * BK), BK):
-            prefetch_l2(ahead + k)
+            line = ahead + tl.minimum(k + lines, K - 1)[None, :]
+            prefetch_l2(line)
             if GATE > 0:
-                prefetch_l2(ahead + N.to(tl.int64) * K + k)
+                prefetch_l2(line + N.to(tl.int64) * K)
         gdc_wait()
     # Rows past M repeat the last one too; their results are not stored.
     x_at = x_ptr + tl.minimum(m, M - 1)[None, :] * x_row + cols[:, None]

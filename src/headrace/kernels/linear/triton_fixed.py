@@ -74,9 +74,9 @@ def _fixed(x_ptr, x_row, w_ptr, out_ptr, bias_ptr, parts_ptr, arrivals_ptr, M, N
     lo = split * span
     if PDL:
         lines = tl.arange(0, BK // 32) * 32
-        ahead = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + lines[None, :]
+        ahead = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
         for k in range(lo, tl.minimum(tl.minimum(lo + span, K), lo + 4 * BK), BK):
-            prefetch_l2(ahead + k)
+            prefetch_l2(ahead + tl.minimum(k + lines, K - 1)[None, :])
         gdc_wait()
     acc = _products(w_at, x_at, lo, tl.minimum(lo + span, K), K, BM, BN, BK, EVEN)
     last = True

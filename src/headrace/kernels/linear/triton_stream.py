@@ -113,11 +113,12 @@ def _stream(
     if PDL:
         LINE: tl.constexpr = 64
         lines = tl.arange(0, BK // LINE) * LINE
-        ahead = w_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K + lines[None, :]
+        ahead = w_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K
         for k in range(lo, tl.minimum(hi, lo + AHEAD * BK), BK):
-            prefetch_l2(ahead + k)
+            line = ahead + tl.minimum(k + lines, K - 1)[None, :]
+            prefetch_l2(line)
             if GATE > 0:
-                prefetch_l2(ahead + N.to(tl.int64) * K + k)
+                prefetch_l2(line + N.to(tl.int64) * K)
         gdc_wait()
     ROWS: tl.constexpr = BM if X_FIRST else BN
     COLS: tl.constexpr = BN if X_FIRST else BM

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.kernels.launch import INTERPRETED, launch_options
+from headrace.kernels.launch import INTERPRETED, launch_options, perform_stores, supports_pdl
 from headrace.kernels.step import StepInputs
 
 __all__ = ["argmax_rows", "begin_step", "reduce_best"]
@@ -17,8 +17,9 @@ __all__ = ["argmax_rows", "begin_step", "reduce_best"]
 @triton.jit
 def _begin_step(packed_ptr, tables_ptr, table_row, last_ptr, embed_ptr, out_ptr, tokens_ptr, positions_ptr, slots_ptr,
                 lens_ptr, B, D, scale, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SCALED: tl.constexpr,
-                PDL: tl.constexpr):  # fmt: skip
-    # No early launch of dependents here: what this kernel writes may be read by all after it without waiting.
+                FENCE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    # No early launch of dependents here, and a fence at the end: what this kernel writes may be read by all after it
+    # without waiting.
     i = tl.program_id(0)
     row = tl.load(packed_ptr + i).to(tl.int64)
     position = tl.load(packed_ptr + B + i)
@@ -42,6 +43,8 @@ def _begin_step(packed_ptr, tables_ptr, table_row, last_ptr, embed_ptr, out_ptr,
         if SCALED:
             x = (x.to(tl.float32) * scale).to(x.dtype)
         tl.store(out_ptr + i.to(tl.int64) * D + start + d, x, mask=ok)
+    if FENCE:
+        perform_stores()
 
 
 def begin_step(
@@ -60,7 +63,8 @@ def begin_step(
     lens = torch.empty(num, dtype=torch.int32, device=device)
     _begin_step[(num,)](
         packed, tables, tables.stride(0), last_tokens, table, embedded, tokens, positions, slots, lens, num, width,
-        scale, BLOCK=block_size, CHUNK=1024, SCALED=scale != 1.0, **launch_options(device, 4, 1, pdl=False),
+        scale, BLOCK=block_size, CHUNK=1024, SCALED=scale != 1.0, FENCE=supports_pdl(device),
+        **launch_options(device, 4, 1, pdl=False),
     )  # fmt: skip
     return StepInputs(embedded, tokens, positions, slots, lens)
 
