@@ -10,6 +10,7 @@ the parts in order, so results do not depend on timing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -20,8 +21,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headrace.kernels.launch import INTERPRETED, launch_options, prefetch_l2, supports_pdl
 from headrace.kernels.linear.triton import _GATES, _SCRATCH, _gate
-from headrace.kernels.linear.tuning import StreamShape, stream_shape
+from headrace.kernels.linear.tuning import RingShape, StreamShape, ring_shape, stream_shape
 from headrace.kernels.step.triton import reduce_best
+
+try:
+    from headrace.kernels.linear import gluon_ring
+except ImportError:  # a Triton without Gluon, or with another one
+    gluon_ring = None  # type: ignore[assignment]
 
 __all__ = ["Stream", "add_linear", "begin_stream", "stream_argmax", "stream_covers", "stream_linear"]
 
@@ -194,7 +200,7 @@ def _stream(
 
 
 def _launch(
-    x: Tensor, weight: Tensor, out: Tensor, shape: StreamShape, *, squares: Tensor | None, eps: float,
+    x: Tensor, weight: Tensor, out: Tensor, shape: StreamShape | RingShape, *, squares: Tensor | None, eps: float,
     bias: Tensor | None = None, gate: str | None = None, residual: Tensor | None = None, best: Tensor | None = None,
     following: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
@@ -209,18 +215,32 @@ def _launch(
             x.device, tiles * num_m * shape.splits * height * shape.bm, tiles * num_m
         )
     gain, scaled, sums = following if following is not None else (x, x, x)
+    tensors = (
+        out, x if bias is None else bias, x if residual is None else residual, x if best is None else best,
+        x if squares is None else squares, gain, scaled, sums, parts, arrivals,
+    )  # fmt: skip
+    numbers = (num_rows, n, k, 0 if squares is None else squares.shape[0], eps)
+    flags: dict[str, Any] = {
+        "SQUARES": 0 if squares is None else triton.next_power_of_2(squares.shape[0]), "BIAS": bias is not None,
+        "GATE": _GATES[gate], "RESIDUAL": residual is not None, "NEXT": following is not None,
+        "ARGMAX": best is not None,
+    }  # fmt: skip
+    if isinstance(shape, RingShape):
+        gluon_ring.launch(x, weight, shape, tiles * shape.splits, *tensors, *numbers, **flags)
+        return
     w_desc = TensorDescriptor(weight, list(weight.shape), [k, 1], [shape.bn, shape.bk])
     x_desc = TensorDescriptor(x, [num_rows, k], [x.stride(0), 1], [shape.bm, shape.bk])
     _stream[(num_m * tiles * shape.splits,)](
-        x_desc, w_desc, weight, out, x if bias is None else bias, x if residual is None else residual,
-        x if best is None else best, x if squares is None else squares, gain, scaled, sums, parts, arrivals,
-        num_rows, n, k, 0 if squares is None else squares.shape[0], eps,
-        BM=shape.bm, BN=shape.bn, BK=shape.bk, SPLITS=shape.splits,
-        SQUARES=0 if squares is None else triton.next_power_of_2(squares.shape[0]), BIAS=bias is not None,
-        GATE=_GATES[gate], RESIDUAL=residual is not None, NEXT=following is not None, ARGMAX=best is not None,
-        X_FIRST=bool(shape.x_first), AHEAD=shape.ahead,
+        x_desc, w_desc, weight, *tensors, *numbers, BM=shape.bm, BN=shape.bn, BK=shape.bk, SPLITS=shape.splits,
+        X_FIRST=bool(shape.x_first), AHEAD=shape.ahead, **flags,
         **launch_options(x.device, shape.warps, shape.stages),
     )  # fmt: skip
+
+
+def _shape(x: Tensor, weight: Tensor, gated: bool) -> StreamShape | RingShape:
+    key = (x.device, x.shape[0], *weight.shape, gated)
+    ring = None if gluon_ring is None else ring_shape(*key)
+    return ring if ring is not None and gluon_ring.covers(x, weight, ring) else stream_shape(*key)
 
 
 def stream_linear(
@@ -241,7 +261,7 @@ def stream_linear(
     squares = x.squares if isinstance(x, Stream) else None
     n = weight.shape[0] // (1 if gate is None else 2)
     out = torch.empty(rows.shape[0], n, dtype=out_dtype or rows.dtype, device=rows.device)
-    shape = stream_shape(rows.device, rows.shape[0], weight.shape[0], weight.shape[1], gate is not None)
+    shape = _shape(rows, weight, gate is not None)
     _launch(rows, weight, out, shape, squares=squares, eps=eps, bias=bias, gate=gate)
     return out
 
@@ -251,7 +271,7 @@ def add_linear(
 ) -> Stream:
     """``stream.x + x @ weight.T + bias`` as a Stream before a norm with this gain."""
     num_rows, n = x.shape[0], weight.shape[0]
-    shape = stream_shape(x.device, num_rows, n, weight.shape[1], False)
+    shape = _shape(x, weight, False)
     out, scaled = torch.empty_like(stream.x), torch.empty_like(stream.x)
     squares = torch.empty(triton.cdiv(n, shape.bn), num_rows, dtype=torch.float32, device=x.device)
     _launch(
@@ -271,8 +291,8 @@ def stream_argmax(
 ) -> Tensor:
     """Index of the largest product of each normed row, int64 [M], as argmax_linear."""
     num_rows = stream.x.shape[0]
-    n, k = weight.shape
-    shape = stream_shape(weight.device, num_rows, n, k, False)._replace(splits=1)
+    n = weight.shape[0]
+    shape = _shape(stream.scaled, weight, False)._replace(splits=1)
     tiles = triton.cdiv(n, shape.bn)
     top = torch.empty(num_rows, tiles, dtype=torch.float32, device=weight.device)
     best = torch.empty(num_rows, tiles, dtype=torch.int32, device=weight.device)
