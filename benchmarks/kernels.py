@@ -298,12 +298,12 @@ def tune(
     tuning._tuned.cache_clear()
 
 
-def bench_linear(recorder: Recorder, models: list[str]) -> None:
+def bench_linear(recorder: Recorder, models: list[str], row_counts: list[int]) -> None:
     """All linear maps of a step in one graph, ours and cuBLAS's."""
     rates = ceilings()
     for name in models:
         cases, layers = cases_of(name), model_config(name)["num_hidden_layers"]
-        for rows in (1, 4, 16, 64, 256):
+        for rows in row_counts:
             runs = [case.make(rows) for case in cases]
             total = sum(c.bytes for c in cases[:4]) * layers + cases[4].bytes
 
@@ -337,6 +337,7 @@ def main() -> None:
         "--compile-only", action="store_true", help="fill Triton's cache for --tune, no timing"
     )
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 32, 64])
+    parser.add_argument("--bench-rows", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument("--kinds", nargs="+", default=["ring", "other"], help="of candidates")
     parser.add_argument("--limit", type=int, default=40, help="candidates of one case at most")
     parser.add_argument("--tuned", help="file to write, instead of the one in the package")
@@ -347,7 +348,7 @@ def main() -> None:
         path = Path(args.tuned or Path(tuning.__file__).parent / "tuned" / f"{name}.json")
         tune(args.models, args.rows, args.limit, path, args.kinds, args.compile_only)
     if "linear" in args.what:
-        bench_linear(recorder, args.models)
+        bench_linear(recorder, args.models, args.bench_rows)
 
 
 if __name__ == "__main__":
