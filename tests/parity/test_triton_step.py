@@ -19,9 +19,14 @@ def test_begin_step() -> None:
     tables[4] = 0
     for scale in (1.0, 2.5):
         ours, theirs = tables.clone(), tables.clone()
-        got = fast.begin_step(packed, ours, last, embedding, scale, 16)
-        expected = reference.begin_step(packed, theirs, last, embedding, scale, 16)
+        after, following = packed.clone(), packed.clone()
+        log, logged = (torch.full((5, 8), -7, device=DEVICE) for _ in range(2))
+        got = fast.begin_step(after, ours, last, embedding, scale, 16, log)
+        expected = reference.begin_step(following, theirs, last, embedding, scale, 16, logged)
         assert torch.equal(ours, theirs)
+        assert torch.equal(after, following)
+        assert torch.equal(log, logged)
+        assert log[2].tolist() == [-1, *[-7] * 7]  # a failed row's token is told
         for a, b in zip(got, expected):
             assert torch.equal(a, b)
         assert got.token_ids.tolist() == [5, 7, 0, 0, 0]

@@ -13,8 +13,10 @@ __all__ = [
     "DECODE",
     "MIXED_SEQS",
     "MIXED_TOKENS",
+    "REPEATS",
     "GraphKey",
     "StepArrays",
+    "draws_size",
     "fill",
     "fill_draws",
     "ladder",
@@ -35,6 +37,7 @@ MIXED_TOKENS = (
     *range(2560, 4097, 512),
     *range(5120, 8193, 1024),
 )
+REPEATS = 8  # of a decode step without the host, at most
 MIXED_SEQS = (16, 64, 256, 1024)
 
 
@@ -126,6 +129,11 @@ def fill(
         seq_lens[:num], seq_lens[num:] = starts + counts, 0
         seq_rows[:num], seq_rows[num:] = rows, padding
     return packed
+
+
+def draws_size(key: GraphKey) -> int:
+    """int32 values of the keys of one draw."""
+    return 2 * key.lanes if key.draws else 0
 
 
 def fill_draws(flat: np.ndarray, key: GraphKey, arrays: list[np.ndarray]) -> None:
