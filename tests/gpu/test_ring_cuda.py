@@ -28,6 +28,8 @@ SHAPES = [  # one tile deep, rings that go round, splits of which one is short o
     RingShape(16, 32, 64, 2, 1, 4),
     RingShape(16, 16, 64, 4, 2, 2),
     RingShape(16, 8, 64, 8, 1, 2),
+    RingShape(8, 64, 64, 1, 2, 3),
+    RingShape(8, 8, 128, 8, 1, 2),
     RingShape(32, 64, 64, 1, 2, 2),
     RingShape(64, 128, 64, 1, 1, 2),
     RingShape(64, 32, 64, 2, 2, 2),
