@@ -11,8 +11,8 @@ from triton_device import DEVICE, DTYPES, randn
 
 def test_begin_step() -> None:
     embedding = randn(30, 70, dtype=DTYPES[-1], seed=0)
-    # row, position, token, new block; the last two are padding
-    packed = [[3, 17, 5, 9], [0, 31, -1, -1], [2, 16, -1, 4], [4, 0, 0, -1], [4, 0, 0, -1]]
+    # row, position, token, new block (the first two: of the next position, of this one); the last two are padding
+    packed = [[3, 17, 5, -11], [0, 31, -1, 6], [2, 16, -1, 4], [4, 0, 0, -1], [4, 0, 0, -1]]
     packed = torch.tensor(packed, dtype=torch.int32, device=DEVICE).T.contiguous()
     last = torch.tensor([7, 1, -1, 2, 0], device=DEVICE)
     tables = torch.arange(20, dtype=torch.int32, device=DEVICE).view(5, 4).contiguous()
@@ -24,6 +24,8 @@ def test_begin_step() -> None:
         got = fast.begin_step(after, ours, last, embedding, scale, 16, log)
         expected = reference.begin_step(following, theirs, last, embedding, scale, 16, logged)
         assert torch.equal(ours, theirs)
+        assert ours[3].tolist() == [12, 13, 9, 15]
+        assert ours[0].tolist() == [0, 6, 2, 3]
         assert torch.equal(after, following)
         assert torch.equal(log, logged)
         assert log[2].tolist() == [-1, *[-7] * 7]  # a failed row's token is told

@@ -74,9 +74,9 @@ class GraphKey(NamedTuple):
 
     @property
     def size(self) -> int:
-        """int32 values that the host sends: packed [4, tokens]; query_starts, seq_lens and rows of a mixed step;
-        the tensors of Draws in ``lanes``."""
-        size = 4 * self.tokens + (3 * self.seqs + 1 if self.kind == "mixed" else 0)
+        """int32 values that the host sends: packed [4, tokens]; query_starts, seq_lens, rows and places to sample of
+        a mixed step; the tensors of Draws in ``lanes``."""
+        size = 4 * self.tokens + (4 * self.seqs + 1 if self.kind == "mixed" else 0)
         return size + (6 * self.lanes if self.draws else 0)
 
     @property
@@ -114,7 +114,8 @@ def fill(
         padding: the row of tokens and sequences that stand for none.
 
     Returns:
-        packed, int32 [4, key.tokens]: row, position, token (-1: only the device knows it), new block (-1: none).
+        packed, int32 [4, key.tokens], as begin_step takes it: row, position, token (-1: only the device knows it), new
+        block (-1: none).
     """
     rows, starts, counts, ends = arrays
     packed = flat[: 4 * key.tokens].reshape(4, key.tokens)
@@ -124,10 +125,14 @@ def fill(
     packed[2, :total], packed[2, total:] = _tokens(chunks), 0
     packed[3] = -1
     if key.kind == "mixed":
-        query_starts, seq_lens, seq_rows = np.split(flat[4 * key.tokens :], [key.seqs + 1, 2 * key.seqs + 1])
+        seqs, samples = key.seqs, [chunk.samples for chunk in chunks]
+        query_starts, seq_lens, seq_rows, last = np.split(
+            flat[4 * key.tokens : key.size], [seqs + 1, 2 * seqs + 1, 3 * seqs + 1]
+        )
         query_starts[0], query_starts[1 : num + 1], query_starts[num + 1 :] = 0, ends, total
         seq_lens[:num], seq_lens[num:] = starts + counts, 0
         seq_rows[:num], seq_rows[num:] = rows, padding
+        last[: sum(samples)] = ends[samples] - 1
     return packed
 
 

@@ -196,8 +196,7 @@ class GraphRunner(Runner):
             some_single=self.fixed or plan.chunks[0].count == 1,
             fresh=not self.fixed and all(chunk.start == 0 or chunk.count == 1 for chunk in plan.chunks),
         )
-        last = self._last(plan) if chunks else None
-        return self._stage(GraphStep(plan, chunks, None, last, key=key), arrays)
+        return self._stage(GraphStep(plan, chunks, None, key=key), arrays)
 
     def _decode_kind(self, rows: np.ndarray) -> str:
         """Where a decode step's graph ends: where nothing else is asked for, in tokens."""
@@ -240,14 +239,23 @@ class GraphRunner(Runner):
         return keys
 
     def _place_blocks(self, step: GraphStep, packed: np.ndarray, arrays: StepArrays) -> None:
-        """The next block of a lone new token travels with it; any other change is a row's upload."""
+        """New blocks travel with the tokens that go there, and with the token before; else a row is uploaded."""
+        size = self.block_size
         at = {int(row): i for i, row in enumerate(arrays.rows)}
         whole = []
         for row, have in self._changed:
             i = at[row]
-            alone = arrays.counts[i] == 1 and have == self._num_blocks[row] - 1
-            if alone and have == -(-arrays.starts[i] // self.block_size):
-                packed[3, arrays.ends[i] - 1] = self._tables[row, have]
+            start, count, end = int(arrays.starts[i]), int(arrays.counts[i]), int(arrays.ends[i])
+            first, last, following = (
+                start // size,
+                (start + count - 1) // size,
+                int(self._num_blocks[row]) - 1,
+            )
+            if first <= have <= last == following:
+                positions = np.arange(max(start, have * size), start + count)
+                packed[3, end - len(positions) : end] = self._tables[row, positions // size]
+            elif last < have == following == last + 1:
+                packed[3, end - 1] = -2 - self._tables[row, have]
             else:
                 whole.append(row)
         if whole:
@@ -286,7 +294,11 @@ class GraphRunner(Runner):
     def _hidden(self, step: Step) -> Tensor:
         if not isinstance(step, GraphStep):
             return super()._hidden(step)
-        return self._replay(step)[: step.plan.num_tokens]
+        hidden = self._replay(step)[: step.plan.num_tokens]
+        if step.chunks:
+            places = self._graph(step.key).input[-step.key.seqs :]
+            step.last = places[: len(step.chunks)]
+        return hidden
 
     def _replay(self, step: GraphStep) -> Tensor:
         for rows, blocks in step.updates:
@@ -408,7 +420,7 @@ class GraphRunner(Runner):
         packed = given[: 4 * key.tokens].view(4, key.tokens)
         packed[0], packed[3] = self._padding, -1
         if key.kind == "mixed":
-            given[4 * key.tokens + 2 * key.seqs + 1 :] = self._padding
+            given[4 * key.tokens + 2 * key.seqs + 1 : -key.seqs] = self._padding
         compute = self._compute_mixed if key.kind == "mixed" else self._compute_decode
         output: list[Tensor] = []
 
@@ -464,7 +476,8 @@ class GraphRunner(Runner):
     def _compute_mixed(self, given: Tensor, packed: Tensor, key: GraphKey) -> Tensor:
         """Hidden states [T, D]."""
         inputs = begin_step(packed, self._device_tables, self._last_tokens, None, 1.0, self.block_size)
-        query_starts, seq_lens, rows = given[4 * key.tokens :].split([key.seqs + 1, key.seqs, key.seqs])
+        sizes = [key.seqs + 1, key.seqs, key.seqs, key.seqs]
+        query_starts, seq_lens, rows, _ = given[4 * key.tokens :].split(sizes)
         attention = AttentionBatch(
             query_starts=query_starts,
             seq_lens=seq_lens,

@@ -39,10 +39,10 @@ def begin_step(
     """Unpack a step, keep the block tables up to date, and look the tokens up.
 
     Args:
-        packed: int32 [4, B]: row, position, token (-1: the row's last sampled one), new block (-1: none). Moved on to
-            the step after this one: next positions, tokens that were sampled, no new blocks.
-        tables: int32 [rows, W], block tables by row; a new block begins at the first position from this one on that
-            begins any, and is written to its place.
+        packed: int32 [4, B]: row, position, token (-1: the row's last sampled one), new block: that of this position,
+            or -2 - block for the one after it, or -1 for none. Moved on to the step after this one: next positions,
+            tokens that were sampled, no new blocks.
+        tables: int32 [rows, W], block tables by row; new blocks are written to their places.
         last_tokens: int64 [rows]; a negative one (the row has failed) counts as 0.
         embedding: [V, D]; None: nothing is looked up, and ``embedded`` is [B, 0].
         log: int64 [B, L], gets the tokens (the negative ones too) at their position modulo L.

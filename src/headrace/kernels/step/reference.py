@@ -20,8 +20,9 @@ def begin_step(
     log: Tensor | None = None,
 ) -> StepInputs:
     rows, positions, tokens, blocks = packed.long()
-    grown = blocks >= 0
-    tables[rows[grown], -(-positions[grown] // block_size)] = blocks[grown].int()
+    own, following = blocks >= 0, blocks < -1
+    tables[rows[own], positions[own] // block_size] = blocks[own].int()
+    tables[rows[following], positions[following] // block_size + 1] = -2 - blocks[following].int()
     tokens = torch.where(tokens >= 0, tokens, last_tokens[rows])
     if log is not None:
         log[torch.arange(len(tokens), device=log.device), positions % log.shape[1]] = tokens

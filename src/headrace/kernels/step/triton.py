@@ -28,8 +28,10 @@ def _begin_step(packed_ptr, tables_ptr, table_row, last_ptr, embed_ptr, out_ptr,
     table = tables_ptr + row * table_row
     block = tl.load(table + position // BLOCK)
     if new >= 0:
-        tl.store(table + (position + BLOCK - 1) // BLOCK, new)
-        block = tl.where(position % BLOCK == 0, new, block)
+        tl.store(table + position // BLOCK, new)
+        block = new
+    if new < -1:
+        tl.store(table + position // BLOCK + 1, -2 - new)
     if token < 0:
         token = tl.load(last_ptr + row)
     if LOG > 0:
