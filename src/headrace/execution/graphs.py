@@ -40,7 +40,7 @@ from headrace.kernels.sampling import Draws, draw_rows
 from headrace.kernels.step import argmax_rows, begin_step
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.models.decoder import DecoderModel
-from headrace.scheduling.plan import Chunk, StepPlan
+from headrace.scheduling.plan import StepPlan
 
 if TYPE_CHECKING:
     from headrace.models.decoder_fast import DecodeBatch, FastDecoder
@@ -161,7 +161,6 @@ class GraphRunner(Runner):
         self._copied = [torch.cuda.Event() for _ in self._stages] if pinned else []
         self._turn = 0
         self._ahead: deque[GraphKey] = deque()
-        self._changed: list[tuple[int, int]] = []
         self._fast = _fast_decoder(model, max_model_len) if fast and not fixed else None
         self._workspace = None if self._fast is None else self._fast.workspace(max_num_seqs)
 
@@ -176,7 +175,6 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def prepare(self, plan: StepPlan) -> Step:
-        self._changed = []
         if plan.num_tokens > MIXED_TOKENS[-1]:
             return super().prepare(plan)
         for sequence in plan.admitted:
@@ -249,7 +247,7 @@ class GraphRunner(Runner):
             first, last, following = (
                 start // size,
                 (start + count - 1) // size,
-                int(self._num_blocks[row]) - 1,
+                self._num_blocks[row] - 1,
             )
             if first <= have <= last == following:
                 positions = np.arange(max(start, have * size), start + count)
@@ -262,13 +260,8 @@ class GraphRunner(Runner):
             step.updates.append(self._row_update(np.asarray(whole, np.int64)))
 
     def _row_update(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        width = int(self._num_blocks[rows].max())
+        width = max(self._num_blocks[row] for row in rows)
         return self._upload(rows), self._upload(self._tables[rows, :width])
-
-    def _update_tables(self, chunks: list[Chunk]) -> None:
-        before = [(chunk.row, int(self._num_blocks[chunk.row])) for chunk in chunks]
-        super()._update_tables(chunks)
-        self._changed = [(row, have) for row, have in before if have != self._num_blocks[row]]
 
     def _pack(self, plan: StepPlan) -> PackedBatch:
         """The plain way; the tables on the device follow."""

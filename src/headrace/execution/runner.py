@@ -135,7 +135,8 @@ class Runner:
         self.block_size = block_size
         self.sampler = Sampler(max_num_seqs, device)
         self._tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
-        self._num_blocks = np.zeros(max_num_seqs, np.int64)
+        self._num_blocks = [0] * max_num_seqs  # that the tables hold, by row
+        self._changed: list[tuple[int, int]] = []  # rows that the last step gave blocks to, and what they had
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
     def prepare_next(self) -> bool:
@@ -258,12 +259,14 @@ class Runner:
 
     def _update_tables(self, chunks: list[Chunk]) -> None:
         """Write the blocks that a sequence got since its last step."""
+        self._changed = []
         for chunk in chunks:
             row, blocks = chunk.row, chunk.sequence.table.blocks
             have = self._num_blocks[row]
             if have != len(blocks):
                 self._tables[row, have : len(blocks)] = blocks[have:]
                 self._num_blocks[row] = len(blocks)
+                self._changed.append((row, have))
 
     def _last(self, plan: StepPlan) -> Tensor:
         """Positions in the batch whose logits are sampled, int64 [P]."""
