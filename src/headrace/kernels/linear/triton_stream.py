@@ -29,7 +29,15 @@ try:
 except ImportError:  # a Triton without Gluon, or with another one
     gluon_ring = None  # type: ignore[assignment]
 
-__all__ = ["Stream", "add_linear", "begin_stream", "stream_argmax", "stream_covers", "stream_linear"]
+__all__ = [
+    "Stream",
+    "add_linear",
+    "begin_stream",
+    "stream_argmax",
+    "stream_covers",
+    "stream_linear",
+    "stream_takes_one_row",
+]
 
 
 @dataclass(slots=True)
@@ -196,6 +204,11 @@ def _launch(
         X_FIRST=bool(shape.x_first), AHEAD=shape.ahead, **flags,
         **launch_options(x.device, shape.warps, shape.stages),
     )  # fmt: skip
+
+
+def stream_takes_one_row(weight: Tensor, gated: bool) -> bool:
+    """Whether one row was measured to be faster here than in small_linear."""
+    return gluon_ring is not None and ring_shape(weight.device, 1, *weight.shape, gated) is not None
 
 
 def _shape(x: Tensor, weight: Tensor, gated: bool) -> StreamShape | RingShape:

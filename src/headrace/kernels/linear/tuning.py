@@ -119,7 +119,7 @@ def stream_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -
 
 def ring_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> RingShape | None:
     """For x [rows, k] and weight [n, k], where it was measured to be the fastest; see gluon_ring.py."""
-    bm = next((size for size in (8, 16, 32, 64) if rows <= size), 0)
+    bm = next((size for size in (1, 8, 16, 32, 64) if rows <= size), 0)
     found = _tuned(device).get("r" + _key(bm, n, k, gated))
     return None if found is None else RingShape(*found)
 
