@@ -208,13 +208,16 @@ def _launch(
 
 def stream_takes_one_row(weight: Tensor, gated: bool) -> bool:
     """Whether one row was measured to be faster here than in small_linear."""
-    return gluon_ring is not None and ring_shape(weight.device, 1, *weight.shape, gated) is not None
+    n, k = weight.shape
+    return gluon_ring is not None and ring_shape(weight.device, 1, n, k, gated) is not None
 
 
 def _shape(x: Tensor, weight: Tensor, gated: bool) -> StreamShape | RingShape:
-    key = (x.device, x.shape[0], *weight.shape, gated)
-    ring = None if gluon_ring is None else ring_shape(*key)
-    return ring if ring is not None and gluon_ring.covers(x, weight, ring) else stream_shape(*key)
+    (n, k), rows = weight.shape, x.shape[0]
+    ring = None if gluon_ring is None else ring_shape(x.device, rows, n, k, gated)
+    if ring is not None and gluon_ring.covers(x, weight, ring):
+        return ring
+    return stream_shape(x.device, rows, n, k, gated)
 
 
 def stream_linear(
