@@ -33,6 +33,9 @@ SHAPES = [  # one tile deep, rings that go round, splits of which one is short o
     RingShape(32, 64, 64, 1, 2, 2),
     RingShape(64, 128, 64, 1, 1, 2),
     RingShape(64, 32, 64, 2, 2, 2),
+    RingShape(64, 16, 64, 1, 2, 3, True),
+    RingShape(32, 32, 128, 2, 1, 2, True),
+    RingShape(16, 8, 64, 4, 1, 3, True),
 ]
 
 

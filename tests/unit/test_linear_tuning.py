@@ -80,8 +80,9 @@ def check_ring(shape: RingShape, rows: int, k: int, gated: bool) -> None:
     """Tiles that the tensor cores take, a ring that is not deeper than its work, and shared memory for it."""
     assert all(power_of_two(size) for size in (shape.bm, shape.bn, shape.bk, shape.fold)), shape
     assert shape.bm == max(rows, 8), shape
-    assert shape.bn * shape.fold in (64, 128), shape
-    assert shape.bm * shape.fold <= 256, shape
+    first, second = (shape.bm, shape.bn) if shape.x_first else (shape.bn, shape.bm)
+    assert first * shape.fold in (64, 128), shape
+    assert 8 <= second * shape.fold <= 256, shape
     assert k % (shape.fold * shape.splits * shape.bk) == 0, shape
     assert shape.stages <= k // (shape.fold * shape.splits * shape.bk), shape
     stage = 2 * shape.bk * shape.fold * (shape.bn * (2 if gated else 1) + shape.bm)

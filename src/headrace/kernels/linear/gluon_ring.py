@@ -51,15 +51,25 @@ def _ask_weights(w_desc, bars, w_smem, slot, row, half, k, BYTES: gl.constexpr, 
 
 
 @gluon.jit
-def _unfold(
-    acc, BM: gl.constexpr, BN: gl.constexpr, FOLD: gl.constexpr, MMA: gl.constexpr, OUT: gl.constexpr
-):
-    """[BN, BM] of [BN * FOLD, BM * FOLD]: the sum of those whose fold agrees."""
+def _product(w, x, acc, X_FIRST: gl.constexpr):
+    if X_FIRST:
+        product = warpgroup_mma(x, w.permute((1, 0)), acc, is_async=True)
+    else:
+        product = warpgroup_mma(w, x.permute((1, 0)), acc, is_async=True)
+    return product
+
+
+@gluon.jit
+def _unfold(acc, ROWS: gl.constexpr, COLS: gl.constexpr, FOLD: gl.constexpr, X_FIRST: gl.constexpr,
+            MMA: gl.constexpr, OUT: gl.constexpr):  # fmt: skip
+    """[BN, BM] of [ROWS * FOLD, COLS * FOLD]: the sum of those whose fold agrees."""
     if FOLD > 1:
-        row = gl.arange(0, BN * FOLD, layout=gl.SliceLayout(1, MMA)) % FOLD
-        col = gl.arange(0, BM * FOLD, layout=gl.SliceLayout(0, MMA)) % FOLD
+        row = gl.arange(0, ROWS * FOLD, layout=gl.SliceLayout(1, MMA)) % FOLD
+        col = gl.arange(0, COLS * FOLD, layout=gl.SliceLayout(0, MMA)) % FOLD
         acc = gl.where(row[:, None] == col[None, :], acc, 0.0)
-        acc = gl.sum(gl.sum(acc.reshape([BN, FOLD, BM, FOLD]), 3), 1)
+        acc = gl.sum(gl.sum(acc.reshape([ROWS, FOLD, COLS, FOLD]), 3), 1)
+    if X_FIRST:
+        acc = gl.permute(acc, (1, 0))
     return gl.convert_layout(acc, OUT)
 
 
@@ -69,7 +79,8 @@ def _ring(
     next_squares_ptr, parts_ptr, arrivals_ptr, M, N, K, num_squares, eps,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, FOLD: gl.constexpr, SPLITS: gl.constexpr,
     STAGES: gl.constexpr, SQUARES: gl.constexpr, BIAS: gl.constexpr, GATE: gl.constexpr, RESIDUAL: gl.constexpr,
-    NEXT: gl.constexpr, ARGMAX: gl.constexpr, OUT: gl.constexpr, SUMS: gl.constexpr, PDL: gl.constexpr,
+    NEXT: gl.constexpr, ARGMAX: gl.constexpr, X_FIRST: gl.constexpr, OUT: gl.constexpr, SUMS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """As _stream, for M <= BM."""
     if PDL:
@@ -77,7 +88,9 @@ def _ring(
                                   is_pure=False, pack=1)  # fmt: skip
     HALVES: gl.constexpr = 2 if GATE > 0 else 1
     BYTES: gl.constexpr = (HALVES * BN + BM) * FOLD * BK * 2
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM * FOLD, 16])
+    ROWS: gl.constexpr = BM if X_FIRST else BN
+    COLS: gl.constexpr = BN if X_FIRST else BM
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS * FOLD, 16])
     N_LAYOUT: gl.constexpr = gl.SliceLayout(1, OUT)
     M_LAYOUT: gl.constexpr = gl.SliceLayout(0, OUT)
     tile = gl.program_id(0) // SPLITS
@@ -123,27 +136,27 @@ def _ring(
         squares = gl.load(squares_ptr + p[:, None] * M + i_m[None, :], mask=parts_ok, other=0.0)
     if RESIDUAL:
         residual = gl.load(res_ptr + at, mask=ok, other=0.0)
-    acc = gl.zeros([BN * FOLD, BM * FOLD], gl.float32, MMA)
-    acc2 = gl.zeros([BN * FOLD, BM * FOLD], gl.float32, MMA)
+    acc = gl.zeros([ROWS * FOLD, COLS * FOLD], gl.float32, MMA)
+    acc2 = gl.zeros([ROWS * FOLD, COLS * FOLD], gl.float32, MMA)
     for t in range(count):
         slot = t % STAGES
         mbarrier.wait(bars.index(slot), (t // STAGES) & 1)
-        x = x_smem.index(slot).permute((1, 0))
+        x = x_smem.index(slot)
         if GATE > 0:
-            first = warpgroup_mma(w_smem.index(2 * slot), x, acc, is_async=True)
-            second = warpgroup_mma(w_smem.index(2 * slot + 1), x, acc2, is_async=True)
+            first = _product(w_smem.index(2 * slot), x, acc, X_FIRST)
+            second = _product(w_smem.index(2 * slot + 1), x, acc2, X_FIRST)
             acc, acc2 = warpgroup_mma_wait(0, deps=(first, second))
         else:
-            first = warpgroup_mma(w_smem.index(slot), x, acc, is_async=True)
+            first = _product(w_smem.index(slot), x, acc, X_FIRST)
             acc = warpgroup_mma_wait(0, deps=(first,))
         if t + STAGES < count:
             _barrier()  # all warps have read the tile
             k = lo + (t + STAGES) * BK
             _ask_weights(w_desc, bars, w_smem, slot, w_row, half, k, BYTES, GATE)
             tma.async_copy_global_to_shared(x_desc, [0, k], bars.index(slot), x_smem.index(slot))
-    acc = _unfold(acc, BM, BN, FOLD, MMA, OUT)
+    acc = _unfold(acc, ROWS, COLS, FOLD, X_FIRST, MMA, OUT)
     if GATE > 0:
-        acc2 = _unfold(acc2, BM, BN, FOLD, MMA, OUT)
+        acc2 = _unfold(acc2, ROWS, COLS, FOLD, X_FIRST, MMA, OUT)
     last = True
     if SPLITS > 1:
         # parts: [tiles, SPLITS, HALVES, BM, BN]
@@ -210,7 +223,7 @@ def launch(x: Tensor, weight: Tensor, shape: RingShape, grid: int, *args: Any, *
     x_desc = _descriptor(x, rows * fold, k // fold, shape.bm * fold, shape.bk)
     _ring[(grid,)](
         x_desc, w_desc, *args, BM=shape.bm, BN=shape.bn, BK=shape.bk, FOLD=fold, SPLITS=shape.splits,
-        STAGES=shape.stages, OUT=_out_layout(shape.bn, shape.bm), SUMS=_sums_layout(shape.bm), PDL=True,
+        STAGES=shape.stages, X_FIRST=bool(shape.x_first), OUT=_out_layout(shape.bn, shape.bm), SUMS=_sums_layout(shape.bm), PDL=True,
         num_warps=4, launch_pdl=True, **flags,
     )  # fmt: skip
 

@@ -65,7 +65,11 @@ class StreamShape(NamedTuple):
 
 
 class RingShape(NamedTuple):
-    """Up to ``bm`` rows: ``bn`` outputs a program, ``bk`` columns of K folded ``fold`` times a load."""
+    """Up to ``bm`` rows: ``bn`` outputs a program, ``bk`` columns of K folded ``fold`` times a load.
+
+    Attributes:
+        x_first: rows are the first operand of the product: 64 of them or more when folded.
+    """
 
     bm: int
     bn: int
@@ -73,6 +77,7 @@ class RingShape(NamedTuple):
     fold: int
     splits: int
     stages: int
+    x_first: bool = False
 
 
 Shape = GemvShape | SkinnyShape
