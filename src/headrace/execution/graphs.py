@@ -302,13 +302,13 @@ class GraphRunner(Runner):
             step.begun = torch.cuda.Event(enable_timing=True)
             step.begun.record()
         graph.input.copy_(step.input, non_blocking=True)
-        if self._copied:
-            self._copied[step.turn].record()
         graph.replay()
         for i in range(step.plan.repeats - 1):  # the graph has moved its input on
             if step.again is not None:
                 graph.input[-step.again.shape[1] :].copy_(step.again[i], non_blocking=True)
             graph.replay()
+        if self._copied:
+            self._copied[step.turn].record()
         return graph.output[0]
 
     @torch.inference_mode()

@@ -223,8 +223,8 @@ def launch(x: Tensor, weight: Tensor, shape: RingShape, grid: int, *args: Any, *
     x_desc = _descriptor(x, rows * fold, k // fold, shape.bm * fold, shape.bk)
     _ring[(grid,)](
         x_desc, w_desc, *args, BM=shape.bm, BN=shape.bn, BK=shape.bk, FOLD=fold, SPLITS=shape.splits,
-        STAGES=shape.stages, X_FIRST=bool(shape.x_first), OUT=_out_layout(shape.bn, shape.bm), SUMS=_sums_layout(shape.bm), PDL=True,
-        num_warps=4, launch_pdl=True, **flags,
+        STAGES=shape.stages, X_FIRST=bool(shape.x_first), OUT=_out_layout(shape.bn, shape.bm),
+        SUMS=_sums_layout(shape.bm), PDL=True, num_warps=4, launch_pdl=True, **flags,
     )  # fmt: skip
 
 
