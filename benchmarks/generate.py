@@ -9,6 +9,8 @@ step at the larger of bytes and arithmetic (headrace/engines/bench/floors.py). `
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,10 @@ def main() -> None:
         "--profile", metavar="DIR", help="write a page about each case (headrace bench --profile)"
     )
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument(
+        "--slow-host", type=float, default=0.0, help="milliseconds that each turn of the loop wastes"
+    )
+    parser.add_argument("--most-repeats", type=int, help="of a decode step in one turn of the host")
     args = parser.parse_args()
     recorder = Recorder("generate", args)
     config = dict(model_config(args.model))
@@ -95,16 +101,34 @@ def main() -> None:
         sampling["bad_words"] = ((0, 0, 0),)  # as with grammars, sampling waits for the token before
         rows = max(case.requests for case in cases)
         vars(core.constraints)["begin"] = HalfMasks(rows, model.config.vocab_size, core.runner.device).begin
+    if args.most_repeats:
+        core.max_repeats = args.most_repeats
+    if args.slow_host:
+        vars(core.scheduler)["expire"] = waster(args.slow_host / 1e3)
     work, rates, vocab = Work.of(model, core.runner.caches), ceilings(), model.config.vocab_size
     for case in cases:
         measure(core, case, vocab, seed=1, **sampling)
         for again in range(args.repeat):
             found = measure(core, case, vocab, seed=2 + again, **sampling)
             about = {"sampling": sampling, "masked": args.masked, "deterministic": args.deterministic}
+            about |= {"slow_host_ms": args.slow_host} if args.slow_host else {}
+            about |= {"most_repeats": args.most_repeats} if args.most_repeats else {}
             record(recorder, args.model, precision, found, work, rates, **about)
         if args.profile:
             title = f"{args.model} in {precision} on {device_name()}"
             page(core, found, title, Path(args.profile), work, rates, sampling, vocab)
+
+
+def waster(seconds: float) -> Callable[[], list[object]]:
+    """In place of Scheduler.expire: a host that is slower by so much a turn."""
+
+    def expire() -> list[object]:
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            pass
+        return []
+
+    return expire
 
 
 def page(

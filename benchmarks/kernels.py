@@ -27,7 +27,7 @@ from benchmarks.common import Recorder, arguments, ceilings, device_name, model_
 from headrace.kernels.linear import triton as linear
 from headrace.kernels.linear import triton_stream, tuning
 from headrace.kernels.linear.triton_stream import Stream
-from headrace.kernels.linear.tuning import GemvShape, StreamShape
+from headrace.kernels.linear.tuning import GemvShape, RingShape, StreamShape
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -155,6 +155,37 @@ def candidates(rows: int, case: Case) -> list[GemvShape | StreamShape]:
     return found
 
 
+def ring_candidates(rows: int, case: Case) -> list[RingShape]:
+    """Rings of up to a third, a half and nearly all of a multiprocessor's memory."""
+    found = []
+    halves, weights = 2 if case.gate else 1, case.bytes
+    for fold, height, bk, splits in itertools.product(
+        (1, 2, 4, 8), (64, 128), (64, 128, 256), (1, 2, 3, 4, 6, 8)
+    ):
+        bn, width = height // fold, case.k // fold
+        tiles, rest = divmod(width, splits * bk)
+        programs = -(-case.n // (bn * halves)) * splits
+        fits = rows * fold <= 128 and not rest and tiles and 60 <= programs <= 1300
+        sums = 0 if splits == 1 else splits * case.n * rows * 8
+        moved = programs * rows * (case.k // splits) * 2
+        if not fits or sums > max(8 << 20, weights // 8) or moved > max(17 << 20, weights):
+            continue
+        if case.head and (splits > 1 or fold > 1):
+            continue
+        if (height == 128 and fold > 2) or (bk == 256 and tiles > 4):
+            continue
+        stage = (halves * bn + rows) * fold * bk * 2
+        deep = {min(tiles, limit // stage) for limit in (74 << 10, 112 << 10)}
+        if tiles * stage <= 220 << 10:
+            deep.add(tiles)
+        found += [
+            RingShape(rows, bn, bk, fold, splits, stages)
+            for stages in deep
+            if stages > 1 or 0 < stages == tiles
+        ]
+    return found
+
+
 def _some(found: list[Any], limit: int) -> list[Any]:
     """At most ``limit`` of them, evenly spread."""
     return found if len(found) <= limit else [found[i * len(found) // limit] for i in range(limit)]
@@ -191,19 +222,43 @@ def compile_all(jobs: list[Callable[[], object]]) -> None:
         list(pool.map(work, jobs))
 
 
+def _note(table: dict[str, list[Any]], key: str, shape: Any, faster: bool) -> None:
+    """The best shape of its kind; a ring is taken wherever it is there, so only where it is the faster one."""
+    kind = {RingShape: "r", StreamShape: "s"}.get(type(shape), "")
+    if faster:
+        table[kind + key] = list(shape)
+    if faster and kind == "s":
+        table.pop("r" + key, None)
+
+
+def all_candidates(rows: int, case: Case, kinds: list[str]) -> list[Any]:
+    """Of these kinds: ring, other."""
+    found: list[Any] = []
+    if "ring" in kinds and rows > 1:
+        found += ring_candidates(rows, case)
+    if "other" in kinds:
+        found += candidates(rows, case)
+    return found
+
+
 def tune(
-    models: list[str], row_counts: list[int], limit: int, path: Path, compile_only: bool = False
+    models: list[str],
+    row_counts: list[int],
+    limit: int,
+    path: Path,
+    kinds: list[str],
+    compile_only: bool = False,
 ) -> None:
     """Write the fastest shape of every (rows, case) to ``path``, beside what is there."""
     table: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = threading.local()
-    rule, stream_rule = linear._shape, triton_stream.stream_shape
+    rule, stream_rule = linear._shape, triton_stream._shape
     linear._shape = lambda *args: getattr(chosen, "shape", None) or rule(*args)
-    triton_stream.stream_shape = lambda *args: getattr(chosen, "shape", None) or stream_rule(*args)
+    triton_stream._shape = lambda *args: getattr(chosen, "shape", None) or stream_rule(*args)
     for name, rows in itertools.product(models, row_counts):
         prepared = [
-            (case, case.make(rows), [*_some(candidates(rows, case), limit), _rule(rows, case)])
+            (case, case.make(rows), [*_some(all_candidates(rows, case, kinds), limit), _rule(rows, case)])
             for case in cases_of(name)
         ]
 
@@ -228,29 +283,27 @@ def tune(
                     torch.cuda.synchronize()
             results.sort()
             chosen.shape = None
-            (best, shape), key = (
-                results[0],
-                ("s" if rows > 1 else "") + tuning._key(rows, case.n, case.k, case.gate),
-            )
-            table[key] = list(shape)
             base = graph_seconds(run, case.copies, 7)
-            top = " ".join(f"{'/'.join(map(str, s))}={t * 1e6:.1f}" for t, s in results[:4])
-            print(f"{key:22s} rule {base * 1e6:7.1f} us, best {best * 1e6:7.1f} us "
+            best, shape = results[0]
+            _note(table, tuning._key(rows, case.n, case.k, case.gate), shape, best < base)
+            top = " ".join(f"{'/'.join(map(str, s))}={t * 1e6:.1f}" for t, s in results[:8])
+            key = f"{rows}:{case.n}x{case.k}"
+            print(f"{key:16s} now {base * 1e6:7.1f} us, best {best * 1e6:7.1f} us "
                   f"{case.bytes / best / 1e12:.2f} TB/s | {top}", flush=True)  # fmt: skip
         lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         del prepared
         torch.cuda.empty_cache()
-    linear._shape, triton_stream.stream_shape = rule, stream_rule
+    linear._shape, triton_stream._shape = rule, stream_rule
     tuning._tuned.cache_clear()
 
 
-def bench_linear(recorder: Recorder, models: list[str]) -> None:
+def bench_linear(recorder: Recorder, models: list[str], row_counts: list[int]) -> None:
     """All linear maps of a step in one graph, ours and cuBLAS's."""
     rates = ceilings()
     for name in models:
         cases, layers = cases_of(name), model_config(name)["num_hidden_layers"]
-        for rows in (1, 4, 16, 64, 256):
+        for rows in row_counts:
             runs = [case.make(rows) for case in cases]
             total = sum(c.bytes for c in cases[:4]) * layers + cases[4].bytes
 
@@ -284,6 +337,8 @@ def main() -> None:
         "--compile-only", action="store_true", help="fill Triton's cache for --tune, no timing"
     )
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 32, 64])
+    parser.add_argument("--bench-rows", nargs="+", type=int, default=[1, 4, 16, 64, 256])
+    parser.add_argument("--kinds", nargs="+", default=["ring", "other"], help="of candidates")
     parser.add_argument("--limit", type=int, default=40, help="candidates of one case at most")
     parser.add_argument("--tuned", help="file to write, instead of the one in the package")
     args = parser.parse_args()
@@ -291,9 +346,9 @@ def main() -> None:
     if args.tune:
         name = device_name().lower().replace(" ", "-")
         path = Path(args.tuned or Path(tuning.__file__).parent / "tuned" / f"{name}.json")
-        tune(args.models, args.rows, args.limit, path, args.compile_only)
+        tune(args.models, args.rows, args.limit, path, args.kinds, args.compile_only)
     if "linear" in args.what:
-        bench_linear(recorder, args.models)
+        bench_linear(recorder, args.models, args.bench_rows)
 
 
 if __name__ == "__main__":

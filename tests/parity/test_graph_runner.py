@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from msgspec import structs
 
 from headrace.engines.generate import GenerateCore
 from headrace.execution.graphs import GraphRunner
@@ -22,6 +23,7 @@ from headrace.models.decoder import DecoderModel
 from headrace.models.decoder_fast import reason_against
 from headrace.models.loading import random_weights
 from headrace.models.registry import read_config
+from headrace.scheduling.plan import StepPlan
 from headrace.scheduling.scheduler import Scheduler
 from headrace.types import Request, SamplingParams
 from triton_device import DEVICE, ON_GPU
@@ -173,6 +175,33 @@ def test_drawing_graphs(kinds: str) -> None:
     assert drain(core, work) == expected
     assert isinstance(core.runner, GraphRunner)
     assert kinds in {key.kind for key in core.runner._graphs}
+
+
+@pytest.mark.parametrize("kinds", ["", *DRAWN], ids=["greedy", *DRAWN])
+def test_repeated_steps(kinds: str) -> None:
+    """Several steps for one turn of the host give the tokens of one at a time, and end where they end."""
+    model = build_model("qwen3" if ON_GPU else "gemma3")
+    work = requests(6, 40, bool(kinds), kinds)
+    whole = drain(build_core(model, graphs=False), work)
+    for i, request in enumerate(work[::2]):  # some end early, anywhere within a turn
+        stop = whole[request.id][len(whole[request.id]) // 2]
+        sampling = structs.replace(request.sampling, stop_token_ids=(stop,))
+        work[2 * i] = structs.replace(request, sampling=sampling)
+    expected = drain(build_core(model, graphs=False), work)
+    assert sum(map(len, expected.values())) < sum(map(len, whole.values()))
+    core = build_core(model, graphs=True, overlap=True, chunk=16)
+    core._pace = dict.fromkeys(range(7), 1e-3)  # a device that is fast enough to be left alone for long
+    turns: list[int] = []
+    schedule = core.scheduler.repeat
+
+    def repeat(plan: StepPlan, times: int) -> None:
+        schedule(plan, times)
+        turns.append(plan.repeats)
+
+    core.scheduler.repeat = repeat  # type: ignore[method-assign]
+    assert drain(core, work) == expected
+    assert max(turns) == BLOCK
+    assert core.stats().steps > len(turns)
 
 
 @pytest.fixture

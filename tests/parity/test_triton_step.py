@@ -11,17 +11,24 @@ from triton_device import DEVICE, DTYPES, randn
 
 def test_begin_step() -> None:
     embedding = randn(30, 70, dtype=DTYPES[-1], seed=0)
-    # row, position, token, new block; the last two are padding
-    packed = [[3, 17, 5, 9], [0, 31, -1, -1], [2, 16, -1, 4], [4, 0, 0, -1], [4, 0, 0, -1]]
+    # row, position, token, new block (the first two: of the next position, of this one); the last two are padding
+    packed = [[3, 17, 5, -11], [0, 31, -1, 6], [2, 16, -1, 4], [4, 0, 0, -1], [4, 0, 0, -1]]
     packed = torch.tensor(packed, dtype=torch.int32, device=DEVICE).T.contiguous()
     last = torch.tensor([7, 1, -1, 2, 0], device=DEVICE)
     tables = torch.arange(20, dtype=torch.int32, device=DEVICE).view(5, 4).contiguous()
     tables[4] = 0
     for scale in (1.0, 2.5):
         ours, theirs = tables.clone(), tables.clone()
-        got = fast.begin_step(packed, ours, last, embedding, scale, 16)
-        expected = reference.begin_step(packed, theirs, last, embedding, scale, 16)
+        after, following = packed.clone(), packed.clone()
+        log, logged = (torch.full((5, 8), -7, device=DEVICE) for _ in range(2))
+        got = fast.begin_step(after, ours, last, embedding, scale, 16, log)
+        expected = reference.begin_step(following, theirs, last, embedding, scale, 16, logged)
         assert torch.equal(ours, theirs)
+        assert ours[3].tolist() == [12, 13, 9, 15]
+        assert ours[0].tolist() == [0, 6, 2, 3]
+        assert torch.equal(after, following)
+        assert torch.equal(log, logged)
+        assert log[2].tolist() == [-1, *[-7] * 7]  # a failed row's token is told
         for a, b in zip(got, expected):
             assert torch.equal(a, b)
         assert got.token_ids.tolist() == [5, 7, 0, 0, 0]

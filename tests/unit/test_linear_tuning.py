@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from headrace.kernels.linear import tuning
 from headrace.kernels.linear.tuning import (
     GemvShape,
+    RingShape,
     SkinnyShape,
     StreamShape,
     gemv_shape,
@@ -33,9 +34,12 @@ def test_measured_shapes(path: Path) -> None:
     table = json.loads(path.read_text())
     assert table
     for key, numbers in table.items():
-        found = re.fullmatch(r"s?(1|16|32|64|128|256):(\d+)x(\d+)(g?)", key)
+        found = re.fullmatch(r"[rs]?(1|8|16|32|64|128|256):(\d+)x(\d+)(g?)", key)
         assert found, key
         rows = int(found[1])
+        if key.startswith("r"):
+            check_ring(RingShape(*numbers), rows, int(found[3]), gated=bool(found[4]))
+            continue
         if key.startswith("s"):
             check_stream(StreamShape(*numbers), rows, int(found[3]), gated=bool(found[4]))
             continue
@@ -70,6 +74,19 @@ def check_stream(shape: StreamShape, rows: int, k: int, gated: bool) -> None:
     assert 16 <= shape.bm < 2 * max(rows, 16), shape
     assert shape.splits == 1 or shape.splits * shape.bk <= k, shape
     assert shared_bytes(shape, gated) <= 227 << 10, shape
+
+
+def check_ring(shape: RingShape, rows: int, k: int, gated: bool) -> None:
+    """Tiles that the tensor cores take, a ring that is not deeper than its work, and shared memory for it."""
+    assert all(power_of_two(size) for size in (shape.bm, shape.bn, shape.bk, shape.fold)), shape
+    assert shape.bm == max(rows, 8), shape
+    first, second = (shape.bm, shape.bn) if shape.x_first else (shape.bn, shape.bm)
+    assert first * shape.fold in (64, 128), shape
+    assert 8 <= second * shape.fold <= 256, shape
+    assert k % (shape.fold * shape.splits * shape.bk) == 0, shape
+    assert shape.stages <= k // (shape.fold * shape.splits * shape.bk), shape
+    stage = 2 * shape.bk * shape.fold * (shape.bn * (2 if gated else 1) + shape.bm)
+    assert stage * shape.stages <= 226 << 10, shape
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -13,8 +13,10 @@ __all__ = [
     "DECODE",
     "MIXED_SEQS",
     "MIXED_TOKENS",
+    "REPEATS",
     "GraphKey",
     "StepArrays",
+    "draws_size",
     "fill",
     "fill_draws",
     "ladder",
@@ -35,6 +37,7 @@ MIXED_TOKENS = (
     *range(2560, 4097, 512),
     *range(5120, 8193, 1024),
 )
+REPEATS = 8  # of a decode step without the host, at most
 MIXED_SEQS = (16, 64, 256, 1024)
 
 
@@ -71,9 +74,9 @@ class GraphKey(NamedTuple):
 
     @property
     def size(self) -> int:
-        """int32 values that the host sends: packed [4, tokens]; query_starts, seq_lens and rows of a mixed step;
-        the tensors of Draws in ``lanes``."""
-        size = 4 * self.tokens + (3 * self.seqs + 1 if self.kind == "mixed" else 0)
+        """int32 values that the host sends: packed [4, tokens]; query_starts, seq_lens, rows and places to sample of
+        a mixed step; the tensors of Draws in ``lanes``."""
+        size = 4 * self.tokens + (4 * self.seqs + 1 if self.kind == "mixed" else 0)
         return size + (6 * self.lanes if self.draws else 0)
 
     @property
@@ -111,7 +114,8 @@ def fill(
         padding: the row of tokens and sequences that stand for none.
 
     Returns:
-        packed, int32 [4, key.tokens]: row, position, token (-1: only the device knows it), new block (-1: none).
+        packed, int32 [4, key.tokens], as begin_step takes it: row, position, token (-1: only the device knows it), new
+        block (-1: none).
     """
     rows, starts, counts, ends = arrays
     packed = flat[: 4 * key.tokens].reshape(4, key.tokens)
@@ -121,11 +125,20 @@ def fill(
     packed[2, :total], packed[2, total:] = _tokens(chunks), 0
     packed[3] = -1
     if key.kind == "mixed":
-        query_starts, seq_lens, seq_rows = np.split(flat[4 * key.tokens :], [key.seqs + 1, 2 * key.seqs + 1])
+        seqs, samples = key.seqs, [chunk.samples for chunk in chunks]
+        query_starts, seq_lens, seq_rows, last = np.split(
+            flat[4 * key.tokens : key.size], [seqs + 1, 2 * seqs + 1, 3 * seqs + 1]
+        )
         query_starts[0], query_starts[1 : num + 1], query_starts[num + 1 :] = 0, ends, total
         seq_lens[:num], seq_lens[num:] = starts + counts, 0
         seq_rows[:num], seq_rows[num:] = rows, padding
+        last[: sum(samples)] = ends[samples] - 1
     return packed
+
+
+def draws_size(key: GraphKey) -> int:
+    """int32 values of the keys of one draw."""
+    return 2 * key.lanes if key.draws else 0
 
 
 def fill_draws(flat: np.ndarray, key: GraphKey, arrays: list[np.ndarray]) -> None:

@@ -25,20 +25,22 @@ from headrace.execution.graph_input import (
     DECODE,
     MIXED_SEQS,
     MIXED_TOKENS,
+    REPEATS,
     GraphKey,
     StepArrays,
+    draws_size,
     fill,
     fill_draws,
     ladder,
     up,
 )
-from headrace.execution.runner import Runner, Step
-from headrace.execution.sampler import Masks, Sampled
+from headrace.execution.runner import Runner, Step, StepResult
+from headrace.execution.sampler import Masks, Sampled, race_keys
 from headrace.kernels.sampling import Draws, draw_rows
 from headrace.kernels.step import argmax_rows, begin_step
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.models.decoder import DecoderModel
-from headrace.scheduling.plan import Chunk, StepPlan
+from headrace.scheduling.plan import StepPlan
 
 if TYPE_CHECKING:
     from headrace.models.decoder_fast import DecodeBatch, FastDecoder
@@ -62,6 +64,9 @@ class GraphStep(Step):
         input: int32 [key.size], of the runner's buffer number ``turn``.
         updates: rows of the block tables that changed, int64 [N], and their contents.
         tokens: int64 [P], of a decode graph that ends there.
+        again: int32 [R, ...], what changes in the input with each repetition.
+        log, starts: tokens of repetitions on the host, int64 [P, REPEATS] by position, and first positions [P].
+        begun: when the device began.
     """
 
     key: GraphKey = _NO_GRAPH
@@ -69,6 +74,24 @@ class GraphStep(Step):
     turn: int = 0
     updates: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     tokens: Tensor | None = None
+    again: Tensor | None = None
+    log: Tensor | None = None
+    starts: np.ndarray | None = None
+    begun: torch.cuda.Event | None = None
+
+    def result(self) -> StepResult:
+        result = super(GraphStep, self).result()
+        if self.begun is not None and self.done is not None:
+            result.device_ms = self.begun.elapsed_time(self.done)
+        return result
+
+    def _tokens(self) -> list[int]:
+        last = super(GraphStep, self)._tokens()
+        if self.log is None or self.starts is None:
+            return last
+        at = (self.starts[:, None] + np.arange(1, self.plan.repeats)) % REPEATS
+        before: list[int] = np.take_along_axis(self.log.numpy(), at, axis=1).T.ravel().tolist()
+        return before + last
 
 
 @dataclass(slots=True)
@@ -126,8 +149,10 @@ class GraphRunner(Runner):
         self._seq_sizes = ladder(MIXED_SEQS, max_num_seqs)
         self._graphs: dict[GraphKey, _Graph] = {}
         self._memory = GraphMemory(device) if capture and device.type == "cuda" else None
+        self._log = torch.zeros(max_num_seqs, REPEATS, dtype=torch.int64, device=device)
+        drawn = GraphKey(max_num_seqs, max_num_seqs, "drawn")
         largest = max(
-            GraphKey(max_num_seqs, max_num_seqs, "drawn").size,
+            drawn.size + (REPEATS - 1) * draws_size(drawn),
             GraphKey(MIXED_TOKENS[-1], max_num_seqs, "mixed").size,
         )
         pinned = device.type == "cuda"
@@ -136,15 +161,20 @@ class GraphRunner(Runner):
         self._copied = [torch.cuda.Event() for _ in self._stages] if pinned else []
         self._turn = 0
         self._ahead: deque[GraphKey] = deque()
-        self._changed: list[tuple[int, int]] = []
         self._fast = _fast_decoder(model, max_model_len) if fast and not fixed else None
         self._workspace = None if self._fast is None else self._fast.workspace(max_num_seqs)
 
     # --- preparing -------------------------------------------------------------------------------
 
+    def most_repeats(self, plan: StepPlan) -> int:
+        """Where all rows have one new token and their draws are part of the graph."""
+        if plan.admitted or len(plan.sampling) != plan.num_tokens:
+            return 1
+        rows = np.fromiter((chunk.row for chunk in plan.chunks), np.int64, len(plan.chunks))
+        return min(REPEATS, self.block_size) if self.sampler.simple[rows].all() else 1
+
     @torch.inference_mode()
     def prepare(self, plan: StepPlan) -> Step:
-        self._changed = []
         if plan.num_tokens > MIXED_TOKENS[-1]:
             return super().prepare(plan)
         for sequence in plan.admitted:
@@ -164,8 +194,7 @@ class GraphRunner(Runner):
             some_single=self.fixed or plan.chunks[0].count == 1,
             fresh=not self.fixed and all(chunk.start == 0 or chunk.count == 1 for chunk in plan.chunks),
         )
-        last = self._last(plan) if chunks else None
-        return self._stage(GraphStep(plan, chunks, None, last, key=key), arrays)
+        return self._stage(GraphStep(plan, chunks, None, key=key), arrays)
 
     def _decode_kind(self, rows: np.ndarray) -> str:
         """Where a decode step's graph ends: where nothing else is asked for, in tokens."""
@@ -185,34 +214,54 @@ class GraphRunner(Runner):
         flat = step.input.numpy()
         packed = fill(flat, step.key, step.plan.chunks, arrays, self._padding)
         if step.key.draws:
-            fill_draws(flat, step.key, self.sampler.draw_arrays(arrays.rows, step.chunks))
+            draws = self.sampler.draw_arrays(arrays.rows, step.chunks)
+            fill_draws(flat, step.key, draws)
+            step.again = self._keys_of_repeats(step, arrays)
+        if step.plan.repeats > 1:
+            step.starts = arrays.starts
         self._update_tables(step.plan.chunks)
         if self._changed:
             self._place_blocks(step, packed, arrays)
         return step
 
+    def _keys_of_repeats(self, step: GraphStep, arrays: StepArrays) -> Tensor | None:
+        """Random keys of the repetitions, int32 [repeats - 1, 2 lanes]."""
+        more, size, key = step.plan.repeats - 1, draws_size(step.key), step.key
+        if more == 0:
+            return None
+        keys = self._stages[self._turn][key.size : key.size + more * size].view(more, size)
+        flat, seeds = keys.numpy(), self.sampler.seed[arrays.rows]
+        for i in range(more):
+            flat[i, : 2 * len(seeds)] = race_keys(seeds, arrays.starts + 2 + i).ravel()
+            flat[i, 2 * len(seeds) :] = 0
+        return keys
+
     def _place_blocks(self, step: GraphStep, packed: np.ndarray, arrays: StepArrays) -> None:
-        """One new block where a lone new token goes travels with it; any other change is a row's upload."""
+        """New blocks travel with the tokens that go there, and with the token before; else a row is uploaded."""
+        size = self.block_size
         at = {int(row): i for i, row in enumerate(arrays.rows)}
         whole = []
         for row, have in self._changed:
             i = at[row]
-            alone = arrays.counts[i] == 1 and have == self._num_blocks[row] - 1
-            if alone and have == arrays.starts[i] // self.block_size:
-                packed[3, arrays.ends[i] - 1] = self._tables[row, have]
+            start, count, end = int(arrays.starts[i]), int(arrays.counts[i]), int(arrays.ends[i])
+            first, last, following = (
+                start // size,
+                (start + count - 1) // size,
+                self._num_blocks[row] - 1,
+            )
+            if first <= have <= last == following:
+                positions = np.arange(max(start, have * size), start + count)
+                packed[3, end - len(positions) : end] = self._tables[row, positions // size]
+            elif last < have == following == last + 1:
+                packed[3, end - 1] = -2 - self._tables[row, have]
             else:
                 whole.append(row)
         if whole:
             step.updates.append(self._row_update(np.asarray(whole, np.int64)))
 
     def _row_update(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        width = int(self._num_blocks[rows].max())
+        width = max(self._num_blocks[row] for row in rows)
         return self._upload(rows), self._upload(self._tables[rows, :width])
-
-    def _update_tables(self, chunks: list[Chunk]) -> None:
-        before = [(chunk.row, int(self._num_blocks[chunk.row])) for chunk in chunks]
-        super()._update_tables(chunks)
-        self._changed = [(row, have) for row, have in before if have != self._num_blocks[row]]
 
     def _pack(self, plan: StepPlan) -> PackedBatch:
         """The plain way; the tables on the device follow."""
@@ -238,17 +287,28 @@ class GraphRunner(Runner):
     def _hidden(self, step: Step) -> Tensor:
         if not isinstance(step, GraphStep):
             return super()._hidden(step)
-        return self._replay(step)[: step.plan.num_tokens]
+        hidden = self._replay(step)[: step.plan.num_tokens]
+        if step.chunks:
+            places = self._graph(step.key).input[-step.key.seqs :]
+            step.last = places[: len(step.chunks)]
+        return hidden
 
     def _replay(self, step: GraphStep) -> Tensor:
         for rows, blocks in step.updates:
             self._device_tables[rows, : blocks.shape[1]] = blocks
         graph = self._graph(step.key)
         assert step.input is not None
+        if self.device.type == "cuda" and step.key.kind != "mixed":
+            step.begun = torch.cuda.Event(enable_timing=True)
+            step.begun.record()
         graph.input.copy_(step.input, non_blocking=True)
+        graph.replay()
+        for i in range(step.plan.repeats - 1):  # the graph has moved its input on
+            if step.again is not None:
+                graph.input[-step.again.shape[1] :].copy_(step.again[i], non_blocking=True)
+            graph.replay()
         if self._copied:
             self._copied[step.turn].record()
-        graph.replay()
         return graph.output[0]
 
     @torch.inference_mode()
@@ -258,6 +318,8 @@ class GraphRunner(Runner):
         assert not masks, "constrained rows are not simple"
         step.sampled = Sampled(step.tokens, [], None)
         step.tokens = None
+        if step.plan.repeats > 1:
+            step.log = self._log[: len(step.chunks)].to("cpu", non_blocking=True, copy=True)
         self._send(step)
         return step
 
@@ -351,7 +413,7 @@ class GraphRunner(Runner):
         packed = given[: 4 * key.tokens].view(4, key.tokens)
         packed[0], packed[3] = self._padding, -1
         if key.kind == "mixed":
-            given[4 * key.tokens + 2 * key.seqs + 1 :] = self._padding
+            given[4 * key.tokens + 2 * key.seqs + 1 : -key.seqs] = self._padding
         compute = self._compute_mixed if key.kind == "mixed" else self._compute_decode
         output: list[Tensor] = []
 
@@ -370,8 +432,9 @@ class GraphRunner(Runner):
         model, rows = self.decoder, packed[0]
         embedding = None if self._fast is None else model.embed.weight
         inputs = begin_step(
-            packed, self._device_tables, self._last_tokens, embedding, model.embed.scale, self.block_size
-        )
+            packed, self._device_tables, self._last_tokens, embedding, model.embed.scale, self.block_size,
+            self._log[: key.tokens],
+        )  # fmt: skip
         if self._fast is not None:
             batch = self._decode_batch(inputs.embedded, inputs.seq_lens, rows)
             if key.kind == "tokens":
@@ -406,7 +469,8 @@ class GraphRunner(Runner):
     def _compute_mixed(self, given: Tensor, packed: Tensor, key: GraphKey) -> Tensor:
         """Hidden states [T, D]."""
         inputs = begin_step(packed, self._device_tables, self._last_tokens, None, 1.0, self.block_size)
-        query_starts, seq_lens, rows = given[4 * key.tokens :].split([key.seqs + 1, key.seqs, key.seqs])
+        sizes = [key.seqs + 1, key.seqs, key.seqs, key.seqs]
+        query_starts, seq_lens, rows, _ = given[4 * key.tokens :].split(sizes)
         attention = AttentionBatch(
             query_starts=query_starts,
             seq_lens=seq_lens,

@@ -42,15 +42,18 @@ class StepResult:
     """What the host learns from a step.
 
     Attributes:
-        tokens: one for each sampling chunk in order; -1 where the logits were not finite.
+        tokens: one for each sampling chunk in order, once for each time that the step ran; -1 where the logits were
+            not finite.
         logprobs: by index of the sampling chunk, for those that asked.
         prompt_logprobs: by request id: the first position computed in this step, and its and its followers'
             entries. Position i speaks of prompt token i + 1.
+        device_ms: milliseconds that the device took, where that is measured.
     """
 
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
+    device_ms: float | None = None
 
 
 @dataclass(slots=True)
@@ -72,7 +75,7 @@ class Step:
         """Wait for the device."""
         if self.done is not None:
             self.done.synchronize()
-        result = StepResult([] if self.host_tokens is None else self.host_tokens.tolist())
+        result = StepResult(self._tokens())
         if self.sampled is not None and self.sampled.scores is not None:
             rows = self.sampled.scored
             entries = self.sampled.scores.read([result.tokens[row] for row in rows])
@@ -81,6 +84,9 @@ class Step:
             read = [entry for targets, scores in prompt.parts for entry in scores.read(targets)]
             result.prompt_logprobs[prompt.request_id] = (prompt.start, read)
         return result
+
+    def _tokens(self) -> list[int]:
+        return [] if self.host_tokens is None else self.host_tokens.tolist()
 
 
 @dataclass(slots=True)
@@ -129,12 +135,17 @@ class Runner:
         self.block_size = block_size
         self.sampler = Sampler(max_num_seqs, device)
         self._tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
-        self._num_blocks = np.zeros(max_num_seqs, np.int64)
+        self._num_blocks = [0] * max_num_seqs  # that the tables hold, by row
+        self._changed: list[tuple[int, int]] = []  # rows that the last step gave blocks to, and what they had
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
     def prepare_next(self) -> bool:
         """Called in moments without work: do a little of what would make a later step wait; true if more is left."""
         return False
+
+    def most_repeats(self, plan: StepPlan) -> int:
+        """How often in a row a step may run without the host."""
+        return 1
 
     @torch.inference_mode()
     def prepare(self, plan: StepPlan) -> Step:
@@ -184,7 +195,7 @@ class Runner:
                 "cpu", non_blocking=True
             )  # pinned, so this does not wait
         if self.device.type == "cuda":
-            step.done = torch.cuda.Event()
+            step.done = torch.cuda.Event(enable_timing=True)
             step.done.record()
 
     # --- packing ---------------------------------------------------------------------------------
@@ -248,12 +259,14 @@ class Runner:
 
     def _update_tables(self, chunks: list[Chunk]) -> None:
         """Write the blocks that a sequence got since its last step."""
+        self._changed = []
         for chunk in chunks:
             row, blocks = chunk.row, chunk.sequence.table.blocks
             have = self._num_blocks[row]
             if have != len(blocks):
                 self._tables[row, have : len(blocks)] = blocks[have:]
                 self._num_blocks[row] = len(blocks)
+                self._changed.append((row, have))
 
     def _last(self, plan: StepPlan) -> Tensor:
         """Positions in the batch whose logits are sampled, int64 [P]."""

@@ -2,9 +2,10 @@
 
 Up to STREAM_ROWS sequences a layer is five kernels: [norm, qkv] [norm of heads, rotary, cache write, attention]
 [o, residual] [norm, gate and up, activation] [down, residual], each of which may start while the one before it ends.
-For one sequence, and up to SMALL_ROWS of quantized layers or on GPUs without a copy engine, the norm is taken in the
-loop of the product that follows it; else by the product before it (kernels/linear/triton_stream.py). Above, the
-products are cuBLAS's and the rest is fused around them. Imported on GPUs only.
+For one sequence (where nothing faster is known), and up to SMALL_ROWS of quantized layers or on GPUs without a copy
+engine, the norm is taken in the loop of the product that follows it; else by the product before it
+(kernels/linear/triton_stream.py). Above, the products are cuBLAS's and the rest is fused around them. Imported on GPUs
+only.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from headrace.kernels.linear.triton_stream import (
     stream_argmax,
     stream_covers,
     stream_linear,
+    stream_takes_one_row,
 )
 from headrace.kernels.norm.triton import add_rms_norm, rms_norm
 from headrace.kernels.step.triton import reduce_best
@@ -138,6 +140,10 @@ class FastDecoder:
             self.layers.append(_read_layer(layer, None if i in config.no_rope_layers else tables))
         covered = stream_covers(self.head) and all(_streams(layer) for layer in self.layers)
         self.stream_rows = STREAM_ROWS if covered else 0
+        self.one_row_streams = covered and all(
+            stream_takes_one_row(weight, gated)
+            for weight, gated in [(self.head, False), *(w for layer in self.layers for w in _weights(layer))]
+        )
 
     def workspace(self, num_seqs: int) -> DecodeWorkspace:
         """Scratch for steps of up to ``num_seqs`` sequences."""
@@ -187,7 +193,7 @@ class FastDecoder:
         return out.flatten(1)
 
     def _takes_stream(self, batch: DecodeBatch) -> bool:
-        return 1 < batch.embedded.shape[0] <= self.stream_rows
+        return (0 if self.one_row_streams else 1) < batch.embedded.shape[0] <= self.stream_rows
 
     def _stream(self, batch: DecodeBatch) -> Stream:
         """The residual stream before the last norm."""
@@ -229,6 +235,12 @@ class FastDecoder:
             following = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.final_norm
             x, residual = add_rms_norm(x, residual, *following)
         return x
+
+
+def _weights(layer: _Layer) -> list[tuple[Tensor, bool]]:
+    """The weights of a layer that is not quantized, and whether they end in a gate."""
+    linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    return [(linear.weight, linear is layer.gate_up) for linear in linears if isinstance(linear, Linear)]
 
 
 def _streams(layer: _Layer) -> bool:

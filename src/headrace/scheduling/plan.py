@@ -36,11 +36,13 @@ class StepPlan:
         chunks: in batch order: one-token chunks first, then longer ones.
         admitted: sequences that got a row in this step; the runner sets their state up.
         num_tokens: sum of the chunks' counts.
+        repeats: how often the step runs, each time on the token that every chunk got the time before.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
+    repeats: int = 1
 
     @property
     def sampling(self) -> list[Chunk]:

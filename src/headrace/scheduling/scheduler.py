@@ -142,52 +142,99 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run."""
         plan = StepPlan()
-        short = [s for s in self.running if s.length - s.num_computed == 1 and not self._is_full(s)]
-        long = [s for s in self.running if s.length - s.num_computed > 1]
+        short, long = self._behind()
         preempted = False
         for sequence in (*short, *long):
             if sequence.status is not Status.RUNNING or plan.num_tokens >= self.max_num_batched_tokens:
                 continue
             if not self.is_ready(sequence):
                 continue
-            preempted |= not self._make_room(sequence, plan)
+            count = sequence.length - sequence.num_computed
+            if sequence.num_computed + count > len(sequence.table.blocks) * self.block_size:
+                preempted |= not self._make_room(sequence, plan)
             if sequence.status is Status.RUNNING:
-                self._take(plan, sequence)
+                self._take(plan, sequence, count)
         if not preempted:
             self._admit(plan)
-        plan.chunks.sort(key=lambda chunk: chunk.count > 1)
+        if len(plan.chunks) > len(short):
+            plan.chunks.sort(key=lambda chunk: chunk.count > 1)
         return plan if plan.chunks else None
+
+    def _behind(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Running sequences that lack the keys of one token, and of more.
+
+        Not those whose tokens in flight already reach the limit: another step would be thrown away.
+        """
+        short, long = [], []
+        for sequence in self.running:
+            length = len(sequence.token_ids) + sequence.in_flight
+            missing = length - sequence.num_computed
+            if missing > 1:
+                long.append(sequence)
+            elif missing == 1 and length < sequence.limit:
+                short.append(sequence)
+        return short, long
+
+    def repeat(self, plan: StepPlan, times: int) -> None:
+        """Let a step in which everybody gets one token run so many times, if nobody can notice.
+
+        Less often where a sequence reaches its limit; once while somebody waits, or without blocks for all.
+        """
+        sequences = [chunk.sequence for chunk in plan.chunks]
+        alone = plan.num_tokens == len(plan.sampling) == len(self.running) == len(self.sequences)
+        if not alone or plan.admitted:
+            return
+        more = min(times - 1, *(s.limit - s.length for s in sequences))
+        needed = sum(s.table.blocks_needed(s.num_computed + more) for s in sequences)
+        if more < 1 or needed > self.pool.num_available:
+            return
+        plan.repeats += more
+        for sequence in sequences:
+            sequence.table.grow(sequence.num_computed + more)
+            sequence.num_computed += more
+            sequence.in_flight += more
 
     def settle(
         self, plan: StepPlan, tokens: list[int], on_token: Callable[[Sequence], None] | None = None
     ) -> list[Sequence]:
-        """Take a finished step's tokens, one for each sampling chunk in order.
+        """Take a finished step's tokens, one for each sampling chunk in order, once for each time that it ran.
 
-        Returns the sequences that got a token. Those with a finish_reason have ended and own nothing any more;
+        Returns the sequences that got tokens. Those with a finish_reason have ended and own nothing any more;
         those that ended before (aborted while the step ran) are left out. A token of -1 marks a sequence whose
         logits were not finite: it ends with ERROR. ``on_token`` may end a sequence by giving it a finish_reason.
         """
         advanced: list[Sequence] = []
-        results = iter(tokens)
+        num = len(tokens) // plan.repeats
+        at = 0
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            token = next(results) if chunk.samples else None
+            own = tokens[at::num] if chunk.samples else []
+            at += chunk.samples
             if sequence.status is Status.FINISHED:
                 continue
-            if token is not None:
-                sequence.in_flight -= 1
+            if chunk.samples:
+                sequence.in_flight -= plan.repeats
                 advanced.append(sequence)
-                if token < 0:
-                    self.finish(sequence, FinishReason.ERROR)
-                    continue
-                sequence.append(token)
-                if on_token is not None:
-                    on_token(sequence)
+                self._append(sequence, own, on_token)
             if sequence.status is Status.RUNNING and sequence.epoch == chunk.epoch and self.prefix_caching:
-                sequence.table.publish(sequence.token_ids, chunk.start + chunk.count)
+                sequence.table.publish(sequence.token_ids, chunk.start + chunk.count + plan.repeats - 1)
             if sequence.finish_reason is not None:
                 self._end(sequence)
         return advanced
+
+    def _append(
+        self, sequence: Sequence, tokens: list[int], on_token: Callable[[Sequence], None] | None
+    ) -> None:
+        """Sampled tokens, up to the one that ends the sequence."""
+        for token in tokens:
+            if token < 0:
+                self.finish(sequence, FinishReason.ERROR)
+                return
+            sequence.append(token)
+            if on_token is not None:
+                on_token(sequence)
+            if sequence.finish_reason is not None:
+                return
 
     def fail(self, plan: StepPlan) -> list[Sequence]:
         """A step broke: its sequences end with ERROR, all others go on. Returns those that ended."""
@@ -217,25 +264,14 @@ class Scheduler:
 
     # --- inside a step ---------------------------------------------------------------------------
 
-    def _is_full(self, sequence: Sequence) -> bool:
-        """The tokens in flight already reach the limit; another step would be thrown away."""
-        return sequence.length >= sequence.limit
-
-    def _take(self, plan: StepPlan, sequence: Sequence) -> None:
-        count = min(sequence.length - sequence.num_computed, self.max_num_batched_tokens - plan.num_tokens)
-        end = sequence.num_computed + count
-        chunk = Chunk(
-            sequence,
-            start=sequence.num_computed,
-            count=count,
-            samples=end == sequence.length,
-            from_device=end > len(sequence.token_ids),
-            row=sequence.row,
-            epoch=sequence.epoch,
-        )
+    def _take(self, plan: StepPlan, sequence: Sequence, missing: int) -> None:
+        """``missing``: tokens without keys."""
+        start, count = sequence.num_computed, min(missing, self.max_num_batched_tokens - plan.num_tokens)
+        end, samples = start + count, count == missing
+        from_device = end > len(sequence.token_ids)
+        plan.chunks.append(Chunk(sequence, start, count, samples, from_device, sequence.row, sequence.epoch))
         sequence.num_computed = end
-        sequence.in_flight += chunk.samples
-        plan.chunks.append(chunk)
+        sequence.in_flight += samples
         plan.num_tokens += count
 
     def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
@@ -308,7 +344,7 @@ class Scheduler:
         sequence.status = Status.RUNNING
         self.running.append(sequence)
         plan.admitted.append(sequence)
-        self._take(plan, sequence)
+        self._take(plan, sequence, len(sequence.token_ids) - cached)
         return True
 
     def _end(self, sequence: Sequence) -> None:

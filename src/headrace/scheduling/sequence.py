@@ -29,9 +29,11 @@ class Sequence:
     Attributes:
         token_ids: prompt, then output as far as known.
         num_computed: tokens whose keys are, or will be after the steps in flight, in the cache.
-        in_flight: sampled tokens that the host has not seen (0 in the plain loop, at most 2 in the overlapped).
+        in_flight: sampled tokens that the host has not seen (0 in the plain loop, those of two steps at most in the
+            overlapped).
         limit: length at which the sequence ends whatever it says.
         row: its slot in the runner's per-sequence state while it runs, else -1.
+        num_told: output tokens that its client has been told of.
         num_cached: prompt tokens that came from the prefix cache when it first ran, -1 before.
         epoch: how often it was preempted.
         seed: of its random numbers; drawn here when the request gives none, so that it survives preemption.
@@ -47,6 +49,7 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_prompt",
+        "num_told",
         "request",
         "row",
         "sampling",
@@ -72,6 +75,7 @@ class Sequence:
         self.num_computed = 0
         self.in_flight = 0
         self.num_cached = -1
+        self.num_told = 0
         self.epoch = 0
         self.seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
         self.row = -1

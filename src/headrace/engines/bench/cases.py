@@ -47,12 +47,13 @@ def parse_case(text: str) -> Case:
 
 
 class StepTime(NamedTuple):
-    """One step: wall seconds, tokens computed, sequences in it, and whether it held parts of prompts."""
+    """One step: wall seconds, tokens computed, sequences in it, whether it held parts of prompts, how often it ran."""
 
     seconds: float
     tokens: int
     sequences: int
     prefill: bool
+    repeats: int = 1
 
 
 @dataclass(slots=True)
@@ -80,7 +81,9 @@ class Measurement:
 
     def decode_ms(self) -> float | None:
         """Median of steps that only decode every request."""
-        times = [s.seconds for s in self.steps if not s.prefill and s.sequences == self.case.requests]
+        times = [
+            s.seconds / s.repeats for s in self.steps if not s.prefill and s.sequences == self.case.requests
+        ]
         return statistics.median(times) * 1e3 if times else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -229,7 +232,7 @@ def _step_times(times: list[float], plans: list[StepPlan | None], overlap: bool)
     """The overlapped loop waits for the plan before the one that it launches."""
     waited = times[1:] if overlap else times
     return [
-        StepTime(seconds, plan.num_tokens, len(plan.chunks), plan.num_tokens > len(plan.chunks))
+        StepTime(seconds, plan.num_tokens, len(plan.chunks), plan.num_tokens > len(plan.chunks), plan.repeats)
         for seconds, plan in zip(waited, plans)
         if plan is not None
     ]

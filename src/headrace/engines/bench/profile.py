@@ -20,7 +20,7 @@ __all__ = ["KINDS", "Kernel", "Window", "WindowProfiler", "kind_of"]
 # Kernels by what they are for, first match wins.
 KINDS: dict[str, str] = {
     "attention": r"^_(decode|prefill|packed|fresh)|flash|fmha|attention",
-    "linear": r"^_(gemv|skinny)|_linear|gemm|nvjet|cutlass|addmm|aten::mm|xmma|^_scaled|splitKreduce",
+    "linear": r"^_(gemv|skinny|stream|ring)|_linear|gemm|nvjet|cutlass|addmm|aten::mm|xmma|^_scaled|splitKreduce",
     "sampling": r"^_best|topk|sort|softmax|argmax|MaxOps|reduce_kernel",
     "norms, rotary, gates, cache write": r"^_(rms_norm|layer_norm|norm_rope|gate_mul|bias_activate|write_cache|begin)",
     "copies": r"^Mem(cpy|set)|copy_",
@@ -131,10 +131,10 @@ class WindowProfiler:
         self._open = (Window(name), profiler)
 
     def _count(self, window: Window, plan: StepPlan) -> None:
-        window.steps += 1
-        window.tokens += plan.num_tokens
+        window.steps += plan.repeats
+        window.tokens += plan.num_tokens * plan.repeats
         if plan.num_tokens == len(plan.chunks):
-            window.keys += sum(chunk.start + chunk.count for chunk in plan.chunks)
+            window.keys += sum(chunk.start + chunk.count for chunk in plan.chunks) * plan.repeats
 
     def _synchronize(self) -> None:
         if self._cuda:

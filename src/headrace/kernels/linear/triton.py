@@ -14,25 +14,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.kernels.launch import Scratch, launch_options, prefetch_l2
+from headrace.kernels.launch import launch_options
 from headrace.kernels.linear.triton_fixed import fixed_linear
+from headrace.kernels.linear.triton_parts import (
+    GATES,
+    SCRATCH,
+    apply_gate,
+    ask_l2,
+    finish,
+    gather_parts,
+    tell_largest,
+)
 from headrace.kernels.linear.tuning import GemvShape, Shape, gemv_shape, skinny_shape
 from headrace.kernels.step.triton import reduce_best
 
 __all__ = ["argmax_linear", "fixed_linear", "small_linear"]
-
-_GATES = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
-
-
-@triton.jit
-def _gate(x, GATE: tl.constexpr):
-    if GATE == 1:
-        y = x * tl.sigmoid(x)
-    elif GATE == 2:
-        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    return y
 
 
 @triton.jit
@@ -86,7 +82,7 @@ def _gemv(x_ptr, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr, N, K, ep
         up = tl.sum(acc2, 1) * scale
         if BIAS:
             up += tl.load(bias_ptr + N + rows, mask=rows < N, other=0.0).to(tl.float32)
-        y = _gate(y, GATE) * up
+        y = apply_gate(y, GATE) * up
     if RESIDUAL:
         y += tl.load(res_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
     if ARGMAX:
@@ -110,27 +106,19 @@ def _skinny(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr,
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     rows = tile * BN + tl.arange(0, BN)
-    n_ok = rows < N
+    near = tl.minimum(rows, N - 1)  # rows past N repeat the last one: no mask on the large loads
     m = tl.arange(0, BM)
     m_ok = m < M
     cols = tl.arange(0, BK)
     span = (K + SPLITS * BK - 1) // (SPLITS * BK) * BK
     lo = split * span
     hi = tl.minimum(lo + span, K)
-    # Rows past N repeat the last one: no mask on the large loads.
-    w_at = w_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K + cols[None, :]
+    w_at = w_ptr + near.to(tl.int64)[:, None] * K + cols[None, :]
     gain = tl.zeros([BK], tl.float32)
     if NORM:
         gain = tl.load(gain_ptr + lo + cols, mask=lo + cols < K, other=0.0).to(tl.float32)
     if PDL:
-        LINE: tl.constexpr = 64
-        lines = tl.arange(0, BK // LINE) * LINE
-        ahead = w_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K
-        for k in range(lo, tl.minimum(hi, lo + 4 * BK), BK):
-            line = ahead + tl.minimum(k + lines, K - 1)[None, :]
-            prefetch_l2(line)
-            if GATE > 0:
-                prefetch_l2(line + N.to(tl.int64) * K)
+        ask_l2(w_ptr, near, lo, hi, N, K, BK, 4, GATE)
         gdc_wait()
     # Rows past M repeat the last one too; their results are not stored.
     x_at = x_ptr + tl.minimum(m, M - 1)[None, :] * x_row + cols[:, None]
@@ -161,59 +149,26 @@ def _skinny(x_ptr, x_row, w_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, best_ptr,
             acc2 = tl.dot(w2, x, acc2, out_dtype=tl.float32, input_precision="ieee")
     last = True
     if SPLITS > 1:
-        # parts: [tiles, SPLITS, (1 or 2) BN + 1, BM]
-        HEIGHT: tl.constexpr = (2 * BN if GATE > 0 else BN) + 1
-        n = tl.arange(0, BN)
-        base = parts_ptr + tile.to(tl.int64) * (SPLITS * HEIGHT * BM)
-        mine = base + split * (HEIGHT * BM)
-        tl.store(mine + n[:, None] * BM + m[None, :], acc)
-        if GATE > 0:
-            tl.store(mine + (BN + n[:, None]) * BM + m[None, :], acc2)
-        if NORM:
-            tl.store(mine + (HEIGHT - 1) * BM + m, squares)
-        tl.debug_barrier()
-        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-        if last:
-            tl.debug_barrier()
-            acc = tl.zeros([BN, BM], tl.float32)
-            acc2 = tl.zeros([BN, BM], tl.float32)
+        if NORM:  # behind the parts
+            TALL: tl.constexpr = 2 * BN if GATE > 0 else BN
+            sums = parts_ptr + tl.num_programs(0).to(tl.int64) * (TALL * BM) + tile * (SPLITS * BM) + m
+            tl.store(sums + split * BM, squares)
+        acc, acc2, last = gather_parts(
+            acc, acc2, parts_ptr, arrivals_ptr, tile, split, m, BM, BN, SPLITS, GATE
+        )
+        if NORM and last:
             squares = tl.zeros([BM], tl.float32)
             for i in tl.static_range(SPLITS):
-                part = base + i * (HEIGHT * BM)
-                acc += tl.load(part + n[:, None] * BM + m[None, :], cache_modifier=".cg")
-                if GATE > 0:
-                    acc2 += tl.load(part + (BN + n[:, None]) * BM + m[None, :], cache_modifier=".cg")
-                if NORM:
-                    squares += tl.load(part + (HEIGHT - 1) * BM + m, cache_modifier=".cg")
-            tl.store(arrivals_ptr + tile, 0)
+                squares += tl.load(sums + i * BM, cache_modifier=".cg")
     if last:
         if NORM:
             scale = tl.rsqrt(squares / K + eps)[None, :]
             acc = acc * scale
             acc2 = acc2 * scale
-        if BIAS:
-            acc += tl.load(bias_ptr + rows, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-        if GATE > 0:
-            if BIAS:
-                acc2 += tl.load(bias_ptr + N + rows, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-            acc = _gate(acc, GATE) * acc2
-        ok = n_ok[:, None] & m_ok[None, :]
-        at = m[None, :].to(tl.int64) * N + rows[:, None]
-        if RESIDUAL:
-            acc += tl.load(res_ptr + at, mask=ok, other=0.0).to(tl.float32)
         if ARGMAX:
-            bad = (acc != acc) | (acc == float("inf"))
-            acc = tl.where(n_ok[:, None], tl.where(bad, float("inf"), acc), float("-inf"))
-            top = tl.max(acc, 0)
-            first = tl.min(tl.where(acc == top[None, :], rows[:, None], 2147483647), 0)
-            to = m * (tl.num_programs(0) // SPLITS) + tile
-            tl.store(out_ptr + to, top, mask=m_ok)
-            tl.store(best_ptr + to, first, mask=m_ok)
+            tell_largest(acc, rows, m, m_ok, out_ptr, best_ptr, N, tile, tl.num_programs(0) // SPLITS)
         else:
-            tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
-
-
-_SCRATCH = Scratch()
+            finish(acc, acc2, rows, near, m, m_ok, bias_ptr, res_ptr, out_ptr, N, BIAS, GATE, RESIDUAL)
 
 
 def _launch(
@@ -224,7 +179,7 @@ def _launch(
     n = weight.shape[0] // (1 if gate is None else 2)
     gain, eps = norm if norm is not None else (x, 0.0)
     flags = {
-        "NORM": norm is not None, "BIAS": bias is not None, "GATE": _GATES[gate], "RESIDUAL": residual is not None,
+        "NORM": norm is not None, "BIAS": bias is not None, "GATE": GATES[gate], "RESIDUAL": residual is not None,
         "ARGMAX": best is not None,
     }  # fmt: skip
     bias = x if bias is None else bias
@@ -240,7 +195,7 @@ def _launch(
     height = (1 if gate is None else 2) * shape.bn + 1
     parts, arrivals = x, x
     if shape.splits > 1:
-        parts, arrivals = _SCRATCH.get(x.device, tiles * shape.splits * height * shape.bm, tiles)
+        parts, arrivals = SCRATCH.get(x.device, tiles * shape.splits * height * shape.bm, tiles)
     assert num_rows <= shape.bm
     _skinny[(tiles * shape.splits,)](
         x, x.stride(0), weight, out, gain, bias, residual, best, parts, arrivals, num_rows, n, k, eps,

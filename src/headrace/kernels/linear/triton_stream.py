@@ -10,6 +10,7 @@ the parts in order, so results do not depend on timing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,12 +19,25 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headrace.kernels.launch import INTERPRETED, launch_options, prefetch_l2, supports_pdl
-from headrace.kernels.linear.triton import _GATES, _SCRATCH, _gate
-from headrace.kernels.linear.tuning import StreamShape, stream_shape
+from headrace.kernels.launch import INTERPRETED, launch_options, supports_pdl
+from headrace.kernels.linear.triton_parts import GATES, SCRATCH, ask_l2, finish, gather_parts, tell_largest
+from headrace.kernels.linear.tuning import RingShape, StreamShape, ring_shape, stream_shape
 from headrace.kernels.step.triton import reduce_best
 
-__all__ = ["Stream", "add_linear", "begin_stream", "stream_argmax", "stream_covers", "stream_linear"]
+try:
+    from headrace.kernels.linear import gluon_ring
+except ImportError:  # a Triton without Gluon, or with another one
+    gluon_ring = None  # type: ignore[assignment]
+
+__all__ = [
+    "Stream",
+    "add_linear",
+    "begin_stream",
+    "stream_argmax",
+    "stream_covers",
+    "stream_linear",
+    "stream_takes_one_row",
+]
 
 
 @dataclass(slots=True)
@@ -104,21 +118,14 @@ def _stream(
     tile = place // height // SPLITS
     split = place // height % SPLITS
     rows = tile * BN + tl.arange(0, BN)
-    n_ok = rows < N
+    near = tl.minimum(rows, N - 1)
     m = m_tile * BM + tl.arange(0, BM)
     m_ok = m < M
     span = (K + SPLITS * BK - 1) // (SPLITS * BK) * BK
     lo = split * span
     hi = tl.minimum(lo + span, K)
     if PDL:
-        LINE: tl.constexpr = 64
-        lines = tl.arange(0, BK // LINE) * LINE
-        ahead = w_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K
-        for k in range(lo, tl.minimum(hi, lo + AHEAD * BK), BK):
-            line = ahead + tl.minimum(k + lines, K - 1)[None, :]
-            prefetch_l2(line)
-            if GATE > 0:
-                prefetch_l2(line + N.to(tl.int64) * K)
+        ask_l2(w_ptr, near, lo, hi, N, K, BK, AHEAD, GATE)
         gdc_wait()
     ROWS: tl.constexpr = BM if X_FIRST else BN
     COLS: tl.constexpr = BN if X_FIRST else BM
@@ -135,28 +142,11 @@ def _stream(
         acc2 = tl.trans(acc2)
     last = True
     if SPLITS > 1:
-        # parts: [tiles, SPLITS, (1 or 2) BN, BM]
-        HEIGHT: tl.constexpr = 2 * BN if GATE > 0 else BN
-        n = tl.arange(0, BN)
-        i_m = tl.arange(0, BM)
         place = tile * num_m + m_tile  # of this tile's counter and parts
-        base = parts_ptr + place.to(tl.int64) * (SPLITS * HEIGHT * BM)
-        mine = base + split * (HEIGHT * BM)
-        tl.store(mine + n[:, None] * BM + i_m[None, :], acc)
-        if GATE > 0:
-            tl.store(mine + (BN + n[:, None]) * BM + i_m[None, :], acc2)
-        tl.debug_barrier()
-        last = tl.atomic_add(arrivals_ptr + place, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-        if last:
-            tl.debug_barrier()
-            acc = tl.zeros([BN, BM], tl.float32)
-            acc2 = tl.zeros([BN, BM], tl.float32)
-            for i in tl.static_range(SPLITS):
-                part = base + i * (HEIGHT * BM)
-                acc += tl.load(part + n[:, None] * BM + i_m[None, :], cache_modifier=".cg")
-                if GATE > 0:
-                    acc2 += tl.load(part + (BN + n[:, None]) * BM + i_m[None, :], cache_modifier=".cg")
-            tl.store(arrivals_ptr + place, 0)
+        i_m = tl.arange(0, BM)
+        acc, acc2, last = gather_parts(
+            acc, acc2, parts_ptr, arrivals_ptr, place, split, i_m, BM, BN, SPLITS, GATE
+        )
     if last:
         if SQUARES > 0:
             p = tl.arange(0, SQUARES)
@@ -165,36 +155,21 @@ def _stream(
             scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
             acc = acc * scale
             acc2 = acc2 * scale
-        if BIAS:
-            acc += tl.load(bias_ptr + rows, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-        if GATE > 0:
-            if BIAS:
-                acc2 += tl.load(bias_ptr + N + rows, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-            acc = _gate(acc, GATE) * acc2
-        ok = n_ok[:, None] & m_ok[None, :]
-        at = m[None, :].to(tl.int64) * N + rows[:, None]
-        if RESIDUAL:
-            acc += tl.load(res_ptr + at, mask=ok, other=0.0).to(tl.float32)
         if ARGMAX:
-            bad = (acc != acc) | (acc == float("inf"))
-            acc = tl.where(n_ok[:, None], tl.where(bad, float("inf"), acc), float("-inf"))
-            top = tl.max(acc, 0)
-            first = tl.min(tl.where(acc == top[None, :], rows[:, None], 2147483647), 0)
-            to = m * num_n + tile
-            tl.store(out_ptr + to, top, mask=m_ok)
-            tl.store(best_ptr + to, first, mask=m_ok)
+            tell_largest(acc, rows, m, m_ok, out_ptr, best_ptr, N, tile, num_n)
         else:
-            y = acc.to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + at, y, mask=ok)
+            y = finish(acc, acc2, rows, near, m, m_ok, bias_ptr, res_ptr, out_ptr, N, BIAS, GATE, RESIDUAL)
             if NEXT:
+                ok = (rows < N)[:, None] & m_ok[None, :]
+                at = m[None, :].to(tl.int64) * N + rows[:, None]
                 wide = tl.where(ok, y.to(tl.float32), 0.0)
-                gain = tl.load(next_gain_ptr + rows, mask=n_ok, other=0.0).to(tl.float32)
+                gain = tl.load(next_gain_ptr + near).to(tl.float32)
                 tl.store(next_ptr + at, (wide * gain[:, None]).to(next_ptr.dtype.element_ty), mask=ok)
                 tl.store(next_squares_ptr + tile * M + m, tl.sum(wide * wide, 0), mask=m_ok)
 
 
 def _launch(
-    x: Tensor, weight: Tensor, out: Tensor, shape: StreamShape, *, squares: Tensor | None, eps: float,
+    x: Tensor, weight: Tensor, out: Tensor, shape: StreamShape | RingShape, *, squares: Tensor | None, eps: float,
     bias: Tensor | None = None, gate: str | None = None, residual: Tensor | None = None, best: Tensor | None = None,
     following: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
@@ -205,22 +180,44 @@ def _launch(
     parts, arrivals = x, x
     if shape.splits > 1:
         height = (1 if gate is None else 2) * shape.bn
-        parts, arrivals = _SCRATCH.get(
+        parts, arrivals = SCRATCH.get(
             x.device, tiles * num_m * shape.splits * height * shape.bm, tiles * num_m
         )
     gain, scaled, sums = following if following is not None else (x, x, x)
+    tensors = (
+        out, x if bias is None else bias, x if residual is None else residual, x if best is None else best,
+        x if squares is None else squares, gain, scaled, sums, parts, arrivals,
+    )  # fmt: skip
+    numbers = (num_rows, n, k, 0 if squares is None else squares.shape[0], eps)
+    flags: dict[str, Any] = {
+        "SQUARES": 0 if squares is None else triton.next_power_of_2(squares.shape[0]), "BIAS": bias is not None,
+        "GATE": GATES[gate], "RESIDUAL": residual is not None, "NEXT": following is not None,
+        "ARGMAX": best is not None,
+    }  # fmt: skip
+    if isinstance(shape, RingShape):
+        gluon_ring.launch(x, weight, shape, tiles * shape.splits, *tensors, *numbers, **flags)
+        return
     w_desc = TensorDescriptor(weight, list(weight.shape), [k, 1], [shape.bn, shape.bk])
     x_desc = TensorDescriptor(x, [num_rows, k], [x.stride(0), 1], [shape.bm, shape.bk])
     _stream[(num_m * tiles * shape.splits,)](
-        x_desc, w_desc, weight, out, x if bias is None else bias, x if residual is None else residual,
-        x if best is None else best, x if squares is None else squares, gain, scaled, sums, parts, arrivals,
-        num_rows, n, k, 0 if squares is None else squares.shape[0], eps,
-        BM=shape.bm, BN=shape.bn, BK=shape.bk, SPLITS=shape.splits,
-        SQUARES=0 if squares is None else triton.next_power_of_2(squares.shape[0]), BIAS=bias is not None,
-        GATE=_GATES[gate], RESIDUAL=residual is not None, NEXT=following is not None, ARGMAX=best is not None,
-        X_FIRST=bool(shape.x_first), AHEAD=shape.ahead,
+        x_desc, w_desc, weight, *tensors, *numbers, BM=shape.bm, BN=shape.bn, BK=shape.bk, SPLITS=shape.splits,
+        X_FIRST=bool(shape.x_first), AHEAD=shape.ahead, **flags,
         **launch_options(x.device, shape.warps, shape.stages),
     )  # fmt: skip
+
+
+def stream_takes_one_row(weight: Tensor, gated: bool) -> bool:
+    """Whether one row was measured to be faster here than in small_linear."""
+    n, k = weight.shape
+    return gluon_ring is not None and ring_shape(weight.device, 1, n, k, gated) is not None
+
+
+def _shape(x: Tensor, weight: Tensor, gated: bool) -> StreamShape | RingShape:
+    (n, k), rows = weight.shape, x.shape[0]
+    ring = None if gluon_ring is None else ring_shape(x.device, rows, n, k, gated)
+    if ring is not None and gluon_ring.covers(x, weight, ring):
+        return ring
+    return stream_shape(x.device, rows, n, k, gated)
 
 
 def stream_linear(
@@ -241,7 +238,7 @@ def stream_linear(
     squares = x.squares if isinstance(x, Stream) else None
     n = weight.shape[0] // (1 if gate is None else 2)
     out = torch.empty(rows.shape[0], n, dtype=out_dtype or rows.dtype, device=rows.device)
-    shape = stream_shape(rows.device, rows.shape[0], weight.shape[0], weight.shape[1], gate is not None)
+    shape = _shape(rows, weight, gate is not None)
     _launch(rows, weight, out, shape, squares=squares, eps=eps, bias=bias, gate=gate)
     return out
 
@@ -251,7 +248,7 @@ def add_linear(
 ) -> Stream:
     """``stream.x + x @ weight.T + bias`` as a Stream before a norm with this gain."""
     num_rows, n = x.shape[0], weight.shape[0]
-    shape = stream_shape(x.device, num_rows, n, weight.shape[1], False)
+    shape = _shape(x, weight, False)
     out, scaled = torch.empty_like(stream.x), torch.empty_like(stream.x)
     squares = torch.empty(triton.cdiv(n, shape.bn), num_rows, dtype=torch.float32, device=x.device)
     _launch(
@@ -271,8 +268,8 @@ def stream_argmax(
 ) -> Tensor:
     """Index of the largest product of each normed row, int64 [M], as argmax_linear."""
     num_rows = stream.x.shape[0]
-    n, k = weight.shape
-    shape = stream_shape(weight.device, num_rows, n, k, False)._replace(splits=1)
+    n = weight.shape[0]
+    shape = _shape(stream.scaled, weight, False)._replace(splits=1)
     tiles = triton.cdiv(n, shape.bn)
     top = torch.empty(num_rows, tiles, dtype=torch.float32, device=weight.device)
     best = torch.empty(num_rows, tiles, dtype=torch.int32, device=weight.device)

@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["GemvShape", "Shape", "SkinnyShape", "StreamShape", "gemv_shape", "skinny_shape", "stream_shape"]
+__all__ = [
+    "GemvShape",
+    "RingShape",
+    "Shape",
+    "SkinnyShape",
+    "StreamShape",
+    "gemv_shape",
+    "ring_shape",
+    "skinny_shape",
+    "stream_shape",
+]
 
 
 class GemvShape(NamedTuple):
@@ -52,6 +62,22 @@ class StreamShape(NamedTuple):
     stages: int
     x_first: bool = False
     ahead: int = 4
+
+
+class RingShape(NamedTuple):
+    """Up to ``bm`` rows: ``bn`` outputs a program, ``bk`` columns of K folded ``fold`` times a load.
+
+    Attributes:
+        x_first: rows are the first operand of the product: 64 of them or more when folded.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    fold: int
+    splits: int
+    stages: int
+    x_first: bool = False
 
 
 Shape = GemvShape | SkinnyShape
@@ -94,6 +120,13 @@ def stream_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -
     while tiles * splits < 100 and splits < 8 and k // (splits * 2 * 64) >= 4:
         splits *= 2
     return StreamShape(bm, bn, 64 if k < 1024 or bm > 64 else 128, splits, 4 if bm <= 64 else 8, 4)
+
+
+def ring_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> RingShape | None:
+    """For x [rows, k] and weight [n, k], where it was measured to be the fastest; see gluon_ring.py."""
+    bm = next((size for size in (1, 8, 16, 32, 64) if rows <= size), 0)
+    found = _tuned(device).get("r" + _key(bm, n, k, gated))
+    return None if found is None else RingShape(*found)
 
 
 def _key(rows: int, n: int, k: int, gated: bool) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.launch import INTERPRETED, launch_options, prefetch_l2
-from headrace.kernels.linear.triton import _GATES, _SCRATCH
+from headrace.kernels.linear.triton_parts import GATES as _GATES
+from headrace.kernels.linear.triton_parts import SCRATCH as _SCRATCH
 from headrace.kernels.quantized_linear.triton_parts import FP8_MAX, finish, gather_parts
 from headrace.kernels.quantized_linear.tuning import PackedShape, packed_shape, padded_rows
 

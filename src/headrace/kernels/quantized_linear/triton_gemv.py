@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.launch import INTERPRETED, launch_options
-from headrace.kernels.linear.triton import _GATES, _gate
+from headrace.kernels.linear.triton_parts import GATES, apply_gate
 from headrace.kernels.linear.tuning import GemvShape
 from headrace.kernels.quantized_linear.tuning import gemv_shape
 
@@ -139,7 +139,7 @@ def _fp8_gemv(x_ptr, w_ptr, scale_ptr, out_ptr, gain_ptr, bias_ptr, res_ptr, N, 
         up = tl.sum(acc2, 1) * (tl.load(scale_ptr + N + near) * rs)
         if BIAS:
             up += tl.load(bias_ptr + N + near).to(tl.float32)
-        y = _gate(y, GATE) * up
+        y = apply_gate(y, GATE) * up
     if RESIDUAL:
         y += tl.load(res_ptr + near).to(tl.float32)
     tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=rows < N)
@@ -174,7 +174,7 @@ def fp8_gemv(
     out = torch.empty(1, n, dtype=out_dtype, device=x.device)
     _fp8_gemv[(triton.cdiv(n, shape.bn),)](
         x, weight.view(torch.int32), scale, out, gain, x if bias is None else bias, x if residual is None else residual,
-        n, k // 4, eps, BN=shape.bn, BW=bw, NORM=norm is not None, BIAS=bias is not None, GATE=_GATES[gate],
+        n, k // 4, eps, BN=shape.bn, BW=bw, NORM=norm is not None, BIAS=bias is not None, GATE=GATES[gate],
         RESIDUAL=residual is not None, EVEN=k // 4 % bw == 0, PLAIN=INTERPRETED,
         **launch_options(x.device, shape.warps, shape.stages),
     )  # fmt: skip

@@ -80,7 +80,7 @@ def _launch(qk: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, s
         qk = qk.contiguous()
     width = 0 if cos is None else cos.shape[-1]
     padded = triton.next_power_of_2(dim)
-    block = max(1, min(triton.next_power_of_2(heads), 4096 // padded))
+    block = max(1, min(triton.next_power_of_2(heads), 1024 // padded))
     grid = (tokens, triton.cdiv(heads, block))
     if cos is not None and sin is not None and width == dim == padded:
         _norm_rope_whole[grid](

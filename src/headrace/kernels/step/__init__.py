@@ -34,17 +34,21 @@ def begin_step(
     embedding: Tensor | None,
     scale: float,
     block_size: int,
+    log: Tensor | None = None,
 ) -> StepInputs:
     """Unpack a step, keep the block tables up to date, and look the tokens up.
 
     Args:
-        packed: int32 [4, B]: row, position, token (-1: the row's last sampled one), new block (-1: none).
-        tables: int32 [rows, W], block tables by row; the new block of a row is written to its place.
+        packed: int32 [4, B]: row, position, token (-1: the row's last sampled one), new block: that of this position,
+            or -2 - block for the one after it, or -1 for none. Moved on to the step after this one: next positions,
+            tokens that were sampled, no new blocks.
+        tables: int32 [rows, W], block tables by row; new blocks are written to their places.
         last_tokens: int64 [rows]; a negative one (the row has failed) counts as 0.
         embedding: [V, D]; None: nothing is looked up, and ``embedded`` is [B, 0].
+        log: int64 [B, L], gets the tokens (the negative ones too) at their position modulo L.
     """
     run = kernel("step", "begin_step", packed.device.type)
-    return run(packed, tables, last_tokens, embedding, scale, block_size)  # type: ignore[no-any-return]
+    return run(packed, tables, last_tokens, embedding, scale, block_size, log)  # type: ignore[no-any-return]
 
 
 def argmax_rows(logits: Tensor) -> Tensor:

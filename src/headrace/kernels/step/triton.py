@@ -16,8 +16,8 @@ __all__ = ["argmax_rows", "begin_step", "reduce_best"]
 
 @triton.jit
 def _begin_step(packed_ptr, tables_ptr, table_row, last_ptr, embed_ptr, out_ptr, tokens_ptr, positions_ptr, slots_ptr,
-                lens_ptr, B, D, scale, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SCALED: tl.constexpr,
-                FENCE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                lens_ptr, log_ptr, B, D, scale, BLOCK: tl.constexpr, LOG: tl.constexpr, CHUNK: tl.constexpr,
+                SCALED: tl.constexpr, FENCE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     # No early launch of dependents here, and a fence at the end: what this kernel writes may be read by all after it
     # without waiting.
     i = tl.program_id(0)
@@ -25,13 +25,21 @@ def _begin_step(packed_ptr, tables_ptr, table_row, last_ptr, embed_ptr, out_ptr,
     position = tl.load(packed_ptr + B + i)
     token = tl.load(packed_ptr + 2 * B + i).to(tl.int64)
     new = tl.load(packed_ptr + 3 * B + i)
-    place = tables_ptr + row * table_row + position // BLOCK
-    block = tl.load(place)
+    table = tables_ptr + row * table_row
+    block = tl.load(table + position // BLOCK)
     if new >= 0:
-        tl.store(place, new)
+        tl.store(table + position // BLOCK, new)
         block = new
+    if new < -1:
+        tl.store(table + position // BLOCK + 1, -2 - new)
     if token < 0:
-        token = tl.maximum(tl.load(last_ptr + row), 0)
+        token = tl.load(last_ptr + row)
+    if LOG > 0:
+        tl.store(log_ptr + i * LOG + position % LOG, token)
+    token = tl.maximum(token, 0)
+    tl.store(packed_ptr + B + i, position + 1)
+    tl.store(packed_ptr + 2 * B + i, -1)
+    tl.store(packed_ptr + 3 * B + i, -1)
     tl.store(tokens_ptr + i, token)
     tl.store(positions_ptr + i, position.to(tl.int64))
     tl.store(slots_ptr + i, block.to(tl.int64) * BLOCK + position % BLOCK)
@@ -54,6 +62,7 @@ def begin_step(
     embedding: Tensor | None,
     scale: float,
     block_size: int,
+    log: Tensor | None = None,
 ) -> StepInputs:
     device, num = packed.device, packed.shape[1]
     table = packed if embedding is None else embedding
@@ -62,8 +71,9 @@ def begin_step(
     tokens, positions, slots = (torch.empty(num, dtype=torch.int64, device=device) for _ in range(3))
     lens = torch.empty(num, dtype=torch.int32, device=device)
     _begin_step[(num,)](
-        packed, tables, tables.stride(0), last_tokens, table, embedded, tokens, positions, slots, lens, num, width,
-        scale, BLOCK=block_size, CHUNK=1024, SCALED=scale != 1.0, FENCE=supports_pdl(device),
+        packed, tables, tables.stride(0), last_tokens, table, embedded, tokens, positions, slots, lens,
+        last_tokens if log is None else log, num, width, scale, BLOCK=block_size,
+        LOG=0 if log is None else log.shape[1], CHUNK=1024, SCALED=scale != 1.0, FENCE=supports_pdl(device),
         **launch_options(device, 4, 1, pdl=False),
     )  # fmt: skip
     return StepInputs(embedded, tokens, positions, slots, lens)
