@@ -13,6 +13,7 @@ from headrace.cli.flags import add_spec_flags, resolution
 if TYPE_CHECKING:
     from headrace.checkpoints.base import Checkpoint
     from headrace.config.spec import EngineSpec
+    from headrace.engines.calibration import Calibration
 
 EXAMPLES = """\
 examples:
@@ -21,11 +22,13 @@ examples:
   headrace quantize config.yaml --out ./quantized      type, data and sizes as the file says
   headrace verify ./Qwen3-8B-fp8 --reference ./Qwen3-8B
 
-4-bit types are fitted to data: rows of a .jsonl with a column "text" or "messages", or paragraphs of any other file;
-without --data, the packaged texts. An interrupted run goes on where it was: give the same command again.
+4-bit types are fitted to data, and the others with --data: rows of a .jsonl with a column "text" or "messages", or
+paragraphs of any other file; without --data, sections of Python's manual. Best are 16,000 tokens or more of what the
+model is for. An interrupted run goes on where it was: give the same command again.
 """
 
 FLAGS = ("revision", "device")
+_MANUAL_ROWS, _MANUAL_TOKENS = 40, 512  # some 20,000 tokens where no data is given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fp8, fp8_kv, fp8_mlp_only, fp4, fp4_kv, fp4_mlp_only, int8, int4 ...",
     )
     add("--data", metavar="FILE|DATASET", help="calibration data: a file, or a data set of the hub")
-    add("--rows", type=int, metavar="N", help="rows used, at most (1024)")
-    add("--max-tokens", type=int, metavar="N", help="tokens of each row (1536)")
+    add("--rows", type=int, metavar="N", help="rows used, at most (1024; of Python's manual 40)")
+    add("--max-tokens", type=int, metavar="N", help="tokens of each row (1536; of the manual 512)")
     add(
         "--static-activations",
         action="store_true",
@@ -73,32 +76,21 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = open_weights(_plain(spec))
     if isinstance(checkpoint, QuantizedCheckpoint):
         raise ConfigError(f"{spec.model} is already quantized: {checkpoint.label}; give the 16-bit weights")
-    from headrace.engines.quantize import (
-        fingerprint_texts,
-        inputs_by_tensor,
-        quantize_checkpoint,
-        uses_calibration,
-    )
+    from headrace.engines.quantize import quantize_checkpoint, uses_calibration
 
-    inputs, fingerprint = None, ""
-    if args.static_activations and args.no_calibration:
-        raise ConfigError(
-            "--static-activations needs calibration; leave --no-calibration out", param="static"
-        )
+    if args.no_calibration and (args.static_activations or args.data):
+        flag = "--static-activations" if args.static_activations else "--data"
+        raise ConfigError(f"{flag} needs calibration; leave --no-calibration out", param="no_calibration")
+    wanted = uses_calibration(name) or args.static_activations or args.data is not None
     with _bars() as tell:
-        if args.static_activations or (uses_calibration(name) and not args.no_calibration):
-            from headrace.engines.build import choose_device
-
-            texts = _texts(args, spec, checkpoint)
-            fingerprint = fingerprint_texts(texts)
-            inputs = inputs_by_tensor(checkpoint, texts, choose_device(spec), tell)
         out = quantize_checkpoint(
             checkpoint,
             name,
             Path(args.out),
-            inputs=inputs,
+            calibration=_calibration(args, spec, checkpoint, tell)
+            if wanted and not args.no_calibration
+            else None,
             static=args.static_activations,
-            calibrated_by=fingerprint,
             progress=tell,
         )
     print(f"wrote {out}; check it with: headrace verify {out} --reference {spec.model}")
@@ -111,20 +103,29 @@ def _plain(spec: EngineSpec) -> EngineSpec:
     return msgspec.structs.replace(spec, quantization="", kv_cache_dtype="auto")
 
 
+def _calibration(
+    args: argparse.Namespace, spec: EngineSpec, checkpoint: Checkpoint, tell: Callable[[str, int, int], None]
+) -> Calibration:
+    from headrace.engines.build import choose_device
+    from headrace.engines.calibration import Calibration
+
+    return Calibration(checkpoint, _texts(args, spec, checkpoint), choose_device(spec), tell)
+
+
 def _texts(args: argparse.Namespace, spec: EngineSpec, checkpoint: Checkpoint) -> list[list[int]]:
-    """Token ids of the calibration rows: --data, else a configuration's data set, else the packaged texts."""
+    """Token ids of the calibration rows: --data, else a configuration's data set, else Python's manual."""
     from headrace.config.spec import Calibration
-    from headrace.engines.texts import PACKAGED_TEXTS, read_dataset, read_rows, tokenized
+    from headrace.engines.texts import python_manual, read_dataset, read_rows, tokenized
 
     asked = spec.calibration
-    limit = args.rows or asked.num_rows
     source = args.data or (asked.dataset if asked != Calibration() else "")
     if not source:
-        rows = read_rows(PACKAGED_TEXTS, limit=limit)
-    elif Path(source).exists():
-        rows = read_rows(Path(source), limit=limit)
-    else:
-        rows = read_dataset(source, limit=limit)
+        rows = python_manual(args.rows or _MANUAL_ROWS)
+        return tokenized(checkpoint, rows, args.max_tokens or _MANUAL_TOKENS)
+    limit = args.rows or asked.num_rows
+    rows = (
+        read_rows(Path(source), limit=limit) if Path(source).exists() else read_dataset(source, limit=limit)
+    )
     return tokenized(checkpoint, rows, args.max_tokens or asked.max_tokens)
 
 

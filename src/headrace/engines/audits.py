@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from headrace.checkpoints.base import Checkpoint
@@ -31,6 +32,7 @@ PLAIN = 16  # bits of a weight that was cast at most
 Bits = Callable[[str], int]
 """Path within the model -> bits of the numbers that it was stored in."""
 
+_UNDONE = 0.15  # of rows times columns from 1: what rounding to 4 bits leaves of their means is far less
 _Packed = PackedLinear | JoinedLinear | ScaledLinear | SplitLinear | EightBitLinear
 _NORM_BEFORE = {"attention.qkv": "attention_norm", "mlp.gate_up": "mlp_norm", "mlp.up": "mlp_norm"}
 
@@ -56,43 +58,97 @@ def is_packed(module: nn.Module) -> bool:
 def audits(model: nn.Module, reference: nn.Module, bits: Bits = lambda _: PLAIN) -> Iterator[MatrixError]:
     """Compare all weights; yields those of quantized matrices, and whatever else is wrong.
 
-    The gain of a norm is compared as a factor of the matrices that read it, because formats that scale
-    activations (AWQ) move factors between the two.
+    Formats that scale activations (AWQ) move factors from one matrix into what stands before it: so the gain of a
+    norm is compared as a factor of the matrices that read it, and rows whose factor the next columns undo are right.
 
     Args:
         reference: unquantized, of the same modules.
         bits: of matrices that were dequantized while they were loaded.
     Raises ConfigError when the reference is another model.
     """
-    ours, theirs = _weights(model), _weights(reference)
-    gains, wanted_gains = _gains(model), _gains(reference)
-    if extra := [path for path in ours if path.startswith("layers.") and path not in theirs]:
-        raise ConfigError(
-            f"the set-up has {extra[0]} and the reference has not: it is another model", param="reference"
-        )
-    for path, wanted in theirs.items():
-        if path.removesuffix(".weight") in wanted_gains:
-            continue
-        found = ours.get(path)
-        if found is None:
-            if path.startswith("layers."):
+    both = _Both(model, reference)
+    for path in both.paths:
+        stored = min(both.ours[path].bits, bits(path))
+        mine, other = both.read(path)
+        result = audit(path, mine, other, bits=stored)
+        if result.where is not None and (pair := _pair(path)):
+            factors = _moved(*map(both.read, pair))
+            if factors is not None:
+                result = audit(path, _without(mine, factors, rows=path == pair[0]), other, bits=stored)
+        if stored < PLAIN or result.where is not None:
+            yield result
+
+
+class _Both:
+    """The weights of a model and its reference that belong together.
+
+    Raises ConfigError when one has what the other has not.
+    """
+
+    def __init__(self, model: nn.Module, reference: nn.Module) -> None:
+        self.ours, self.theirs = _weights(model), _weights(reference)
+        self.gains = _gains(model), _gains(reference)
+        names = {"set-up": self.ours.keys(), "reference": self.theirs.keys()}
+        for mine, other in (("set-up", "reference"), ("reference", "set-up")):
+            extra = [path for path in names[mine] - names[other] if path.startswith("layers.")]
+            if extra:
                 raise ConfigError(
-                    f"the reference has {path} and the set-up has not: it is another model", param="reference"
+                    f"the {mine} has {min(extra)} and the {other} has not: it is another model",
+                    param="reference",
                 )
-            continue  # a head, tied in one of them
-        stored = min(found.bits, bits(path))
-        mine, other = found.read(), wanted.read()
+        # A head may be tied in one of them; gains are part of the matrices that follow.
+        self.paths = [
+            path
+            for path in self.theirs
+            if path in self.ours and path.removesuffix(".weight") not in self.gains[1]
+        ]
+
+    def read(self, path: str) -> tuple[Tensor, Tensor]:
+        """float32 [rows, columns] of both, times the gain of the norm before."""
+        mine, other = self.ours[path].read(), self.theirs[path].read()
         if mine.shape != other.shape:
             raise ConfigError(
                 f"{path} is {list(mine.shape)}, and {list(other.shape)} in the reference: it is another model",
                 param="reference",
             )
         norm = _norm_before(path)
-        if norm in gains and norm in wanted_gains:
-            mine, other = mine * gains[norm], other * wanted_gains[norm]
-        result = audit(path, mine, other, bits=stored)
-        if stored < PLAIN or result.where is not None:
-            yield result
+        if norm in self.gains[0] and norm in self.gains[1]:
+            mine, other = mine * self.gains[0][norm], other * self.gains[1][norm]
+        return mine, other
+
+
+def _pair(path: str) -> tuple[str, str] | None:
+    """The matrix whose last rows are the columns of the second one, of which this is one."""
+    for first, second in (("attention.qkv", "attention.o"), ("mlp.gate_up", "mlp.down")):
+        for each in (first, second):
+            if path.startswith("layers.") and path.endswith(f".{each}"):
+                layer = path.removesuffix(each)
+                return layer + first, layer + second
+    return None
+
+
+def _moved(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor | None:
+    """Factors of the last rows of ``first`` that the columns of ``second`` undo (AWQ), float32 [columns]; or None.
+
+    A factor that nothing undoes is a defect, and 1 here.
+    """
+    width = second[1].shape[1]
+    mine, other = (side[-width:] for side in first)
+    if mine.shape[0] != width:
+        return None  # grouped heads
+    rows = (mine * other).sum(1) / other.square().sum(1).clamp(min=1e-30)
+    columns = (second[0] * second[1]).sum(0) / second[1].square().sum(0).clamp(min=1e-30)
+    undone = (rows * columns - 1).abs() < _UNDONE
+    return torch.where(undone & (rows > 0), rows, 1.0)
+
+
+def _without(matrix: Tensor, factors: Tensor, *, rows: bool) -> Tensor:
+    """The last rows without these factors, or the columns without their inverse."""
+    if not rows:
+        return matrix * factors
+    matrix = matrix.clone()
+    matrix[-len(factors) :] /= factors[:, None]
+    return matrix
 
 
 def stored_bits(checkpoint: Checkpoint, *, decoder: bool) -> Bits:

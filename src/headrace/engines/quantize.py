@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -18,14 +17,13 @@ from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.checkpoints.gguf import GGUFCheckpoint
 from headrace.config.plan.weights import classify
 from headrace.config.quantization import QuantizationType, quantization_type
-from headrace.engines.calibration import Inputs, input_statistics
+from headrace.engines.calibration import Calibration, Inputs
 from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.kernels.quantized_linear.formats import FP8_MAX
-from headrace.models.loading import linear_sources, load_decoder
 from headrace.quantization.writing import WRITABLE, packed_tensors, quantization_config, round_weight
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["Progress", "inputs_by_tensor", "quantize_checkpoint"]
+__all__ = ["Progress", "quantize_checkpoint", "uses_calibration"]
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
 
@@ -40,9 +38,8 @@ def quantize_checkpoint(
     name: str,
     out: Path,
     *,
-    inputs: Mapping[str, Inputs] | None = None,
+    calibration: Calibration | None = None,
     static: bool = False,
-    calibrated_by: str = "",
     progress: Progress | None = None,
     shard_bytes: int = _SHARD_BYTES,
 ) -> Path:
@@ -51,9 +48,8 @@ def quantize_checkpoint(
     Args:
         checkpoint: a Hugging Face folder with 16- or 32-bit weights, or a GGUF file, whose blocks are dequantized
             first (and what they lost stays lost).
-        inputs: by tensor name (see inputs_by_tensor): 4-bit formats weigh errors by them.
+        calibration: scales and rounding are then fitted to what each matrix meets.
         static: FP8 activations get the scale of the largest input that calibration met, instead of their own.
-        calibrated_by: fingerprint of what ``inputs`` was made from, so that a resumed run does not mix two.
 
     Raises ConfigError, UnsupportedCheckpoint; also when ``out`` holds something else.
     """
@@ -67,12 +63,16 @@ def quantize_checkpoint(
         raise ConfigError(
             f"type {name!r} cannot be written; expected one of {', '.join(WRITABLE)}", param="type"
         )
-    if static and (kind.weights != "fp8" or inputs is None):
+    if static and (kind.weights != "fp8" or calibration is None):
         raise ConfigError(
             f"static activation scales are for the fp8 types and need calibration; the type is {name!r}",
             param="static",
         )
-    mark: dict[str, Any] = {"checkpoint": checkpoint.fingerprint, "type": name, "calibration": calibrated_by}
+    mark: dict[str, Any] = {
+        "checkpoint": checkpoint.fingerprint,
+        "type": name,
+        "calibration": f"gram {calibration.fingerprint}" if calibration else "",
+    }
     if static:
         mark["static"] = True
     _open_folder(out, mark)
@@ -84,7 +84,9 @@ def quantize_checkpoint(
     for number, names in enumerate(groups, 1):
         file = out / f"model-{number:05}-of-{len(groups):05}.safetensors"
         if not file.exists():
-            _write_shard(checkpoint, names, set(chosen), kind, inputs or {}, static, file)
+            convert = set(names) & set(chosen)
+            inputs = calibration(convert) if calibration and convert else {}
+            _write_shard(checkpoint, names, convert, kind, inputs, static, file)
         where |= dict.fromkeys(_names_in(file), file.name)
         if progress is not None:
             progress("shards", number, len(groups))
@@ -105,23 +107,8 @@ def converts(name: str, checkpoint: Checkpoint, kind: QuantizationType) -> bool:
     return group == "mlp" or group == "experts" or (group == "attention" and kind.layers == "all")
 
 
-def inputs_by_tensor(
-    checkpoint: Checkpoint, texts: Sequence[list[int]], device: torch.device, progress: Progress | None = None
-) -> dict[str, Inputs]:
-    """Run the unquantized decoder over texts; for each tensor of a linear, what it meets.
-
-    Raises UnknownArchitecture or UnsupportedCheckpoint when no decoder reads the checkpoint.
-    """
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = load_decoder(checkpoint.config, checkpoint, dtype=dtype, device=device)
-    tell = None if progress is None else lambda done, total: progress("calibration", done, total)
-    found = input_statistics(model, [ids for ids in texts if ids], progress=tell)
-    sources = linear_sources(checkpoint.config, checkpoint)
-    return {name: value for path, value in found.items() for name in sources[path]}
-
-
 def uses_calibration(name: str) -> bool:
-    """Whether this type is made with the help of data."""
+    """Whether this type is made with the help of data if nobody says otherwise."""
     return quantization_type(name).weights in _CALIBRATED
 
 
@@ -175,7 +162,10 @@ def _write_shard(
             continue
         base = name.removesuffix(".weight")
         met = inputs.get(name)
-        packed = round_weight(tensor, kind.weights, None if met is None else met.mean_square)
+        if met is None:
+            packed = round_weight(tensor, kind.weights)
+        else:
+            packed = met.compensation.round(tensor, kind.weights).to(torch.device("cpu"))
         tensors |= {key: value.contiguous() for key, value in packed_tensors(base, packed).items()}
         if static:
             tensors[f"{base}.input_scale"] = torch.tensor([_input_scale(name, met)])
@@ -239,8 +229,3 @@ def _finish(
     config = {**checkpoint.config, "quantization_config": quantization_config(kind, ignored, static=static)}
     (out / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
     (out / _MARK).unlink()
-
-
-def fingerprint_texts(texts: Sequence[list[int]]) -> str:
-    """Content id of calibration data."""
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:32]

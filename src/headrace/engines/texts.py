@@ -12,7 +12,7 @@ from headrace.errors import ConfigError, MissingFile
 from headrace.text.template import ChatTemplate
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["PACKAGED_TEXTS", "Row", "read_dataset", "read_rows", "tokenized"]
+__all__ = ["PACKAGED_TEXTS", "Row", "python_manual", "read_dataset", "read_rows", "tokenized"]
 
 PACKAGED_TEXTS = Path(__file__).parent.parent / "quantization" / "texts.jsonl"
 
@@ -77,6 +77,14 @@ def _row(row: Any, where: str) -> Row:
         if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
             return messages
     raise ConfigError(f"{where} has neither 'text' (a string) nor 'messages' (a list of objects)")
+
+
+def python_manual(limit: int) -> list[Row]:
+    """Sections of Python's manual, which every Python has: prose and code to calibrate with, the longest first."""
+    from pydoc_data.topics import topics
+
+    longest: list[Row] = [*sorted(topics.values(), key=len, reverse=True)[:limit]]
+    return longest
 
 
 def read_dataset(name: str, *, limit: int) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.cli.main import main
 from headrace.config.quantization import quantization_type
 from headrace.engines import quantize as module
-from headrace.engines.quantize import inputs_by_tensor, quantize_checkpoint
+from headrace.engines.calibration import Calibration
+from headrace.engines.quantize import quantize_checkpoint
 from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.layers.packed import PackedBatch
 from headrace.models.loading import load_decoder
+from headrace.quantization.audit import audit
+from headrace.quantization.compensation import Compensation
 from headrace.quantization.containers import QuantizedCheckpoint, open_quantized
 from headrace.quantization.registry import load_time
 from headrace.quantization.writing import round_weight
@@ -102,9 +106,10 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
 def test_static_activations(folder: Path, tmp_path: Path) -> None:
     """One calibrated scale a layer, read back; inputs beyond it saturate."""
     texts = [[(7 * i + j) % 300 for j in range(30)] for i in range(4)]
-    inputs = inputs_by_tensor(FolderCheckpoint(folder), texts, CPU)
-    checkpoint = written(folder, tmp_path / "q", "fp8", inputs=inputs, static=True)
+    calibration = Calibration(FolderCheckpoint(folder), texts, CPU)
+    checkpoint = written(folder, tmp_path / "q", "fp8", calibration=calibration, static=True)
     name = "model.layers.1.mlp.down_proj.weight"
+    inputs = calibration([name])
     assert checkpoint.modules[name].activations().kind == "static"
     torch.testing.assert_close(
         checkpoint.modules[name].activations().scale, torch.tensor(inputs[name].peak / 448)
@@ -121,33 +126,54 @@ def test_static_activations(folder: Path, tmp_path: Path) -> None:
     static, token = (float((m.logits(m(batch)) - logits).norm() / logits.norm()) for m in got)
     assert 0.5 * token < static < 2 * token
     with pytest.raises(ConfigError, match="static activation scales are for the fp8 types"):
-        quantize_checkpoint(FolderCheckpoint(folder), "fp4", tmp_path / "r", inputs=inputs, static=True)
+        quantize_checkpoint(
+            FolderCheckpoint(folder), "fp4", tmp_path / "r", calibration=calibration, static=True
+        )
     with pytest.raises(ConfigError, match="static activation scales"):
         quantize_checkpoint(FolderCheckpoint(folder), "fp8", tmp_path / "r", static=True)
 
 
-def test_calibration_lowers_the_error_that_counts(folder: Path, tmp_path: Path) -> None:
-    """Inputs with a few large columns, as in trained models: the output error must go down."""
+@pytest.mark.parametrize("name", ["fp8", "fp8_block", "fp4", "mxfp4", "int8", "int4"])
+def test_calibration_lowers_the_error_that_counts(name: str, folder: Path, tmp_path: Path) -> None:
+    """That of the product, on texts of the same kind; inputs have large columns and go together, as in real models."""
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.input_layernorm.weight"][:6] = 20.0
-    save_file(tensors, folder.parent / "model.safetensors")
-    (folder.parent / "config.json").write_text((folder / "config.json").read_text())
-    checkpoint = FolderCheckpoint(folder.parent)
-    texts = [[(7 * i + j) % 300 for j in range(30)] for i in range(4)]
-    inputs = inputs_by_tensor(checkpoint, texts, CPU)
-    importance = {name: met.mean_square for name, met in inputs.items()}
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert importance[name].shape == (64,)
-    assert importance[name][:6].min() > 20 * importance[name][6:].mean()
-    full, weights = tensors[name], importance[name]
-    for form in ("nvfp4", "mxfp4", "int4"):
-        errors = [
-            float(((round_weight(full, form, given).dequantize() - full).square() * weights).sum())
-            for given in (None, weights)
-        ]
-        assert errors[1] < errors[0]
-    got = written(folder.parent, tmp_path / "q", "fp4", inputs=inputs, calibrated_by="x")
-    assert torch.equal(got.load(name), round_weight(full, "nvfp4", weights).dequantize())
+    tensors["model.layers.0.input_layernorm.weight"][:6] = 5.0
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file(tensors, source / "model.safetensors")
+    (source / "config.json").write_text((folder / "config.json").read_text())
+    checkpoint = FolderCheckpoint(source)
+    rng = random.Random(1)
+    texts = [[rng.randrange(60) for _ in range(60)] for _ in range(16)]
+    calibration = Calibration(checkpoint, texts[:12], CPU)
+    tensor = "model.layers.0.self_attn.q_proj.weight"
+    met, other = (Calibration(checkpoint, part, CPU)([tensor])[tensor] for part in (texts[:12], texts[12:]))
+    assert met.mean_square[:6].min() > 5 * met.mean_square[6:].mean()
+    got = written(source, tmp_path / "q", name, calibration=calibration)
+    full, form = tensors[tensor], quantization_type(name).weights
+
+    def lost(weight: torch.Tensor) -> float:
+        return float(((weight - full) @ other.gram * (weight - full)).sum())
+
+    fitted = got.load(tensor)
+    assert lost(fitted) < 0.9 * lost(round_weight(full, form).dequantize())
+    again = written(source, tmp_path / "again", name, calibration=calibration)
+    assert torch.equal(fitted, again.load(tensor))
+
+
+def test_compensation_stays_on_the_format() -> None:
+    """What is written are codes under the scales that rounding alone would choose; without correlation, the same."""
+    weight = torch.randn(24, 128)
+    for form in ("fp8", "fp8_block", "nvfp4", "mxfp4", "int8", "int4"):
+        plain = round_weight(weight, form, torch.ones(128))
+        alone = Compensation(torch.eye(128)).round(weight, form)
+        torch.testing.assert_close(alone.dequantize(), plain.dequantize(), rtol=0, atol=0)
+        x = torch.randn(500, 128) @ torch.randn(128, 128)
+        fitted = Compensation(x.T @ x / 500).round(weight, form).dequantize()
+        assert torch.equal(fitted.isfinite(), torch.ones_like(fitted, dtype=torch.bool))
+        lost, before = (float(((w - weight) @ x.T).square().sum()) for w in (fitted, plain.dequantize()))
+        assert lost < 0.8 * before
+        assert audit("w", fitted, weight, bits=8 if form in ("fp8", "fp8_block", "int8") else 4).where is None
 
 
 def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

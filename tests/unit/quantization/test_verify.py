@@ -340,16 +340,17 @@ def test_weights_in_16_bits_are_looked_at_too(folder: Path) -> None:
 
 
 def test_scales_moved_into_norms_are_no_defect(folder: Path) -> None:
-    """What AWQ and SmoothQuant do: columns times a factor, the norm before them divided by it."""
+    """What AWQ and SmoothQuant do: columns times a factor, the norm or the rows before them divided by it."""
     plain, moved = load(folder), load(folder)
     for layer in moved.layers:
-        for norm, linear in (
-            (layer.attention_norm, layer.attention.qkv),
-            (layer.mlp_norm, layer.mlp.gate_up),
-        ):
+        attention, mlp = layer.attention, layer.mlp
+        for norm, linear in ((layer.attention_norm, attention.qkv), (layer.mlp_norm, mlp.gate_up)):
             factor = torch.rand(norm.weight.shape) + 0.5
             norm.weight.data.div_(factor)
             linear.weight.data.mul_(factor)
+        factor = torch.rand(mlp.down.in_features) + 0.5
+        mlp.gate_up.weight.data[-len(factor) :].div_(factor[:, None])
+        mlp.down.weight.data.mul_(factor)
     transform = load_time(quantization_type("fp8"), CPU)
     for path, module in list(moved.named_modules()):
         if type(module).__name__ == "Linear" and path != "head":
@@ -360,6 +361,11 @@ def test_scales_moved_into_norms_are_no_defect(folder: Path) -> None:
     anything = Limits(max_kl=1e9, min_top1=0, max_perplexity_ratio=1e9)
     report = compare(moved, plain, TEXTS, torch.float32, torch.float32, CPU, anything)
     assert [problem.split(":")[0] for problem in report.problems] == ["layers.0.attention.qkv"]
+    down = moved.layers[1].mlp.down.quantized
+    down.codes.view(torch.uint8)[:, 64:] = 0  # nothing undoes these rows any more
+    report = compare(moved, plain, TEXTS, torch.float32, torch.float32, CPU, anything)
+    named = [problem.split(":")[0] for problem in report.problems]
+    assert named == ["layers.0.attention.qkv", "layers.1.mlp.gate_up", "layers.1.mlp.down"]
 
 
 def test_the_floor_and_near_ties(folder: Path) -> None:

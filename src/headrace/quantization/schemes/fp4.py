@@ -66,10 +66,13 @@ class Fp4Weight:
 
     def dequantize(self) -> Tensor:
         """float32 [rows, columns]. The product of the two scales is rounded once, then that with the value."""
-        scale = decode_e8m0(self.scale) if self.group == MXFP4_GROUP else self.scale.float()
-        scale = scale * self.row_scale[:, None]
-        values: Tensor = decode_e2m1(self.packed).unflatten(1, (-1, self.group)) * scale[..., None]
+        values: Tensor = decode_e2m1(self.packed).unflatten(1, (-1, self.group)) * self.scales()[..., None]
         return values.flatten(1)
+
+    def scales(self) -> Tensor:
+        """Of each group, float32 [rows, columns / group]."""
+        scale = decode_e8m0(self.scale) if self.group == MXFP4_GROUP else self.scale.float()
+        return scale * self.row_scale[:, None]
 
     def to(self, device: torch.device) -> Fp4Weight:
         return Fp4Weight(self.packed.to(device), self.scale.to(device), self.row_scale.to(device))

@@ -52,7 +52,7 @@ class Fp8Weight:
     def dequantize(self) -> Tensor:
         """float32 [rows, columns], each product rounded once."""
         columns = self.shape[1]
-        scale = self._row_scales()
+        scale = self.row_scales()
         if scale.shape[1] > 1:
             scale = scale.repeat_interleave(self.block[1], 1)[:, :columns]
         return self.codes.float() * scale
@@ -60,18 +60,18 @@ class Fp8Weight:
     def to(self, device: torch.device) -> Fp8Weight:
         return Fp8Weight(self.codes.to(device), self.scale.to(device), self.block)
 
-    def _row_scales(self) -> Tensor:
+    def row_scales(self) -> Tensor:
         """float32 [rows, column blocks]."""
         return self.scale.repeat_interleave(self.block[0], 0)[: self.codes.shape[0]]
 
     def rows(self, start: int, stop: int) -> Fp8Weight:
         """Some rows, exact."""
         part = slice(start, stop)
-        return Fp8Weight(self.codes[part], self._row_scales()[part], (1, self.block[1]))
+        return Fp8Weight(self.codes[part], self.row_scales()[part], (1, self.block[1]))
 
     def scaled_rows(self, factor: Tensor) -> Fp8Weight:
         """The same weight with every row times ``factor`` [rows]."""
-        return Fp8Weight(self.codes, (self._row_scales() * factor[:, None]).contiguous(), (1, self.block[1]))
+        return Fp8Weight(self.codes, (self.row_scales() * factor[:, None]).contiguous(), (1, self.block[1]))
 
     @staticmethod
     def joined(parts: Sequence[Fp8Weight]) -> Fp8Weight:
@@ -86,7 +86,7 @@ class Fp8Weight:
         codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
         if aligned and not whole:
             return Fp8Weight(codes, torch.cat([part.scale for part in parts]), (height, width))
-        return Fp8Weight(codes, torch.cat([part._row_scales() for part in parts]), (1, width))
+        return Fp8Weight(codes, torch.cat([part.row_scales() for part in parts]), (1, width))
 
 
 def quantize_fp8(
