@@ -24,7 +24,7 @@ if ON_GPU:
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """K cut in so many parts, the last of them shorter or empty; either operand first."""
     parts, x_first = request.param
-    monkeypatch.setattr(fast, "stream_shape", lambda *_: StreamShape(16, 64, 64, parts, 4, 3, x_first))
+    monkeypatch.setattr(fast, "_shape", lambda *_: StreamShape(16, 64, 64, parts, 4, 3, x_first))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,7 +87,7 @@ def measured_shapes() -> list[StreamShape]:
 @pytest.mark.parametrize("shape", measured_shapes(), ids=str)
 def test_measured_shapes(shape: StreamShape, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and outputs that do not fill their tiles; norm before, norm after, gate, and the largest product."""
-    monkeypatch.setattr(fast, "stream_shape", lambda *_: shape)
+    monkeypatch.setattr(fast, "_shape", lambda *_: shape)
     dtype, rows, n, k = DTYPES[0], shape.bm - 3, 2 * shape.bn + 24, 328
     x, weight = randn(rows, k, dtype=dtype, seed=0), randn(n, k, dtype=dtype, seed=1, scale=k**-0.5)
     gain, next_gain = randn(k, dtype=dtype, seed=2), randn(n, dtype=dtype, seed=3)
@@ -108,7 +108,7 @@ def test_measured_shapes(shape: StreamShape, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_groups_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """More tiles of rows than walk over the weights together."""
-    monkeypatch.setattr(fast, "stream_shape", lambda *_: StreamShape(16, 64, 64, 2, 4, 3))
+    monkeypatch.setattr(fast, "_shape", lambda *_: StreamShape(16, 64, 64, 2, 4, 3))
     dtype = DTYPES[0]
     x, weight = randn(300, 136, dtype=dtype, seed=0), randn(80, 136, dtype=dtype, seed=1, scale=0.1)
     assert error(stream_linear(x, weight), reference.small_linear(x, weight)) < 2 * tolerance(dtype)

@@ -18,6 +18,7 @@ from headrace.kernels.linear.tuning import (
     SkinnyShape,
     StreamShape,
     gemv_shape,
+    ring_rule,
     skinny_shape,
     stream_shape,
 )
@@ -83,10 +84,21 @@ def check_ring(shape: RingShape, rows: int, k: int, gated: bool) -> None:
     first, second = (shape.bm, shape.bn) if shape.x_first else (shape.bn, shape.bm)
     assert first * shape.fold in (64, 128), shape
     assert 8 <= second * shape.fold <= 256, shape
-    assert k % (shape.fold * shape.splits * shape.bk) == 0, shape
-    assert shape.stages <= k // (shape.fold * shape.splits * shape.bk), shape
+    assert k % (8 * shape.fold) == 0, shape
+    assert 1 <= shape.stages <= -(-k // (shape.fold * shape.splits * shape.bk)), shape
     stage = 2 * shape.bk * shape.fold * (shape.bn * (2 if gated else 1) + shape.bm)
     assert stage * shape.stages <= 226 << 10, shape
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k"), [(96, 1032), (1024, 1048), (6144, 4096), (151936, 1024), (4096, 14336), (28672, 8192)]
+)
+def test_rule_of_rings(n: int, k: int, gated: bool) -> None:
+    for rows in (8, 16):
+        shape = ring_rule(rows, n, k, gated)
+        check_ring(shape, rows, k, gated)
+        assert 2 * shape.bk * shape.fold * shape.stages * (shape.bn * (1 + gated) + shape.bm) <= 76 << 10
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -20,6 +20,7 @@ __all__ = [
     "SkinnyShape",
     "StreamShape",
     "gemv_shape",
+    "ring_rule",
     "ring_shape",
     "skinny_shape",
     "stream_shape",
@@ -123,10 +124,28 @@ def stream_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -
 
 
 def ring_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> RingShape | None:
-    """For x [rows, k] and weight [n, k], where it was measured to be the fastest; see gluon_ring.py."""
+    """For x [rows, k] and weight [n, k], where rings are the fastest way (gluon_ring.py); else None."""
     bm = next((size for size in (1, 8, 16, 32, 64) if rows <= size), 0)
-    found = _tuned(device).get("r" + _key(bm, n, k, gated))
-    return None if found is None else RingShape(*found)
+    table, key = _tuned(device), _key(bm, n, k, gated)
+    if "r" + key in table:
+        return RingShape(*table["r" + key])
+    ruled = 1 < bm <= 16 and k >= 1024 and "s" + key not in table and _is_hopper(device)
+    return ring_rule(bm, n, k, gated) if ruled else None
+
+
+def ring_rule(bm: int, n: int, k: int, gated: bool) -> RingShape:
+    """Close to the best of eight measured shapes on an H200, for up to 16 rows."""
+    halves = 2 if gated else 1
+    fold = next((fold for fold in (1, 2) if n // halves * fold >= 64 * 384 and k % (8 * fold) == 0), 4)
+    fold, bn = (fold, 64 // fold) if k % (8 * fold) == 0 else (1, 64)
+    bk = 128 if fold == 1 else 64
+    stage = 2 * bk * fold * (halves * bn + bm)
+    return RingShape(bm, bn, bk, fold, 1, max(1, min(-(-k // (fold * bk)), (76 << 10) // stage)))
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _key(rows: int, n: int, k: int, gated: bool) -> str:
