@@ -135,6 +135,12 @@ def test_counts_limits_responses_and_cancellation_are_one_servers(server: ServeP
     assert status == 200
     for client in (first, other):
         assert client.json("GET", f"/v1/responses/{reply['id']}") == (200, reply)
+    ask = {"model": "tiny", "input": "x", "max_output_tokens": 4, "stream": True}
+    other.connection.request("POST", "/v1/responses", json.dumps(ask))
+    told = other.connection.getresponse()
+    assert told.headers.get_content_type() == "text/event-stream"
+    assert b"event: response.created" in (events := told.read())
+    assert events.count(b"response.output_text.delta") >= 1
     other.connection.request("GET", "/v1/responses/none", headers={"X-Request-Id": "mine"})
     missing = other.connection.getresponse()
     assert (missing.status, missing.headers.get_all("X-Request-Id")) == (404, ["mine"])

@@ -13,6 +13,7 @@ from headrace.cli.options import add_model_arguments, api_keys, specs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from headrace.config.plan.plan import Plan
     from headrace.config.spec import EngineSpec
     from headrace.engines.child import CoreChild
     from headrace.llm import AsyncEngine
@@ -133,8 +134,11 @@ def _serve(
     bars = LoadingBars()
     models = [Model(spec) for spec in chosen]
     of_spec = {id(spec): child for spec, child in zip(chosen, children)}
+    plans = _Plans(chosen)
     server = Server(
-        models, options, start_engine=lambda spec: _start(spec, bars.of(spec.name), of_spec[id(spec)])
+        models,
+        options,
+        start_engine=lambda spec: _start(spec, plans, bars.of(spec.name), of_spec[id(spec)]),
     )
     asyncio.run(serve(server, _listening, _ready))
     return 0
@@ -151,17 +155,33 @@ def _listening(server: Server) -> None:
     _say(f"headrace {__version__} on {server.url}\nloading {names} ...")
 
 
+class _Plans:
+    """The plans of all models, drawn together when the first of them starts."""
+
+    def __init__(self, specs: list[EngineSpec]) -> None:
+        self._specs = specs
+        self._drawing: asyncio.Task[list[tuple[EngineSpec, Plan]]] | None = None
+
+    async def of(self, spec: EngineSpec) -> tuple[EngineSpec, Plan]:
+        """A model's plan, and its spec with its share of the device. From headers: nothing is downloaded for it."""
+        from headrace.engines.plan import plan_together
+
+        if self._drawing is None:
+            self._drawing = asyncio.create_task(asyncio.to_thread(plan_together, self._specs))
+        pairs = await asyncio.shield(self._drawing)
+        return next(pair for pair, given in zip(pairs, self._specs) if given is spec)
+
+
 async def _start(
-    spec: EngineSpec, on_loading: Callable[[int, int, str], None], child: CoreChild
+    spec: EngineSpec, plans: _Plans, on_loading: Callable[[int, int, str], None], child: CoreChild
 ) -> AsyncEngine:
     import msgspec
 
     from headrace.checkpoints.resolve import resolve
-    from headrace.engines.plan import plan_for
     from headrace.llm import AsyncEngine
 
     begin = time.perf_counter()
-    plan = await asyncio.to_thread(plan_for, spec)  # from headers: nothing is downloaded that will not fit
+    spec, plan = await plans.of(spec)
     _say(f"  {spec.name}: {plan.short()}")
     plan.check_fits()
     if spec.path is None:

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -19,13 +21,14 @@ from headrace.config.plan.checks import harms
 from headrace.config.plan.facts import Facts
 from headrace.config.plan.plan import Machine, Plan, draw_plan
 from headrace.config.plan.shape import read_shape
+from headrace.config.plan.share import share_device
 from headrace.config.quantization import cache_harm, quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.engines.inspect import inspect, inspect_hub
 from headrace.engines.select import select
 from headrace.errors import ConfigError
 
-__all__ = ["cpu_machine", "gpu_machine", "known_harms", "local_machine", "plan_for"]
+__all__ = ["cpu_machine", "gpu_machine", "known_harms", "local_machine", "plan_for", "plan_together"]
 
 _SMI_SECONDS = 1.0
 _BIASED = re.compile(r"qwen-?(2|2\.5)\b|qwq", re.IGNORECASE)
@@ -43,6 +46,25 @@ def plan_for(spec: EngineSpec, machine: Machine | None = None, *, prompt: int = 
     if machine.cuda and machine.count > spec.tensor_parallel_size == 1 and chosen.engine in ("dense", "moe"):
         spec = msgspec.structs.replace(spec, tensor_parallel_size=machine.count)
     return draw_plan(spec, facts, machine, engine=chosen.engine, reason=chosen.reason, prompt=prompt)
+
+
+def plan_together(
+    specs: Sequence[EngineSpec], machine: Machine | None = None
+) -> list[tuple[EngineSpec, Plan]]:
+    """Plan models that one server holds; several on a device get ``kv_cache_bytes`` that fit it together.
+
+    Raises what `plan_for` raises, and DoesNotFit, also for one that would not fit alone.
+    """
+    with ThreadPoolExecutor(max(1, len(specs))) as threads:
+        plans = list(threads.map(lambda spec: plan_for(spec, machine), specs))
+    if len(specs) == 1:
+        return [(specs[0], plans[0])]
+    for plan in plans:
+        plan.check_fits()
+    shared = share_device(list(zip(specs, plans)))
+    return [
+        (new, plan if new is old else plan_for(new, machine)) for new, old, plan in zip(shared, specs, plans)
+    ]
 
 
 def known_harms(spec: EngineSpec) -> list[str]:

@@ -102,6 +102,9 @@ class Fronts:
         """Wait for their end, which `drain` began; the cores must live until then."""
         if not self._stopping:
             self.drain()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         limit = self._options.drain_seconds + 10.0
         for front in self._fronts:
             try:
@@ -109,9 +112,6 @@ class Fronts:
             except TimeoutError:
                 front.process.kill()
                 await front.process.wait()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # One process -----------------------------------------------------------------------------------------
@@ -161,6 +161,8 @@ class Fronts:
             told = {"process": front.row, "exit_code": code, "replaced_in_seconds": pause}
             log.error("HTTP process ended", extra={"fields": told})
             await asyncio.sleep(pause)
+            if self._stopping:
+                return
             front.process = await _interpreter()
             try:
                 await self._open(front)
@@ -181,6 +183,8 @@ class Fronts:
         from headrace.serving.front_process import COUNTS
 
         name = front.name
+        if not front.socket:  # it waits for its plan
+            return
         try:
             async with (
                 aiohttp.ClientSession(
