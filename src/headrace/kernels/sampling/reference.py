@@ -64,7 +64,7 @@ def scores(logits: Tensor, norms: Tensor, tokens: Tensor, ids: Tensor) -> Scores
         ids: int64 [P, k], the most likely tokens.
     """
     own = logits.gather(1, tokens.clamp(min=0)[:, None])
-    ranks = (logits > own).sum(-1) + 1
+    ranks = (logits > own).sum(-1, dtype=torch.int32) + 1  # an int64 sum would first copy all of it
     return Scores(own[:, 0] - norms, ranks, ids, logits.gather(1, ids) - norms[:, None])
 
 
