@@ -178,9 +178,13 @@ class AcceleratorType(Type):
                 f"is {node.kind()}; expected TYPE or TYPE:count, such as H100:2", path, node.place
             )
         try:
-            return str(parse_accelerator(node.value))
+            found = parse_accelerator(node.value)
         except ValueError as error:
             return reading.wrong(str(error), path, node.place)
+        if found.gpu is not None and not found.gpu.hosted:
+            note = f"{found.name}: the hosted system has none; plans know it"
+            reading.report.notice("lifted", note, path, node.place)
+        return str(found)
 
     def describe(self) -> str:
         return "TYPE[:count]"
