@@ -169,8 +169,7 @@ def _build_generate(
     fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
     check_quality(spec, checkpoint, dtype, cache_dtype, changed=fewer)
     shape = read_shape(facts)
-    if not (spec.quantization or isinstance(checkpoint, QuantizedCheckpoint)):
-        take_for_weights(device, facts, shape, dtype)
+    take_for_weights(device, facts, shape, dtype, spec.quantization)
     stages.done("device")
     with ThreadPoolExecutor(1) as beside:
         reading = beside.submit(_tokenizer, checkpoint)
