@@ -201,7 +201,7 @@ def measure_cpu(model: str, settings: dict[str, Any]) -> dict[str, Any]:
     start = _anonymous()
     full = ready.max_model_len - 30
     print(_READY, flush=True)
-    drive(core, ready, [(1, 30), (ready.max_num_seqs, 40), (6, full), (8, full // 2)])
+    drive(core, ready, [(1, 30), (ready.max_num_seqs, 40), (4, full)])
     return {
         "planned": budget.used,
         "used_at_start": start,
