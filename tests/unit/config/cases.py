@@ -451,7 +451,7 @@ V2_CASES = [  # 1.4
             ("pipeline_parallel_count", 2, 1),
             ("sequence_parallel_count", 2, 1),
             ("moe_expert_parallel_option", 1, -1),
-            ("plugin_configuration", {"use_fp8_context_fmha": True}, {"paged_kv_cache": True}),
+            ("plugin_configuration", {}, DELETE),
             ("speculator", LOOKAHEAD, None),
             ("lora_adapters", {"a": {"source": "HF", "repo": "o/n"}}, None),
             ("lora_configuration", {"max_lora_rank": 8}, None),

@@ -6,7 +6,7 @@ import re
 
 from headrace.config.accelerators import parse_accelerator
 from headrace.config.schema.common import FP4_TYPES, FP8_TYPES, LEGACY_QUANTIZATION, hf_repo_id
-from headrace.config.schema.fields import Section, section_defaults
+from headrace.config.schema.fields import Section
 from headrace.config.schema.top import memory_bytes
 from headrace.config.schema.trt_llm import BUILD
 from headrace.config.schema.view import Rule, View, rule
@@ -108,7 +108,7 @@ def _check_repository(view: View, block: str) -> None:
 @rule(TRT_RULES, when=_B)
 def v2_build_is_small(view: View) -> None:
     """v2 allows `build` to set only checkpoint, quantization, `skip_build_result` and `num_builder_gpus`;
-    other keys are fine at their defaults."""
+    other keys are fine at their defaults, `plugin_configuration` only when it is absent."""
     if stack(view) != "v2":
         return
     for field in BUILD.fields:
@@ -116,7 +116,9 @@ def v2_build_is_small(view: View) -> None:
         if field.name in _V2_BUILD or not view.given(path) or view.invalid(path):
             continue
         value = view.get(path)
-        default = section_defaults(field.type) if isinstance(field.type, Section) else field.default
+        default = (
+            None if isinstance(field.type, Section) else field.default
+        )  # a block is refused whatever it says
         if value is not None and value != default:
             hint = _RENAMES.get(field.name, "remove it or set inference_stack: v1")
             view.error(path, f"is not allowed with stack v2; {hint}")
