@@ -13,6 +13,7 @@ from headrace.cli.flags import PLAN_FLAGS, add_spec_flags, resolution
 from headrace.cli.per_model import gather, names_of
 from headrace.config.secrets import find_secret, missing_secrets
 from headrace.config.spec import EngineSpec
+from headrace.config.support import gaps
 from headrace.errors import ConfigError
 
 __all__ = ["SERVE_FLAGS", "add_model_arguments", "api_keys", "specs"]
@@ -65,9 +66,14 @@ def _spec(
     settings = {name: value for name, value in own.items() if name != "served_names"}
     called = alias or min(names_of(model, alias), key=len)
     found = resolution(args, SERVE_FLAGS, model=model, own=settings, called=called)
+    spec = found.spec
+    refused = [(found.origins.get(gap.field, ""), text) for gap, text in gaps(spec) if gap.blocks]
+    if refused:  # before anything is fetched
+        raise ConfigError(
+            [f"{origin if '(' in origin else model}: {text}; leave it out" for origin, text in refused]
+        )
     for notice in found.report.notices:
         print(f"headrace: {notice.kind}: {notice}", file=sys.stderr)
-    spec = found.spec
     for name in missing_secrets(spec.secrets):
         print(
             f"headrace: warning: secrets.{name}: is listed, and no variable or file has it", file=sys.stderr

@@ -120,6 +120,21 @@ def notices(text: str, kind: str) -> list[tuple[str, str]]:
             f"{B}.quantization_type",
         ),
         (V1, {f"{B}.base_model": "whisper"}, "lifted", f"{B}.base_model"),
+        (V1, encoder(max_seq_len=512), "no_effect", f"{B}.max_seq_len"),
+        (
+            V1,
+            {**encoder(), f"{R}.request_default_max_tokens": 9},
+            "no_effect",
+            f"{R}.request_default_max_tokens",
+        ),
+        (
+            V1,
+            {f"{B}.checkpoint_repository": {"source": "S3", "repo": "s3://b/p", "revision": "v1"}},
+            "no_effect",
+            f"{B}.checkpoint_repository.revision",
+        ),
+        (V1, {f"{B}.quantization_type": "weights_int4_kv_int8"}, "differs", f"{B}.quantization_type"),
+        (V1, {f"{B}.quantization_type": "smooth_quant"}, "differs", f"{B}.quantization_type"),
         (V1, {f"{B}.base_model": "whisper"}, "not_yet", f"{B}.base_model"),
         (
             V1,
