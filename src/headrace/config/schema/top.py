@@ -44,7 +44,7 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "
 _MOST = 2**80
 _CODE = "model.py and its packages are not run here: the engine is ours"
 _IMAGE = "no image is built here"
-_PROBES = "health is judged by progress of the engine (docs/serving.md)"
+_PROBES = "health is judged by progress of the engine (/health, docs/api.md)"
 _PLATFORM = "the platform's own; not needed here"
 
 
