@@ -277,12 +277,7 @@ def encoders_use_one_gpu(view: View) -> None:
             view.notice("warning", f"{_B}.{name}", f"is {value}; an encoder runs on one GPU, so 1 is used")
     for path in _DECODER_KEYS:
         if view.given(path) and view.get(path) not in (None, {}):
-            why = (
-                "its inputs are as long as the checkpoint says"
-                if path.endswith("max_seq_len")
-                else "it has no use here"
-            )
-            view.notice("no_effect", path, f"a decoder's; of {base} {why}")
+            view.notice("no_effect", path, f"is a decoder's; {base} follows its checkpoint")
     quantization = str(view.get(f"{_B}.quantization_type", "no_quant"))
     if base == "encoder" and "_kv" in quantization:
         view.notice("warning", f"{_B}.quantization_type", f"{quantization}: an encoder keeps no KV cache")
