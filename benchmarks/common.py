@@ -50,14 +50,18 @@ def _command(bench: str) -> str:
 
 
 class Recorder:
-    """Prints rows, and with --record appends them to benchmarks/results/<bench>.jsonl."""
+    """Prints rows, and with --record appends them to benchmarks/results/<bench>.jsonl.
 
-    def __init__(self, bench: str, args: argparse.Namespace) -> None:
+    Args:
+        device: its name; None: ask torch, which makes this process a user of the GPU.
+    """
+
+    def __init__(self, bench: str, args: argparse.Namespace, device: str | None = None) -> None:
         self.bench = bench
         self.keep = bool(getattr(args, "record", False))
         self.path = Path(getattr(args, "results", None) or RESULTS) / f"{bench}.jsonl"
         self.common = {
-            "device": device_name(),
+            "device": device_name() if device is None else device,
             "commit": getattr(args, "commit", None) or _commit(),
             "date": datetime.date.today().isoformat(),
             "command": _command(bench),

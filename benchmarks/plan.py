@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"kv_cache_bytes": 8 << 30},
     ),
 }  # fmt: skip
+
+_READY = "ready"
 
 PACKAGED: dict[str, dict[str, Any]] = {
     "minilm": {},
@@ -138,13 +141,14 @@ def drive(core: Any, ready: Any, rounds: list[tuple[int, int]]) -> None:
 
 
 def measure(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Plan, build and drive; bytes. Runs in a process of its own."""
+    """Plan, build and drive; bytes. Runs in a process of its own, which waits for its turn on standard input."""
     import torch
 
     from headrace.config.spec import EngineSpec
     from headrace.engines.build import build
     from headrace.engines.plan import plan_for
 
+    sys.stdin.readline()
     spec = EngineSpec(model=str(folder), path=folder, **settings)
     plan = plan_for(spec)
     core, ready = build(spec)
@@ -157,6 +161,7 @@ def measure(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     reserved = torch.cuda.memory_reserved()
     budget = plan.budget
     return {
+        "device": torch.cuda.get_device_name(),
         "used": total - after,
         "planned": budget.used,
         "ratio": round(budget.used / (total - after), 4),
@@ -175,30 +180,13 @@ def measure(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Peak:
-    """Most anonymous memory of this process while the context lasts: what the kernel cannot take back."""
-
-    def __init__(self) -> None:
-        self.most = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    @staticmethod
-    def now() -> int:
-        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
-        return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.0005):
-            self.most = max(self.most, self.now())
-
-    def __enter__(self) -> _Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
+def _anonymous(process: int | str = "self") -> int:
+    """Anonymous memory of a process, bytes: what the kernel cannot take back. 0 when it has ended."""
+    try:
+        resident, shared = Path(f"/proc/{process}/statm").read_text().split()[1:3]
+    except (OSError, ValueError):
+        return 0
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure_cpu(model: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -210,14 +198,12 @@ def measure_cpu(model: str, settings: dict[str, Any]) -> dict[str, Any]:
     spec = EngineSpec(model=model, device="cpu", num_threads=1, **settings)
     budget = plan_for(spec, cpu_machine()).budget
     core, ready = build(spec)
-    start = _Peak.now()
+    start = _anonymous()
     full = ready.max_model_len - 30
-    with _Peak() as peak:
-        drive(core, ready, [(1, 30), (ready.max_num_seqs, 40), (6, full), (8, full // 2)])
+    print(_READY, flush=True)
+    drive(core, ready, [(1, 30), (ready.max_num_seqs, 40), (4, full)])
     return {
-        "used": peak.most,
         "planned": budget.used,
-        "ratio": round(budget.used / peak.most, 4),
         "used_at_start": start,
         "pool": int(ready.summary.get("kv_bytes", 0)),
         "planned_pool": budget.pool,
@@ -229,18 +215,52 @@ def measure_cpu(model: str, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _watched(*arguments: str) -> dict[str, Any] | None:
+    """What the child prints, and its most anonymous memory while it loads and while it serves.
+
+    Watched from here: a thread of the child would sleep through the peaks, which are inside calls that hold its lock.
+    """
+    command = [sys.executable, "-m", "benchmarks.plan", *arguments]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    peaks = [0, 0]
+    lines: list[str] = []
+
+    def watch() -> None:
+        while child.poll() is None:
+            phase = len(lines) > 0
+            peaks[phase] = max(peaks[phase], _anonymous(child.pid))
+            time.sleep(0.0001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    lines += [line for line in [child.stdout.readline()] if line.strip() == _READY]
+    lines += child.stdout.readlines()
+    watcher.join()
+    if child.returncode:
+        return None
+    found: dict[str, Any] = json.loads(lines[-1])
+    ratio = round(found["planned"] / peaks[1], 4)
+    return {"device": "cpu", "used": peaks[1], "used_loading": peaks[0], "ratio": ratio, **found}
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--cpu", action="store_true", help="the packaged models that are here, without a GPU")
     parser.add_argument("--one-cpu", nargs=2, metavar=("MODEL", "SETTINGS"), help=argparse.SUPPRESS)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    parser.add_argument(
+        "--packaged", nargs="+", default=list(PACKAGED), choices=list(PACKAGED), metavar="NAME"
+    )
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "SETTINGS"), help=argparse.SUPPRESS)
     parser.add_argument("--write", nargs=2, metavar=("FOLDER", "NAME"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help="where models are written and kept; default: a temporary folder")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no more after so many")
     args = parser.parse_args()
     if args.write:
-        write_folder(Path(args.write[0]), MODELS[args.write[1]][0])
+        folder = Path(args.write[0])
+        if not (folder / "model.safetensors").exists():
+            write_folder(folder, MODELS[args.write[1]][0])
         return
     if args.one:
         print(json.dumps(measure(Path(args.one[0]), json.loads(args.one[1]))))
@@ -248,10 +268,11 @@ def main() -> None:
     if args.one_cpu:
         print(json.dumps(measure_cpu(args.one_cpu[0], json.loads(args.one_cpu[1]))))
         return
-    rows = _cpu_rows() if args.cpu else _gpu_rows(args)
-    recorder = Recorder("plan", args)
-    for name, precision, found in rows:
+    recorder = None
+    for name, precision, found in _cpu_rows(args) if args.cpu else _gpu_rows(args):
         used = found.pop("used")
+        recorder = recorder or Recorder("plan", args, found.pop("device"))
+        found.pop("device", None)
         recorder.row(
             model=name, precision=precision, case="plan against use", metric="used_bytes", value=used, **found
         )
@@ -260,45 +281,53 @@ def main() -> None:
 Row = tuple[str, str, dict[str, Any]]
 
 
-def _cpu_rows() -> list[Row]:
+def _cpu_rows(args: argparse.Namespace) -> Iterator[Row]:
     from headrace.checkpoints.fetch import installed
 
-    rows = []
-    for name, settings in PACKAGED.items():
+    for name in args.packaged:
+        settings = PACKAGED[name]
         model = name.split(",")[0]
-        found = _child("--one-cpu", model, json.dumps(settings)) if installed(model) is not None else ""
-        if found:
-            rows.append((name, str(settings.get("dtype", "auto")), json.loads(found)))
-            print(name, found, flush=True)
-    return rows
+        if installed(model) is None:
+            print(model, "is not here", flush=True)
+            continue
+        found = _watched("--one-cpu", model, json.dumps(settings))
+        if found is not None:
+            yield name, str(settings.get("dtype", "auto")), found
 
 
-def _gpu_rows(args: argparse.Namespace) -> list[Row]:
-    began, rows = time.monotonic(), []
+def _gpu_rows(args: argparse.Namespace) -> Iterator[Row]:
+    """The driver counts every process: this one never touches the GPU, and the children take turns.
+
+    All of them start at once, since reading libraries takes longer than most measurements.
+    """
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        for name in args.models:
+        folders = {name: Path(args.folder or scratch) / name.split(",")[0] for name in args.models}
+        for name, folder in folders.items():
+            if not (folder / "model.safetensors").exists():
+                _run("--write", str(folder), name)
+        waiting = {name: _start("--one", str(folders[name]), json.dumps(MODELS[name][1])) for name in folders}
+        for name, child in waiting.items():
             if time.monotonic() - began > args.seconds:
                 print("no time left for", name, flush=True)
+                child.kill()
+                continue
+            output, complaint = child.communicate("go\n")
+            if child.returncode:
+                print(name, "failed:", complaint[-1500:], flush=True)
                 continue
             settings = MODELS[name][1]
-            folder = Path(args.folder or scratch) / name.split(",")[0]
-            # The driver counts every process: this one must not touch the GPU before the last measurement.
-            if not (folder / "model.safetensors").exists():
-                _child("--write", str(folder), name)
-            found = _child("--one", str(folder), json.dumps(settings))
-            if found:
-                rows.append((name, settings.get("quantization", "bf16"), json.loads(found)))
-                print(name, found, flush=True)
-    return rows
+            yield name, settings.get("quantization", "bf16"), json.loads(output.splitlines()[-1])
 
 
-def _child(*arguments: str) -> str:
-    """The last line that this module prints when run so; nothing where it fails."""
+def _start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "benchmarks.plan", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(arguments, "failed:", done.stderr[-1500:], flush=True)
-    return done.stdout.splitlines()[-1] if done.stdout and not done.returncode else ""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def _run(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "benchmarks.plan", *arguments], check=True)
 
 
 if __name__ == "__main__":

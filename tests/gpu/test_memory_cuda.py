@@ -159,12 +159,13 @@ def test_encoding_asks_for_none(family: str, tmp_path: Path) -> None:
 
 
 def test_growing_takes_once() -> None:
+    torch.cuda.empty_cache()  # what earlier tests left would be used first
     grow(68 * MIB, CUDA, small=4 * MIB)
     before = num_device_allocations(CUDA)
     large = [torch.empty(3 * MIB, dtype=torch.uint8, device="cuda") for _ in range(20)]
     small = [torch.empty(1000, dtype=torch.uint8, device="cuda") for _ in range(3000)]
     assert num_device_allocations(CUDA) == before
-    more = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
+    more = torch.empty(256 * MIB, dtype=torch.uint8, device="cuda")
     assert num_device_allocations(CUDA) > before
     del large, small, more
 

@@ -188,7 +188,7 @@ def test_many_rows_are_drawn_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     logits = torch.randn(11, VOCAB, generator=torch.Generator().manual_seed(8))
     chunks = [chunk(i, SamplingParams(seed=i, top_p=0.7, temperature=float(i % 3))) for i in range(11)]
     expected = sample(logits, chunks)
-    monkeypatch.setattr("headrace.kernels.sampling.reference._AT_ONCE", 2 * VOCAB)
+    monkeypatch.setattr("headrace.kernels.sampling.reference.DRAW_ELEMENTS", 2 * VOCAB)
     assert sample(logits, chunks) == expected
 
 

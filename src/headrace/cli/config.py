@@ -26,6 +26,7 @@ exit codes: 0 nothing is wrong; 2 something is.
 
 WRONG = 2
 _STRICT = ("warning", "not_yet")
+_ENGINES = ("trt_llm", "bis_llm", "docker_server", "model_metadata.headrace.model")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +83,8 @@ def _resolved(file: str) -> Report:
     from headrace.config.resolve import resolve_view
 
     view = _read(file)
+    if not view.report.ok and view.values and not any(view.given(block) for block in _ENGINES):
+        view.report.problem(f"names no model: add one of {', '.join(_ENGINES)}", place=Place(file))
     if view.report.ok:
         try:
             spec = resolve_view(view).spec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from headrace.config.resolve import Resolution, resolve
@@ -50,23 +50,49 @@ def add_spec_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> Non
             group.add_argument(flag, metavar="TEXT" if isinstance(field.type, Str) else "N", help=text)
 
 
-def resolution(args: argparse.Namespace, names: Iterable[str], *, model: str | None = None) -> Resolution:
-    """Resolve ``model`` (or ``args.model``) with the flags. Raises ConfigError with every problem."""
+def resolution(
+    args: argparse.Namespace,
+    names: Iterable[str],
+    *,
+    model: str | None = None,
+    own: Mapping[str, Any] | None = None,
+    called: str = "",
+) -> Resolution:
+    """Resolve ``model`` (or ``args.model``) with the flags. Raises ConfigError with every problem.
+
+    Args:
+        own: texts of flags of this model alone, which win; ``called`` is its name in them.
+    """
     settings = {name: _value(OWN.by_name[name], getattr(args, name)) for name in names}
+    own = own or {}
+    settings |= {name: _own_value(OWN.by_name[name], value) for name, value in own.items()}
     try:
         return resolve(args.model if model is None else model, origin="flag", **settings)
     except ConfigError as error:
-        raise ConfigError([_FLAG.sub(_as_flag, problem) for problem in error.problems]) from None
+        raise ConfigError(
+            [_FLAG.sub(lambda found: _as_flag(found, own, called), problem) for problem in error.problems]
+        ) from None
 
 
-def _as_flag(found: re.Match[str]) -> str:
-    return f"--{found[1].replace('_', '-')} "
+def _as_flag(found: re.Match[str], own: Mapping[str, Any], called: str) -> str:
+    prefix = f"{called}." if found[1] in own else ""
+    return f"--{prefix}{found[1].replace('_', '-')} "
 
 
 def _value(field: Field, given: Any) -> Any:
     if given is None or isinstance(field.type, (Bool, Str, Enum)):
         return given
     return scalar(given)
+
+
+def _own_value(field: Field, given: Any) -> Any:
+    return (
+        given == "true"
+        if isinstance(field.type, Bool)
+        else given
+        if isinstance(given, list)
+        else _value(field, given)
+    )
 
 
 def _help(field: Field) -> str:

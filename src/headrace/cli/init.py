@@ -63,9 +63,16 @@ def config_text(model: str, gpu: str = "") -> str:
     count = 1
     if gpu:
         try:
-            count = parse_accelerator(gpu).count
+            named = parse_accelerator(gpu)
         except ValueError as error:
             raise ConfigError(f"gpu: {error}", param="gpu") from None
+        if named.gpu is not None and not named.gpu.hosted:
+            raise ConfigError(
+                f"gpu: the hosted system, in whose format the file is, has no {named.name}; leave --gpu out, and "
+                f"plan with headrace plan config.yaml --gpu {named}",
+                param="gpu",
+            )
+        count = named.count
     facts = _facts(model)
     engine, reason = (
         "decoder",

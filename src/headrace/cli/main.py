@@ -105,7 +105,8 @@ def _run(name: str, args: list[str]) -> int:
     )
     module.add_arguments(parser)
     try:
-        code: int = module.run(parser.parse_args(args))
+        prepare = getattr(module, "prepare", None)
+        code: int = module.run(parser.parse_args(args if prepare is None else prepare(args)))
         return code
     except HeadraceError as error:
         print(f"headrace {name}: {error.message}", file=sys.stderr)

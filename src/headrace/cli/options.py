@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from headrace.cli.flags import PLAN_FLAGS, add_spec_flags, resolution
+from headrace.cli.per_model import gather, names_of
 from headrace.config.secrets import find_secret, missing_secrets
 from headrace.config.spec import EngineSpec
+from headrace.config.support import gaps
 from headrace.errors import ConfigError
 
 __all__ = ["SERVE_FLAGS", "add_model_arguments", "api_keys", "specs"]
@@ -34,18 +37,43 @@ def specs(args: argparse.Namespace, models: Sequence[str]) -> list[EngineSpec]:
     """One EngineSpec a model or config.yaml. Raises ConfigError with every problem."""
     names = getattr(args, "served_model_name", None) or []
     if names and len(models) > 1:
-        raise ConfigError("--served-model-name is for one model; with several write NAME=MODEL for each")
-    return [_spec(args, model, names) for model in models]
+        raise ConfigError(
+            "--served-model-name is for one model; with several write NAME=MODEL, or --NAME.served-model-name"
+        )
+    named = [_alias(model) for model in models]
+    known = [names_of(model, alias) for alias, model in named]
+    found, problems = [], []
+    for (alias, model), settings in zip(named, gather(args, known)):
+        try:
+            found.append(_spec(args, alias, model, names, settings))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))  # a wrong flag for all is told once
+    return found
 
 
-def _spec(args: argparse.Namespace, model: str, names: Sequence[str]) -> EngineSpec:
-    alias = None if Path(model).exists() else _ALIAS.fullmatch(model)
-    if alias is not None:
-        names, model = [*names, alias[1]], alias[2]
-    found = resolution(args, SERVE_FLAGS, model=model)
+def _alias(model: str) -> tuple[str | None, str]:
+    """(NAME, MODEL) of ``NAME=MODEL``."""
+    found = None if Path(model).exists() else _ALIAS.fullmatch(model)
+    return (None, model) if found is None else (found[1], found[2])
+
+
+def _spec(
+    args: argparse.Namespace, alias: str | None, model: str, names: Sequence[str], own: Mapping[str, Any]
+) -> EngineSpec:
+    names = [*names, *own.get("served_names", ()), *([] if alias is None else [alias])]
+    settings = {name: value for name, value in own.items() if name != "served_names"}
+    called = alias or min(names_of(model, alias), key=len)
+    found = resolution(args, SERVE_FLAGS, model=model, own=settings, called=called)
+    spec = found.spec
+    refused = [(found.origins.get(gap.field, ""), text) for gap, text in gaps(spec) if gap.blocks]
+    if refused:  # before anything is fetched
+        raise ConfigError(
+            [f"{origin if '(' in origin else model}: {text}; leave it out" for origin, text in refused]
+        )
     for notice in found.report.notices:
         print(f"headrace: {notice.kind}: {notice}", file=sys.stderr)
-    spec = found.spec
     for name in missing_secrets(spec.secrets):
         print(
             f"headrace: warning: secrets.{name}: is listed, and no variable or file has it", file=sys.stderr

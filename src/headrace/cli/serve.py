@@ -8,7 +8,8 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli.options import add_model_arguments, api_keys, specs
+from headrace.cli.options import SERVE_FLAGS, add_model_arguments, api_keys, specs
+from headrace.cli.per_model import add_hidden, rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,9 @@ examples:
   headrace serve ./Qwen3-0.6B --dtype bfloat16  a Hugging Face folder
   headrace serve model-q4_k_m.gguf --port 9000  a GGUF file
   headrace serve chat=./big embed=./small       under names of your own
+  headrace serve chat=./big embed=./small --chat.max-model-len 8192 --embed.dtype float32
+                                                settings of one model: --NAME.flag, which goes before --flag
+  headrace serve chat.yaml embed.yaml           a config.yaml each
   headrace serve smollm2-135m --api-key "$KEY"  clients must send 'Authorization: Bearer KEY'
 
 environment:
@@ -78,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-chat-template", action="store_true", help="let requests bring templates (they are programs)")
     add("--log-prompts", action="store_true", help="write what clients send into the log")
     add_model_arguments(parser)
+    add_hidden(parser)
+
+
+def prepare(args: list[str]) -> list[str]:
+    """Before argparse: flags of one model."""
+    return rewrite(args, SERVE_FLAGS)
 
 
 def _port(text: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from headrace.config.quantization import TYPES
-from headrace.config.spec import EngineSpec
+from headrace.config.spec import Calibration, EngineSpec
 from headrace.errors import ConfigError
 
 __all__ = ["GAPS", "Gap", "gaps", "require_supported"]
@@ -62,7 +62,12 @@ GAPS = (
     Gap("seed", _is_set, "requests without a seed draw one", False),
     Gap("allow_patterns", _is_set, "the files that are needed are fetched", False),
     Gap("ignore_patterns", _is_set, "the files that are needed are fetched", False),
-    Gap("calibration", lambda value: False, "no scheme calibrates", False),
+    Gap(
+        "calibration",
+        lambda value: value != Calibration(),
+        "types that are made while loading need no data; `headrace quantize` calibrates",
+        False,
+    ),
     Gap("max_lora_rank", lambda value: False, "no LoRA adapters", False),
     Gap("chunked_prefill", lambda value: not value, "long prompts are always split", False),
     Gap("host_kv_bytes", _is_set, "blocks that leave the device are computed again", False),

@@ -201,6 +201,8 @@ def _runtime_v1(view: View) -> Iterator[Setting]:
         "webserver_default_route": "default_route",
         "lora_cache_max_adapter_size": "max_lora_rank",
     }
+    if view.get(f"{_B}.base_model", "decoder") in ENCODERS:  # these split and generate nothing
+        names = {name: names[name] for name in ("kv_cache_free_gpu_mem_fraction", "webserver_default_route")}
     yield from _copy(view, _R, names)
     policy = view.get(f"{_R}.batch_scheduler_policy", "guaranteed_no_evict")
     admission = {"guaranteed_no_evict": "reserve", "max_utilization": "fill"}[policy]

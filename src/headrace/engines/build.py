@@ -13,7 +13,7 @@ import torch
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.plan.facts import Facts
 from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS
-from headrace.config.plan.scratch import Scratch, largest_load, scratch
+from headrace.config.plan.scratch import Scratch, largest_load, prompt_rows, scratch
 from headrace.config.plan.shape import read_shape
 from headrace.config.quantization import known_harm
 from headrace.config.spec import EngineSpec
@@ -169,8 +169,7 @@ def _build_generate(
     fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
     check_quality(spec, checkpoint, dtype, cache_dtype, changed=fewer)
     shape = read_shape(facts)
-    if not (spec.quantization or isinstance(checkpoint, QuantizedCheckpoint)):
-        take_for_weights(device, facts, shape, dtype)
+    take_for_weights(device, facts, shape, dtype, spec.quantization)
     stages.done("device")
     with ThreadPoolExecutor(1) as beside:
         reading = beside.submit(_tokenizer, checkpoint)
@@ -203,6 +202,7 @@ def _build_generate(
     blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, need)
     caches = allocate_caches(layout, blocks, spec.block_size, cache_dtype, device)
     runner = _runner(spec, model, caches, device, max_model_len)
+    runner.prompt_rows = prompt_rows(model.config.vocab_size, cuda=device.type == "cuda")
     if device.type == "cuda":
         sizes = {
             "step_tokens": step_tokens,

@@ -74,6 +74,7 @@ def _gguf(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Facts:
         tensors=tensors,
         container="gguf",
         chat_template=bool(metadata.get("tokenizer.chat_template")),
+        pieces=metadata.get("tokenizer.ggml.model") == "llama",
         quantized=Quantized("gguf" if packed else "", "", main) if packed else Quantized(),
     )
 

@@ -168,13 +168,32 @@ def local_machine(spec: EngineSpec) -> Machine:
     return _machine(GpuCount(kind, count), mib * 1024**2)
 
 
+# Words of the driver's name, most specific first, and our name for it.
+_DRIVER_NAMES = (
+    (("PRO", "6000", "BLACKWELL"), "RTX_PRO_6000"),
+    (("RTX", "6000", "ADA"), "RTX_6000_ADA"),
+    *((("RTX", card), f"RTX_{card}") for card in ("A6000", "3090", "4090", "5090")),
+    (("H100", "PCIE"), "H100_PCIE"),
+    (("H100", "NVL"), "H100_NVL"),
+    (("H200", "NVL"), "H200_NVL"),
+    (("A100", "PCIE"), "A100_PCIE"),
+    *(
+        ((kind,), kind)
+        for kind in (
+            *("GB300", "GB200", "GH200", "B300", "B200", "H200", "H100", "A100", "L40S", "L40", "L4"),
+            *("A10G", "A10", "A30", "A40", "V100", "T4"),
+        )
+    ),
+)
+_SMALL = {"H100": "H100_40GB", "A100": "A100_40GB", "A100_PCIE": "A100_40GB"}  # below 45 GB
+
+
 def _known_gpu(name: str, mib: int) -> str | None:
-    """Our name for what the driver calls a GPU."""
+    """Our name for what the driver calls a GPU; None for one without data, as a laptop's or a slower sibling."""
     words = name.upper().replace("-", " ").split()
-    if "PRO" in words and "6000" in words and "BLACKWELL" in words:
-        return "RTX_PRO_6000"
-    for kind in ("GB300", "B300", "B200", "H200", "H100", "A100", "L40S", "A10G", "V100", "L4", "T4"):
-        if kind in words:
-            small = {"H100": ("H100_40GB", 45_000), "A100": ("A100_40GB", 45_000)}.get(kind)
-            return small[0] if small and mib < small[1] else kind
-    return None
+    if any(word in words for word in ("LAPTOP", "MAX", "WORKSTATION", "TI", "D", "SUPER")):
+        return None
+    kind = next((ours for wanted, ours in _DRIVER_NAMES if all(word in words for word in wanted)), None)
+    if kind in _SMALL and mib < 45_000:
+        return _SMALL[kind]
+    return "V100_32GB" if kind == "V100" and mib > 20_000 else kind

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.config.plan.scratch import PROMPT_ROWS
 from headrace.execution.sampler import HostScores, Masks, Sampled, Sampler
 from headrace.execution.threads import ThreadGovernor
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
@@ -21,8 +22,6 @@ from headrace.scheduling.sequence import Sequence
 from headrace.types import TokenLogprobs
 
 __all__ = ["CausalModel", "Runner", "Step", "StepResult"]
-
-_PROMPT_LOGPROB_ROWS = 64  # logits of this many prompt positions at once
 
 
 class CausalModel(Protocol):
@@ -103,6 +102,7 @@ class Runner:
 
     Attributes:
         threads: chooses the CPU threads of each step; None: they stay as they are.
+        prompt_rows: prompt positions whose logits are made at once.
 
     Args:
         model: see CausalModel.
@@ -129,6 +129,7 @@ class Runner:
         self.model = model
         self.fixed = fixed
         self.threads: ThreadGovernor | None = None
+        self.prompt_rows = PROMPT_ROWS
         self.rope_by_length = rope_by_length
         self.caches = caches
         self.device = device
@@ -299,8 +300,8 @@ class Runner:
     ) -> list[tuple[list[int], HostScores]]:
         """Scores of the tokens from ``first`` on, those that hidden states [N, D] precede."""
         parts = []
-        for at in range(0, hidden.shape[0], _PROMPT_LOGPROB_ROWS):
-            rows = hidden[at : at + _PROMPT_LOGPROB_ROWS]
+        for at in range(0, hidden.shape[0], self.prompt_rows):
+            rows = hidden[at : at + self.prompt_rows]
             targets = sequence.token_ids[first + at : first + at + len(rows)]
             parts.append((targets, self.sampler.score(self.model.logits(rows), targets, k)))
         return parts

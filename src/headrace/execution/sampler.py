@@ -50,9 +50,17 @@ class HostScores:
     def __init__(self, scores: Scores, limits: list[int]) -> None:
         self.limits = limits
         self._arrays = [tensor.to("cpu", non_blocking=True) for tensor in scores]
+        self._entries: list[TokenLogprobs] | None = None
+
+    def settle(self, tokens: Several[int]) -> None:
+        """Read at once and keep no tensor: on a CPU small ones that live on between large ones keep the C library
+        from using the memory of those again."""
+        self._entries, self._arrays = self.read(tokens), []
 
     def read(self, tokens: Several[int]) -> list[TokenLogprobs]:
         """One entry for each row's token."""
+        if self._entries is not None:
+            return self._entries
         own, ranks, ids, values = (array.tolist() for array in self._arrays)
         return [
             TokenLogprobs(token, own[i], ranks[i], tuple(zip(ids[i][:k], values[i][:k])))
@@ -195,7 +203,10 @@ class Sampler:
     def score(self, logits: Tensor, targets: list[int], k: int) -> HostScores:
         """Log-probabilities of given tokens. logits [N, V]."""
         (tokens,) = upload([np.asarray(targets, np.int32)], self.device)
-        return HostScores(_scores(logits, tokens.long(), k), [k] * len(targets))
+        found = HostScores(_scores(logits, tokens.long(), k), [k] * len(targets))
+        if self.device.type == "cpu":
+            found.settle(targets)
+        return found
 
     def draw_arrays(self, rows: np.ndarray, chunks: list[Chunk]) -> list[np.ndarray]:
         """The tensors of Draws."""

@@ -14,6 +14,7 @@ from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError, EngineDead
 from headrace.llm import AsyncEngine
 from headrace.serving.app import make_app
+from headrace.serving.faults import Runner
 from headrace.serving.places import Places
 from headrace.serving.state import Model, Models, ServerOptions, State
 
@@ -59,7 +60,7 @@ class Server:
         self.state = State(known, options, places, jobs=first is None)
         self._first = first
         self._start_engine = start_engine
-        self._runner = web.AppRunner(
+        self._runner = Runner(
             make_app(self.state, first),
             handler_cancellation=True,
             access_log=None,

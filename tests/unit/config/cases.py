@@ -123,7 +123,10 @@ TOP_CASES = [  # 1.1
             {f"trt_llm.version_overrides.{name}": "v0.1"},
             f"trt_llm.version_overrides.{name}",
             "start with a digit",
-            {f"trt_llm.version_overrides.{name}": "0.1"},
+            {
+                f"trt_llm.version_overrides.{name}": "0.1",
+                "trt_llm.version_overrides.v2_llm_version": "main",  # the one without the rule
+            },
         )
         for name in ("engine_builder_version", "briton_version", "bei_version", "bei_bert_version")
     ),
@@ -258,6 +261,27 @@ BUILD_CASES = [  # 1.2
         },
     ),
     Case(
+        "moe-below",
+        V1,
+        {f"{B}.moe_expert_parallel_option": -2},
+        f"{B}.moe_expert_parallel_option",
+        "-1 or 1",
+        {
+            "resources.accelerator": "H100:2",
+            f"{B}.tensor_parallel_count": 2,
+            f"{B}.moe_expert_parallel_option": 2,
+        },
+    ),
+    Case(
+        "lora-rank",
+        V1,
+        {f"{B}.lora_configuration.max_lora_rank": 0},
+        f"{B}.lora_configuration.max_lora_rank",
+        "at least 1",
+        {f"{B}.lora_configuration.max_lora_rank": 1},
+        hosted=False,
+    ),
+    Case(
         "builder-gpus",
         V1,
         {f"{B}.num_builder_gpus": 0},
@@ -369,6 +393,23 @@ RUNTIME_CASES = [  # 1.3
         "above 0",
         {f"{R}.lora_cache_gpu_memory_fraction": 0.1},
     ),
+    *(
+        Case(
+            f"zero-{name}",
+            V1,
+            {f"{R}.{name}": 0},
+            f"{R}.{name}",
+            "at least 1",
+            {f"{R}.{name}": 1},
+            hosted=hosted,
+        )
+        for name, hosted in (
+            ("lora_cache_max_adapter_size", True),
+            ("lora_cache_optimal_adapter_size", True),
+            ("lora_cache_host_memory_bytes", True),
+            ("total_token_limit", False),
+        )
+    ),
     Case(
         "lora-optimal",
         V1,
@@ -405,6 +446,15 @@ V2_CASES = [  # 1.4
             ("max_seq_len", 4096, None),
             ("tensor_parallel_count", 2, 1),
             ("gather_all_token_logits", True, False),
+            ("strongly_typed", True, False),
+            ("max_prompt_embedding_table_size", 1, 0),
+            ("pipeline_parallel_count", 2, 1),
+            ("sequence_parallel_count", 2, 1),
+            ("moe_expert_parallel_option", 1, -1),
+            ("plugin_configuration", {}, DELETE),
+            ("speculator", LOOKAHEAD, None),
+            ("lora_adapters", {"a": {"source": "HF", "repo": "o/n"}}, None),
+            ("lora_configuration", {"max_lora_rank": 8}, None),
         )
     ),
     Case(
@@ -489,14 +539,24 @@ V2_CASES = [  # 1.4
         {f"{R}.enable_chunked_prefill": True},
         hosted=False,
     ),
-    Case(
-        "patch-repeats",
-        V2,
-        {f"{P}.max_seq_len": 8},
-        f"{P}.max_seq_len",
-        "repeats",
-        {f"{R}.max_seq_len": 8},
-        hosted=False,
+    *(
+        Case(
+            f"patch-repeats-{name}",
+            V2,
+            {f"{P}.{name}": value},
+            f"{P}.{name}",
+            "repeats",
+            {f"{R}.{name}": value},
+            hosted=False,
+        )
+        for name, value in (
+            ("max_seq_len", 8),
+            ("max_batch_size", 8),
+            ("max_num_tokens", 128),
+            ("tensor_parallel_size", 2),
+            ("enable_chunked_prefill", False),
+            ("served_model_name", "x"),
+        )
     ),
     Case("patch-build-config", V2, {f"{P}.build_config": {}}, f"{P}.build_config", "repeats", hosted=False),
     Case(
@@ -670,6 +730,25 @@ SPECULATOR_CASES = [  # 1.7
         "lookahead_windows_size",
         look(),
     ),
+    *(
+        Case(f"sizes-{name}", V1, look(**{name: None}), f"{B}.speculator", name, look())
+        for name in ("lookahead_ngram_size", "lookahead_verification_set_size")
+    ),
+    *(
+        Case(
+            f"zero-{name}",
+            V1,
+            look(**{name: 0}),
+            f"{B}.speculator.{name}",
+            "at least 1",
+            look(**{name: good}),
+        )
+        for name, good in (
+            ("lookahead_ngram_size", 2),
+            ("lookahead_verification_set_size", 1),
+            ("num_draft_tokens", 41),
+        )
+    ),
     Case(
         "window-zero",
         V1,
@@ -741,6 +820,14 @@ CROSS_CASES = [  # 1.8
             f"{B}.tensor_parallel_count": 2,
             f"{B}.pipeline_parallel_count": 2,
         },
+    ),
+    Case(
+        "world-sp",
+        V1,
+        {"resources.accelerator": "H100:2", f"{B}.sequence_parallel_count": 4},
+        f"{B}.tensor_parallel_count",
+        "= 4",
+        {"resources.accelerator": "H100:4", f"{B}.sequence_parallel_count": 4},
     ),
     Case(
         "encoder-gpus",

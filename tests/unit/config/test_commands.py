@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.cli.main import main
 from headrace.errors import ConfigError
 from unit.config.cases import V1, build
 from unit.config.shapes import BGE_LARGE, DEEPSEEK_V3, LLAMA_70B, QWEN3_06B, QWEN3_8B, write_config
@@ -171,3 +172,30 @@ def test_init_writes_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         run("init", "o/n", "--gpu", "X1", "-o", "-")
     with pytest.raises(ConfigError, match="no name"):
         run("init", "a\nb", "-o", "-")
+
+
+def test_a_file_without_a_model_is_told_beside_its_other_problems(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("python_version: py38\n")
+    assert main(["config", "check", str(file)]) == 2
+    told = capsys.readouterr().out
+    assert "py38" in told
+    assert "names no model" in told
+    assert "2 problems" in told
+
+
+def test_what_is_not_in_this_version_is_refused_before_anything_is_fetched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "resources: {accelerator: H100}\ntrt_llm:\n  build:\n    checkpoint_repository: {source: GCS, repo: gs://b/p}\n"
+        "    lora_adapters: {a: {source: HF, repo: o/n}}\n"
+    )
+    assert main(["serve", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert "lora_adapters" in told
+    assert "GCS" in told
+    assert f"{file}:4" in told

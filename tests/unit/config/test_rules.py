@@ -103,6 +103,12 @@ def notices(text: str, kind: str) -> list[tuple[str, str]]:
         (V1, {"secrets": {"k": "hf_real"}}, "warning", "secrets.k"),
         (
             V1,
+            {"environment_variables": {"HF_TOKEN": "hf_abcdefgh"}},
+            "warning",
+            "environment_variables.HF_TOKEN",
+        ),
+        (
+            V1,
             {
                 "resources.accelerator": "H100:4",
                 f"{B}.tensor_parallel_count": 4,
@@ -120,6 +126,21 @@ def notices(text: str, kind: str) -> list[tuple[str, str]]:
             f"{B}.quantization_type",
         ),
         (V1, {f"{B}.base_model": "whisper"}, "lifted", f"{B}.base_model"),
+        (V1, encoder(max_seq_len=512), "no_effect", f"{B}.max_seq_len"),
+        (
+            V1,
+            {**encoder(), f"{R}.request_default_max_tokens": 9},
+            "no_effect",
+            f"{R}.request_default_max_tokens",
+        ),
+        (
+            V1,
+            {f"{B}.checkpoint_repository": {"source": "S3", "repo": "s3://b/p", "revision": "v1"}},
+            "no_effect",
+            f"{B}.checkpoint_repository.revision",
+        ),
+        (V1, {f"{B}.quantization_type": "weights_int4_kv_int8"}, "differs", f"{B}.quantization_type"),
+        (V1, {f"{B}.quantization_type": "smooth_quant"}, "differs", f"{B}.quantization_type"),
         (V1, {f"{B}.base_model": "whisper"}, "not_yet", f"{B}.base_model"),
         (
             V1,
@@ -178,3 +199,14 @@ def test_all_problems_are_reported_together() -> None:
         resolve_view(view)
     assert len(caught.value.problems) == 4  # type: ignore[attr-defined]
     assert all(problem.startswith("all.yaml:") for problem in caught.value.problems)  # type: ignore[attr-defined]
+
+
+def test_variables_that_are_no_credentials_do_not_warn() -> None:
+    plain = {"TOKENIZERS_PARALLELISM": "false", "KEY": "/run/key", "TOKEN": "1", "KEYBOARD": "aaaaaaaaaa"}
+    assert notices(build(V1, {"environment_variables": plain}), "warning") == []
+
+
+def test_an_encoder_that_does_not_chunk_runs_into_nothing() -> None:
+    text = build(V1, {**encoder(), f"{R}.enable_chunked_context": False})
+    found = resolve_view(check_text(text))
+    assert [str(notice) for notice in found.report.notices if "chunk" in str(notice)] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from headrace.config.schema.fields import Choice, Field, Section
 from headrace.config.schema.top import TOP
 from headrace.config.schema.types import (
     INVALID,
+    REQUIRED,
     Anything,
     Bool,
     Enum,
@@ -43,6 +45,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "use_paged_context_fmha needs paged_kv_cache": "paged-fmha",
         "num_builder_gpus: from 1": "builder-gpus",
         "names of lora adapters": "lora-name lora-repo",
+        "lora_configuration": "lora-rank",
         "unknown keys": "unknown-build",
     },
     "1.3 runtime": {
@@ -52,7 +55,8 @@ SECTIONS: dict[str, dict[str, str]] = {
         "batch_scheduler_policy": "policy",
         "request_default_max_tokens: from 1": "default-tokens",
         "webserver_default_route": "route",
-        "lora_cache sizes: optimal not above max": "lora-optimal",
+        "lora_cache sizes: from 1, optimal not above max": "lora-optimal zero-lora_cache_*",
+        "total_token_limit (stricter: from 1)": "zero-total_token_limit",
         "lora_cache_gpu_memory_fraction: (0, 1]": "lora-fraction*",
         "lora_cache keys do not stand under build": "misplaced-*",
     },
@@ -73,12 +77,13 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "1.7 speculator": {
         "the mode is explicit and LOOKAHEAD_DECODING": "no-mode external",
-        "three sizes, from 1": "sizes window-zero",
+        "three sizes, from 1": "sizes sizes-* window-zero zero-lookahead_*",
+        "num_draft_tokens: from 1": "zero-num_draft_tokens",
         "num_draft_tokens: not below the computed length, not above 2048": "draft-*",
         "both plugin flags; a decoder": "reuse encoder",
     },
     "1.8 cross-field": {
-        "ranks equal GPUs": "world world-pp encoder-gpus",
+        "ranks equal GPUs": "world world-pp world-sp encoder-gpus",
         "T4 and V100 run encoder_bert only": "T4-* V100-*",
         "FP8 and FP4 types need Ada or Hopper or newer": "A10G-* A100-* A100_40GB-* bert-T4-fp8",
         "tags": "tags legacy-speculator",
@@ -141,3 +146,69 @@ def test_every_key_refuses_another_type(section: Section, field: Field) -> None:
     (problem,) = report.problems
     assert problem.path == f"{section.title}.{field.name}"
     assert (problem.place.file, problem.place.line) == ("c.yaml", 1)
+
+
+def _reads(type_: Any, text: str) -> bool:
+    report = Report()
+    node = load_text(f"key: {text}\n", "c.yaml", report)
+    assert node is not None
+    return type_.read(node.value["key"], "key", Reading(report)) is not INVALID and report.ok
+
+
+BOUNDED = [
+    (section, field)
+    for section, field in FIELDS
+    if isinstance(field.type, (Int, Float)) and (field.type.low is not None or field.type.high is not None)
+]
+
+
+@pytest.mark.parametrize(
+    ("section", "field"), BOUNDED, ids=[f"{section.title}.{field.name}" for section, field in BOUNDED]
+)
+def test_every_range_ends_where_it_says(section: Section, field: Field) -> None:
+    """The last value inside passes and the first outside is refused, at both ends of every number."""
+    kind = field.type
+    assert isinstance(kind, (Int, Float))
+    step = kind.multiple if isinstance(kind, Int) else 0.001
+    if kind.low is not None:
+        first = kind.low + (step if isinstance(kind, Float) and kind.above else 0)
+        assert _reads(kind, str(first))
+        assert not _reads(kind, str(first - step))
+    if kind.high is not None:
+        assert _reads(kind, str(kind.high))
+        assert not _reads(kind, str(kind.high + step))
+    if isinstance(kind, Int) and kind.multiple > 1:
+        assert not _reads(kind, str((kind.low or kind.multiple) + 1))
+
+
+WORDS = [(section, field) for section, field in FIELDS if isinstance(field.type, Enum)]
+
+
+@pytest.mark.parametrize(
+    ("section", "field"), WORDS, ids=[f"{section.title}.{field.name}" for section, field in WORDS]
+)
+def test_every_word_of_a_choice_is_read_and_no_other(section: Section, field: Field) -> None:
+    kind = field.type
+    assert isinstance(kind, Enum)
+    for word in kind.values:
+        assert _reads(kind, f"'{word}'")
+        assert not word or not _reads(kind, f"'{word}x'")
+        assert not word or kind.fold or word.swapcase() == word or not _reads(kind, f"'{word.swapcase()}'")
+    for word in kind.old:
+        assert not _reads(kind, word)
+
+
+NEEDED = [(section, field) for section, field in FIELDS if field.default is REQUIRED]
+
+
+@pytest.mark.parametrize(
+    ("section", "field"), NEEDED, ids=[f"{section.title}.{field.name}" for section, field in NEEDED]
+)
+def test_every_required_key_is_missed(section: Section, field: Field) -> None:
+    report = Report()
+    node = load_text("{}\n", "c.yaml", report)
+    assert node is not None
+    section.read(node, "block", Reading(report))
+    found = [problem for problem in report.problems if problem.path == f"block.{field.name}"]
+    assert found
+    assert "required" in found[0].message

@@ -253,3 +253,17 @@ def test_every_type_takes_every_kind_of_value() -> None:
             case = next(case for case in CASES if path in case.bad or path in case.good)
             text = build(case.base, {path: "PLACE"}).replace("PLACE", kind, 1)
             check_text(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"resources: {{memory: '{'9' * 400}'}}",
+        f"resources: {{memory: {'9' * 39}}}",
+        f"model_metadata: {{headrace: {{model: m, kv_cache_bytes: '{'9' * 400}'}}}}",
+        f"model_metadata: {{headrace: {{model: m, host_kv_bytes: {'9' * 39}}}}}",
+    ],
+)
+def test_sizes_beyond_all_machines_are_problems(text: str) -> None:
+    (problem,) = check_text(text).report.problems
+    assert "expected bytes" in problem.message

@@ -357,3 +357,32 @@ def test_bad_requests_disturb_nobody() -> None:
             server.post("/v1/completions", data)
         assert server.post("/v1/chat/completions", OK_CHAT)[0] == 200
         assert len(server.core().requests) == 1
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",  # TLS spoken to a plain port
+        b"GET /health HTTP/9.9\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nhost: x\r\nbad header\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nhost: x\r\nlong: " + b"a" * 20_000 + b"\r\n\r\n",
+        b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n",
+    ],
+    ids=lambda raw: repr(raw[:24]),
+)
+def test_what_is_no_http_gets_the_same_json(server: LiveServer, raw: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+        sock.sendall(raw)
+        reply = http.client.HTTPResponse(sock)
+        reply.begin()
+        assert reply.status == 400
+        assert reply.headers["content-type"].startswith("application/json")
+        assert reply.headers["x-request-id"]
+        error = check_shape(json.loads(reply.read()))
+        assert error["type"] == "invalid_request_error"
+        assert error["code"] == "malformed_http"
+        assert sock.recv(1) == b""  # closed: what follows could not be read either
+    assert server.request("GET", "/health", None, {})[0] == 200

@@ -278,3 +278,39 @@ def test_checkpoint_advice_applies_where_the_request_is_silent() -> None:
         server.post("/v1/chat/completions", {"model": "m", "messages": ASK, "top_k": 5})
         params = server.core().requests[0].sampling
     assert (params.temperature, params.top_k) == (0.6, 5)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 9000}),
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 9000}),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 9000}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9000}),
+    ],
+)  # fmt: skip
+def test_a_limit_beyond_the_context_is_cut_and_told(path: str, body: dict[str, object]) -> None:
+    with live(scripted_model(max_model_len=64)) as server:
+        status, reply, headers = server.post(path, {"model": "m", **body})
+        assert status == 200
+        (told,) = reply["warnings"]
+        assert "9000 output tokens was cut to" in told
+        assert "context of 64" in told
+        assert headers["x-headrace-warnings"] == told
+        room = int(told.split("cut to ")[1].split(":")[0])
+        (request,) = server.core().requests
+        assert request.sampling.max_tokens == room == 64 - len(request.token_ids)
+        limit = next(name for name in body if "tokens" in name)
+        status, reply, headers = server.post(path, {"model": "m", **body, limit: room})
+        assert status == 200
+        assert "warnings" not in reply
+        assert "x-headrace-warnings" not in headers
+
+
+def test_a_default_limit_beyond_the_context_is_not_told() -> None:
+    with live(scripted_model(max_model_len=12)) as server:
+        status, reply, headers = server.post("/v1/completions", {"model": "m", "prompt": "hi"})
+        assert status == 200
+        assert "x-headrace-warnings" not in headers
+        assert "warnings" not in reply

@@ -54,7 +54,7 @@ HARMLESS: dict[str, Any] = {
     "top_p": 0.9,
     "user": "u",
     "verbosity": "low",
-    "web_search_options": {"search_context_size": "low"},
+    "web_search_options": None,
 }
 
 
@@ -119,3 +119,39 @@ def test_docs_name_every_metric() -> None:
     assert len(names) > 20
     missing = {name for name in names if f"`{name}`" not in page}
     assert not missing
+
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {**CHAT, "web_search_options": {}}, "web_search_options"),
+        ("/v1/responses", {"model": "m", "input": "x", "include": ["message.output_text.logprobs"]}, "include"),
+        ("/v1/messages", {**CHAT, "max_tokens": 4, "inference_geo": "us"}, "inference_geo"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_reply_is_refused_by_name(path: str, body: dict[str, Any], param: str) -> None:
+    with live(scripted_model()) as server:
+        status, reply, _ = server.post(path, body)
+        assert status == 400
+        assert param in reply["error"]["message"]
+        kept = {name: value for name, value in body.items() if name != param}
+        allowed = {"include": ["reasoning.encrypted_content"], "inference_geo": "global"}.get(param)
+        assert server.post(path, kept | {param: allowed})[0] == 200
+
+
+def test_verbosity_goes_to_the_template_or_is_told() -> None:
+    reads = "{{ verbosity }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with live(scripted_model(template=reads)) as server:
+        status, reply, _ = server.post("/v1/chat/completions", CHAT | {"verbosity": "low"})
+        assert status == 200
+        assert "warnings" not in reply
+        assert server.state.models.find("m").engine.kit.rendered[-1]["kwargs"]["verbosity"] == "low"
+    with live(scripted_model()) as server:
+        _, reply, _ = server.post("/v1/chat/completions", CHAT | {"verbosity": "low"})
+        assert "verbosity has no effect" in reply["warnings"][0]
+        text = {"verbosity": "low"}
+        _, reply, _ = server.post("/v1/responses", {"model": "m", "input": "x", "text": text})
+        assert "verbosity has no effect" in reply["warnings"][0]

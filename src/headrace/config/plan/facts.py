@@ -60,6 +60,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
         pooling: 1_Pooling/config.json; empty when there is none.
         max_tokens: of an input, by sentence_bert_config.json or the tokenizer; 0 when they say nothing.
         chat_template: whether one is there.
+        pieces: the tokenizer is known to have pieces with scores (SentencePiece), and no merges.
     """
 
     where: str
@@ -71,6 +72,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     pooling: dict[str, Any] = {}
     max_tokens: int = 0
     chat_template: bool = False
+    pieces: bool = False
     quantized: Quantized = Quantized()
 
     @property

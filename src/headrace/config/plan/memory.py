@@ -40,11 +40,9 @@ CUDA_PROCESS_BYTES = 767 * MIB
 
 # The same without a GPU, seen with PyTorch 2.13 on Linux: what Python, PyTorch, oneDNN and the engine keep beside
 # files, for encoders and for decoders.
-CPU_PROCESS_BYTES = (160 * MIB, 192 * MIB)
-_TOKENIZER_BYTES = (
-    230,
-    700,
-)  # of an entry of the vocabulary: WordPiece of encoders, byte pairs with their merges
+CPU_PROCESS_BYTES = (160 * MIB, 178 * MIB)
+# Of an entry of the vocabulary: WordPiece of encoders, byte pairs with their merges, pieces with scores.
+_TOKENIZER_BYTES = (230, 700, 340)
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,12 +87,17 @@ def pool_blocks(room: int, block_bytes: int, *, max_num_seqs: int, context: int,
     return min(room // block_bytes, most)
 
 
-def process_bytes(shape: ModelShape, *, cuda: bool) -> int:
-    """What a core takes of the device before any tensor; without a GPU its tokenizer lies there, too."""
+def process_bytes(shape: ModelShape, *, cuda: bool, pieces: bool = False) -> int:
+    """What a core takes of the device before any tensor; without a GPU its tokenizer lies there, too.
+
+    Args:
+        pieces: the tokenizer has pieces with scores, and no merges.
+    """
     if cuda:
         return CUDA_PROCESS_BYTES
     decoder = not shape.bidirectional
-    return CPU_PROCESS_BYTES[decoder] + shape.vocab * _TOKENIZER_BYTES[decoder]
+    entry = _TOKENIZER_BYTES[2 if decoder and pieces else decoder]
+    return CPU_PROCESS_BYTES[decoder] + shape.vocab * entry
 
 
 def pool_budget(

@@ -346,7 +346,7 @@ def _budget(
         cuda=machine.cuda,
         total=machine.memory,
         fraction=spec.memory_fraction,
-        process=process_bytes(shape, cuda=machine.cuda),
+        process=process_bytes(shape, cuda=machine.cuda, pieces=facts.pieces),
         weights=shard(weights.by_kind, layout.ranks),
         scratch=scratch(shape, load),
         fixed=spec.kv_cache_bytes,

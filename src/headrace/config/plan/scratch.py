@@ -12,16 +12,19 @@ from headrace.config.spec import EngineSpec
 
 __all__ = [
     "DECODE_SPLITS",
+    "DRAW_ELEMENTS",
     "ENCODE_FULL_GRAPHS",
     "ENCODE_GRAPH_TOKENS",
     "ENCODE_GRAPH_WASTE",
     "GRAPH_TOKENS",
+    "PROMPT_ROWS",
     "SCORE_ELEMENTS",
     "SMALL_BYTES",
     "Load",
     "Scratch",
     "forward_bytes",
     "largest_load",
+    "prompt_rows",
     "scratch",
 ]
 
@@ -31,13 +34,17 @@ ENCODE_GRAPH_TOKENS = 4096  # of the longest encode pass that is one however ful
 ENCODE_FULL_GRAPHS = (8192, 16384)  # and of those that are one when they are nearly full
 ENCODE_GRAPH_WASTE = 16  # of which one part in so many may be padding
 SCORE_ELEMENTS = 1 << 22  # logits whose order is found at once, for log-probabilities
+DRAW_ELEMENTS = 1 << 23  # logits that a CPU filters and draws from at once
 DECODE_SPLITS = 32  # parts that decode attention cuts a sequence's keys into, at most
 SMALL_BYTES = 32 * MIB  # for tensors up to a MiB, which the allocator keeps apart
 _WORKSPACE_BYTES = 32 * MIB  # cuBLAS's, for each of the two streams
 _SPLIT_BYTES = 24 * MIB  # partial sums of products of few rows
 _PIECES = 1.25  # room that a step needs in one piece of memory, over what lives at once
-_PROMPT_LOGPROB_ROWS = 64
-_SCORE_BYTES = {True: 40, False: 56}  # of each of them, on a GPU and on a CPU
+PROMPT_ROWS = 64  # prompt positions whose logits are made at once, on a GPU
+_ORDER_BYTES = 40  # of each logit whose order is found, on a GPU
+_CPU_SCORE_BYTES = 5  # of each logit on a CPU: exponentials, and whether it is larger than the token's own
+_CPU_PACK_BYTES = 12  # of each result of the head in float32: what the library packs and cannot use again
+_CPU_DRAW_BYTES = 27  # of each logit that is filtered and drawn from on a CPU: its order, masses, race
 # Seen on an H200: 0.4 to 0.7 MiB a graph of 28 to 36 layers.
 _GRAPH_BYTES_A_LAYER = 18 * 1024
 _MIXED_GRAPHS = 64  # captured as traffic needs them
@@ -142,24 +149,37 @@ def forward_bytes(shape: ModelShape, tokens: int, dtype_bytes: int, ranks: int =
 
 
 def logits_bytes(shape: ModelShape, rows: int, dtype_bytes: int, ranks: int = 1) -> int:
-    """The head's product, and the same in float32."""
-    return rows * shape.vocab * (dtype_bytes + 4) // ranks
+    """The head's product, and the same in float32, where it is not."""
+    return rows * shape.vocab * (dtype_bytes + 4 if dtype_bytes < 4 else 4) // ranks
+
+
+def prompt_rows(vocab: int, *, cuda: bool) -> int:
+    """Prompt positions whose logits are made at once; a GPU reads its weights for each time, a CPU computes."""
+    return PROMPT_ROWS if cuda else min(PROMPT_ROWS, max(1, SCORE_ELEMENTS // vocab))
 
 
 def sampling_bytes(shape: ModelShape, rows: int, *, cuda: bool) -> int:
-    """Beside logits: those before any change, and the order of some rows at a time, for log-probabilities."""
-    return rows * shape.vocab * 4 + _order_bytes(shape, rows, cuda)
+    """Beside logits: those before any change, and on a GPU the order of some rows at a time, for log-probabilities;
+    on a CPU what is drawn from."""
+    before = rows * shape.vocab * 4
+    if cuda:
+        return before + _order_bytes(shape, rows)
+    return before + min(rows * shape.vocab, max(DRAW_ELEMENTS, shape.vocab)) * _CPU_DRAW_BYTES
 
 
-def _order_bytes(shape: ModelShape, rows: int, cuda: bool) -> int:
-    return min(rows * shape.vocab, max(SCORE_ELEMENTS, shape.vocab)) * _SCORE_BYTES[cuda]
+def _order_bytes(shape: ModelShape, rows: int) -> int:
+    return min(rows * shape.vocab, max(SCORE_ELEMENTS, shape.vocab)) * _ORDER_BYTES
 
 
 def _generate(shape: ModelShape, load: Load) -> Scratch:
     size, ranks = load.dtype_bytes, load.ranks
     logits = logits_bytes(shape, load.rows, size, ranks)
-    prompts = logits_bytes(shape, _PROMPT_LOGPROB_ROWS, size, ranks)
-    prompts += _order_bytes(shape, _PROMPT_LOGPROB_ROWS, load.cuda)
+    scored = prompt_rows(shape.vocab, cuda=load.cuda)
+    prompts = logits_bytes(shape, scored, size, ranks)
+    if load.cuda:
+        prompts += _order_bytes(shape, scored)
+    else:
+        prompts += scored * shape.vocab * (_CPU_SCORE_BYTES + (_CPU_PACK_BYTES if size == 4 else 0))
     after = max(logits + sampling_bytes(shape, load.rows, cuda=load.cuda), prompts)
     forward = forward_bytes(shape, load.tokens, size, ranks)
     if not load.cuda:

@@ -13,7 +13,7 @@ from headrace.config.schema.types import INVALID, REQUIRED, Enum, Reading, Type,
 from headrace.config.yaml import Node
 from headrace.errors import nearest
 
-__all__ = ["Choice", "F", "Field", "Section", "section_defaults"]
+__all__ = ["Choice", "F", "Field", "Section"]
 
 
 class Field(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,16 +152,6 @@ class Choice(Type):
     def walk(self) -> Iterator[Section]:
         for section in self.cases.values():
             yield from section.walk()
-
-
-def section_defaults(section: Section) -> dict[str, Any]:
-    """What a section reads as when nothing in it is given; required keys are left out."""
-    values: dict[str, Any] = {}
-    for field in section.fields:
-        if field.default is not REQUIRED:
-            inner = isinstance(field.type, Section) and field.default == {}
-            values[field.name] = section_defaults(field.type) if inner else field.default  # type: ignore[arg-type]
-    return values
 
 
 def _join(path: str, name: str) -> str:

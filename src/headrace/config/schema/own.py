@@ -42,10 +42,10 @@ class Size(Type):
         value = node.value
         if isinstance(value, str):
             match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?", value.strip())
-            if match:
+            if match and len(match[1]) < 20:
                 base = 1024 if match[3] else 1000
                 return int(float(match[1]) * base ** " kMGT".index(match[2].replace("K", "k") or " "))
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             return reading.wrong(f"is {node.text[:40]!r}; expected bytes, such as 8GiB", path, node.place)
         return value
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from headrace.config.accelerators import parse_accelerator
-from headrace.config.schema.common import FP4_TYPES, FP8_TYPES, LEGACY_QUANTIZATION, hf_repo_id
-from headrace.config.schema.fields import Section, section_defaults
+from headrace.config.schema.common import FP4_TYPES, FP8_TYPES, hf_repo_id
+from headrace.config.schema.fields import Section
 from headrace.config.schema.top import memory_bytes
 from headrace.config.schema.trt_llm import BUILD
 from headrace.config.schema.view import Rule, View, rule
@@ -16,6 +16,14 @@ __all__ = ["ENCODERS", "LEGACY_TAG", "OPENAI_TAG", "TRT_RULES", "accelerator", "
 
 TRT_RULES: list[Rule] = []
 ENCODERS = ("encoder", "encoder_bert")
+_DECODER_KEYS = (
+    "trt_llm.build.max_seq_len",
+    "trt_llm.build.moe_expert_parallel_option",
+    *(
+        f"trt_llm.runtime.{name}"
+        for name in ("kv_cache_host_memory_bytes", "batch_scheduler_policy", "request_default_max_tokens")
+    ),
+)
 OPENAI_TAG = "openai-compatible"
 LEGACY_TAG = "force-legacy-api-non-openai-compatible"
 _B = "trt_llm.build"
@@ -99,7 +107,9 @@ def _check_repository(view: View, block: str) -> None:
             hf_repo_id(repo)
         except ValueError as error:
             view.error(f"{block}.repo", str(error))
-    elif schemes and not re.match("|".join(schemes) + r"\S", repo):
+    if schemes and found.get("revision") is not None:
+        view.notice("no_effect", f"{block}.revision", f"{source} has no revisions, so it is ignored")
+    if schemes and not re.match("|".join(schemes) + r"\S", repo):
         view.error(f"{block}.repo", f"is {repo[:80]!r}; source {source} needs {' or '.join(schemes)}…")
     elif source == "LOCAL":
         view.notice("lifted", f"{block}.source", "a folder on this machine; the hosted system refuses LOCAL")
@@ -108,7 +118,7 @@ def _check_repository(view: View, block: str) -> None:
 @rule(TRT_RULES, when=_B)
 def v2_build_is_small(view: View) -> None:
     """v2 allows `build` to set only checkpoint, quantization, `skip_build_result` and `num_builder_gpus`;
-    other keys are fine at their defaults."""
+    other keys are fine at their defaults, `plugin_configuration` only when it is absent."""
     if stack(view) != "v2":
         return
     for field in BUILD.fields:
@@ -116,7 +126,9 @@ def v2_build_is_small(view: View) -> None:
         if field.name in _V2_BUILD or not view.given(path) or view.invalid(path):
             continue
         value = view.get(path)
-        default = section_defaults(field.type) if isinstance(field.type, Section) else field.default
+        default = (
+            None if isinstance(field.type, Section) else field.default
+        )  # a block is refused whatever it says
         if value is not None and value != default:
             hint = _RENAMES.get(field.name, "remove it or set inference_stack: v1")
             view.error(path, f"is not allowed with stack v2; {hint}")
@@ -211,6 +223,8 @@ def speculator_needs_reuse(view: View) -> None:
     """A speculator needs a decoder and both plugin flags; `max_batch_size` above 64 warns; lifted: structured
     output, sampling and chunked prefill work together with lookahead."""
     path = f"{_B}.speculator"
+    if stack(view) != "v1" or view.get(f"{path}.speculative_decoding_mode") != "LOOKAHEAD_DECODING":
+        return  # refused for that
     if _base(view) in ENCODERS:
         view.error(path, f"is for decoders; {_base(view)} generates nothing: remove it")
         return
@@ -252,7 +266,8 @@ def expert_parallelism(view: View) -> None:
 
 @rule(TRT_RULES, f"{_B}.base_model", when=_B)
 def encoders_use_one_gpu(view: View) -> None:
-    """Encoders force the parallel counts to 1 with a warning; a `*_kv` type on `encoder` warns."""
+    """Encoders force the parallel counts to 1 with a warning; a `*_kv` type on `encoder` warns; keys of decoders
+    (context, scheduling, defaults of requests) have no effect on them."""
     base = _base(view)
     if base not in ENCODERS:
         return
@@ -260,6 +275,9 @@ def encoders_use_one_gpu(view: View) -> None:
         value = view.get(f"{_B}.{name}", 1)
         if value != 1:
             view.notice("warning", f"{_B}.{name}", f"is {value}; an encoder runs on one GPU, so 1 is used")
+    for path in _DECODER_KEYS:
+        if view.given(path) and view.get(path) not in (None, {}):
+            view.notice("no_effect", path, f"is a decoder's; {base} follows its checkpoint")
     quantization = str(view.get(f"{_B}.quantization_type", "no_quant"))
     if base == "encoder" and "_kv" in quantization:
         view.notice("warning", f"{_B}.quantization_type", f"{quantization}: an encoder keeps no KV cache")
@@ -315,8 +333,11 @@ def gpu_can_do_it(view: View) -> None:
             f"{_B}.quantization_type",
             f"{quantization} on {gpu}: FP4 weights, computed in 16 bit; the hosted system wants Blackwell",
         )
-    if quantization in LEGACY_QUANTIZATION and quantization.endswith("kv_int8"):
-        view.notice("not_yet", f"{_B}.quantization_type", f"{quantization}: no int8 KV cache; use fp8_kv")
+    if quantization.endswith("kv_int8"):
+        note = f"{quantization}: the weights; the KV cache stays in 16 bits (fp8_kv has one of 8)"
+        view.notice("differs", f"{_B}.quantization_type", note)
+    elif quantization == "smooth_quant":
+        view.notice("differs", f"{_B}.quantization_type", "smooth_quant: INT8 weights, 16-bit activations")
 
 
 @rule(TRT_RULES, f"{_B}.base_model", when=_B)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from headrace.config.command import read_command
@@ -14,6 +15,7 @@ __all__ = ["REST_RULES"]
 REST_RULES: list[Rule] = []
 _PATCH = "trt_llm.runtime.patch_kwargs"
 _BIS_OPTIONS = "bis_llm.config.engine_config"
+_CREDENTIAL = re.compile(r"(^|_)(token|key|secret|password|passwd|credentials?)$", re.IGNORECASE)
 _ROLE_KEYS = tuple(
     name for method, names in AUTH_METHODS.items() if method != "CUSTOM_SECRET" for name in names
 )
@@ -168,10 +170,15 @@ def one_list_of_requirements(view: View) -> None:
 
 @rule(REST_RULES)
 def reserved_variables(view: View) -> None:
-    """`PORT` and `HOSTNAME` in `environment_variables` warn: the platform overwrites them."""
+    """`PORT` and `HOSTNAME` in `environment_variables` warn: the platform overwrites them; and so do credentials,
+    which belong under `secrets`."""
     for name in ("PORT", "HOSTNAME"):
         if name in view.get("environment_variables", {}):
             view.notice("warning", f"environment_variables.{name}", "is overwritten by the hosted platform")
+    for name, value in view.get("environment_variables", {}).items():
+        if _CREDENTIAL.search(name) and isinstance(value, str) and len(value) >= 8 and "/" not in value:
+            note = "looks like a credential in the clear; name it under secrets and set it outside this file"
+            view.notice("warning", f"environment_variables.{name}", note)
 
 
 @rule(REST_RULES)

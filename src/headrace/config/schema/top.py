@@ -41,9 +41,10 @@ __all__ = ["TOP", "memory_bytes"]
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18} | {
     f"{prefix}i": 1024**power for power, prefix in enumerate("KMGTPE", 1)
 }
+_MOST = 2**80
 _CODE = "model.py and its packages are not run here: the engine is ours"
 _IMAGE = "no image is built here"
-_PROBES = "health is judged by progress of the engine (docs/serving.md)"
+_PROBES = "health is judged by progress of the engine (/health, docs/api.md)"
 _PLATFORM = "the platform's own; not needed here"
 
 
@@ -57,7 +58,10 @@ def memory_bytes(text: str) -> int:
     if match is None or match[2] not in _UNITS:
         units = ", ".join(unit for unit in _UNITS if unit)
         raise ValueError(f"is {text[:40]!r}; expected bytes with a unit of {units}, such as 16Gi")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = float(match[1]) * _UNITS[match[2]]
+    if size > _MOST:
+        raise ValueError(f"is {text[:40]!r}, more than any machine has; expected bytes, such as 16Gi")
+    return int(size)
 
 
 def _memory(text: str) -> str:
@@ -178,9 +182,13 @@ class AcceleratorType(Type):
                 f"is {node.kind()}; expected TYPE or TYPE:count, such as H100:2", path, node.place
             )
         try:
-            return str(parse_accelerator(node.value))
+            found = parse_accelerator(node.value)
         except ValueError as error:
             return reading.wrong(str(error), path, node.place)
+        if found.gpu is not None and not found.gpu.hosted:
+            note = f"{found.name}: the hosted system has none; plans know it"
+            reading.report.notice("lifted", note, path, node.place)
+        return str(found)
 
     def describe(self) -> str:
         return "TYPE[:count]"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace.config.plan.scratch import DRAW_ELEMENTS
 from headrace.kernels.sampling import Draws, Edits, Scores
 
 __all__ = ["draw_rows", "edit_rows", "forbid_rows", "race_times", "score_rows", "scores"]
 
 _GOLDEN = -1640531535  # 2^32 over the golden ratio, as int32
-_AT_ONCE = 1 << 23  # logits that are filtered and drawn from at once
 _CANDIDATES = 512  # most likely tokens looked at before a full sort is paid for
 
 
@@ -39,7 +39,7 @@ def draw_rows(
 ) -> Tensor:
     drawn = draws.temperature.nonzero()[:, 0]
     tokens = _argmax(logits) if len(drawn) < len(logits) else torch.empty_like(drawn)
-    for some in drawn.split(max(1, _AT_ONCE // logits.shape[1])) if len(drawn) else ():
+    for some in drawn.split(max(1, DRAW_ELEMENTS // logits.shape[1])) if len(drawn) else ():
         scaled = logits if len(some) == len(logits) else logits[some]
         scaled = scaled / draws.temperature[some].clamp(min=1e-5)[:, None]
         if draws.any_top_k or draws.any_top_p or draws.any_min_p:
@@ -64,7 +64,7 @@ def scores(logits: Tensor, norms: Tensor, tokens: Tensor, ids: Tensor) -> Scores
         ids: int64 [P, k], the most likely tokens.
     """
     own = logits.gather(1, tokens.clamp(min=0)[:, None])
-    ranks = (logits > own).sum(-1) + 1
+    ranks = (logits > own).sum(-1, dtype=torch.int32) + 1  # an int64 sum would first copy all of it
     return Scores(own[:, 0] - norms, ranks, ids, logits.gather(1, ids) - norms[:, None])
 
 

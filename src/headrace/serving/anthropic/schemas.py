@@ -54,7 +54,9 @@ class MessagesRequest(ApiModel):
     metadata: dict[str, Any] | None = harmless("For the caller's own books.")
     service_tier: str | None = harmless("There is one tier.")
     cache_control: Any = harmless("Prefixes are cached by content.")
-    inference_geo: str | None = harmless("It runs here.")
+    inference_geo: str | None = refused(
+        "where this server stands is not known to it", "global", "not_available"
+    )
     container: Any = refused("no containers run here")
     mcp_servers: Any = refused("no MCP servers are called from here", [])
     context_management: Any = refused("nothing of the kind runs here")

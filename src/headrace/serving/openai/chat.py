@@ -141,14 +141,17 @@ async def render(body: ChatRequest, engine: AsyncEngine, wish: ToolWish, allow_t
     )
 
 
+_TEMPLATE_FIELDS = ("reasoning_effort", "verbosity")  # of a request, that only a template can act on
+
+
 def _unread(template: str, body: ChatRequest, variables: dict[str, Any]) -> tuple[str, ...]:
     """What was given for the template and has no effect, since the template never names it."""
     given = {"documents": "documents"} if body.documents else {}
     for name, value in variables.items():
         if name == "enable_thinking" and value is False:
             continue  # a template that knows no thinking does as asked
-        asked = name == "reasoning_effort" and body.reasoning_effort is not None
-        if not asked or body.reasoning_effort != "none":
+        asked = name in _TEMPLATE_FIELDS and getattr(body, name) is not None
+        if name != "reasoning_effort" or not asked or body.reasoning_effort != "none":
             given[name] = name if asked else f"chat_template_kwargs.{name}"
     return tuple(
         f"{field} has no effect: this model's chat template does not read {name!r}"
@@ -163,6 +166,8 @@ def _variables(body: ChatRequest) -> dict[str, Any]:
         variables["reasoning_effort"] = body.reasoning_effort
         if body.reasoning_effort == "none":
             variables["enable_thinking"] = False
+    if body.verbosity is not None:
+        variables["verbosity"] = body.verbosity
     for field in ("chat_template_kwargs", "chat_template_args"):
         given: dict[str, Any] = getattr(body, field) or {}
         for name in given.keys() & _RESERVED:

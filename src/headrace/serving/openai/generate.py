@@ -14,6 +14,7 @@ from headrace.llm.async_engine import best, ranked
 from headrace.llm.protocols import Prompt
 from headrace.llm.results import Collector
 from headrace.serving.call import Call
+from headrace.serving.exchange import current
 from headrace.serving.openai.common import GenerateFields
 from headrace.serving.openai.replies import encode
 from headrace.serving.openai.sampling import num_choices
@@ -64,6 +65,7 @@ async def answer(
         visible=visible,
     )
     call.record.follow(generation)
+    _tell_cut(body, generation, engine.max_model_len)
     writer = make(generation)
     if body.stream:
         return await send_stream(call, generation, writer, verifier)
@@ -79,6 +81,17 @@ async def answer(
         for completion in kept:
             await verifier.look(writer.turn(completion.index), completion)
     return web.Response(body=encode(writer.reply()), content_type="application/json")
+
+
+def _tell_cut(body: GenerateFields, generation: Generation, context: int) -> None:
+    """A limit beyond the context is cut to it, as the hosted system does, and not in silence."""
+    fields = [
+        name for name in ("max_completion_tokens", "max_tokens") if getattr(body, name, None) is not None
+    ]
+    room = min(choice.params.max_tokens or 0 for choice in generation.choices)
+    if fields and (asked := getattr(body, fields[0])) > room:
+        told = f"the limit of {asked} output tokens was cut to {room}: the context of {context} holds no more"
+        current().warnings += (told,)
 
 
 async def _collect(generation: Generation, call: Call) -> list[Completion]:

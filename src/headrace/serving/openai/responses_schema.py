@@ -48,7 +48,9 @@ class ResponsesRequest(ApiModel):
     parallel_tool_calls: bool | None = acts(None, "False: at most one call in a turn (default true).")
     text: dict[str, Any] | None = acts(None, "`format`: text, json_object or json_schema.")
     reasoning: dict[str, Any] | None = acts(None, "`effort` goes to the chat template.")
-    include: list[str] | None = harmless("Reasoning is told in the clear.")
+    include: list[str] | None = acts(
+        None, "Reasoning is told in the clear; log-probabilities are refused, other parts do not occur here."
+    )
     metadata: dict[str, Any] | None = acts(None, "Handed back.")
     truncation: Literal["auto", "disabled"] | None = acts(None, "`disabled`; `auto` is refused.")
     top_logprobs: int | None = refused("use chat completions", 0)
@@ -73,6 +75,10 @@ class ResponsesRequest(ApiModel):
         if self.truncation == "auto":
             raise FieldError(
                 "truncation", "truncation 'auto' is not supported: nothing is cut without being told"
+            )
+        if "message.output_text.logprobs" in (self.include or ()):
+            raise FieldError(
+                "include", "include: message.output_text.logprobs is not supported here; use chat completions"
             )
         return self
 
@@ -99,6 +105,7 @@ def to_chat(body: ResponsesRequest, before: list[dict[str, Any]]) -> tuple[ChatR
         "parallel_tool_calls": body.parallel_tool_calls,
         "response_format": _format(body.text),
         "reasoning_effort": (body.reasoning or {}).get("effort"),
+        "verbosity": (body.text or {}).get("verbosity"),
     }
     if not body.tools and body.tool_choice == "auto":
         fields["tool_choice"] = None

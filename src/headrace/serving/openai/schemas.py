@@ -142,7 +142,9 @@ class ChatRequest(GenerateFields):
     thinking_token_budget: int | None = acts(
         None, "So many tokens of thinking at most; then the model must answer.", ge=0, le=INT32
     )
-    verbosity: Literal["low", "medium", "high"] | None = harmless("No open checkpoint reads it.")
+    verbosity: Literal["low", "medium", "high"] | None = acts(
+        None, "Handed to the chat template; a warning tells when that does not read it."
+    )
     modalities: Many[Literal["text", "audio"]] | None = acts(None, "`text`; `audio` is refused.")
     audio: dict[str, Any] | None = harmless(
         "Only read together with `modalities: [audio]`, which is refused."
@@ -159,7 +161,7 @@ class ChatRequest(GenerateFields):
     prompt_cache_retention: Literal["in_memory", "24h", "in-memory"] | None = harmless(
         "Prefixes are cached as memory allows."
     )
-    web_search_options: dict[str, Any] | None = harmless("The model has no access to the web.")
+    web_search_options: dict[str, Any] | None = refused("the model has no access to the web")
     moderation: dict[str, Any] | None = refused("no moderation model runs here")
     include_reasoning: bool | None = acts(None, "False leaves `reasoning_content` out of the reply.")
 
