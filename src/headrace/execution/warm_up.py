@@ -27,6 +27,7 @@ _OTHER = (
     SamplingParams(temperature=1.0, top_p=0.999),
     SamplingParams(temperature=0.7, repetition_penalty=1.1, presence_penalty=0.1, logprobs=1),
 )
+_PROMPT_SCORED = SamplingParams(temperature=0.0, logprobs=0, prompt_logprobs=1)
 
 
 def prepare_kernels(
@@ -55,6 +56,8 @@ def prepare_kernels(
                 blank_step(runner, [1] * rows, [sampling])
                 blank_step(runner, [1] * rows, [sampling], masked=True)
                 blank_step(runner, [9] * min(rows, step_tokens // 9), [sampling])
+        for count in (2, 9, 17, 100):  # logits of this many prompt tokens less one
+            blank_step(runner, [min(count, step_tokens)], [_PROMPT_SCORED])
 
     rehearse(work, runner.device, steps, _aside(runner), progress)
 
