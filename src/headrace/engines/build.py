@@ -211,6 +211,7 @@ def _build_generate(
         work = kernel_work(spec, checkpoint, dtype, cache_dtype, sizes)
         _take_all(runner, need, work, sizes, stages, on_compiling)
     require_finite(is_finite(runner), model, spec.model, dtype)
+    stages.done("check")
     tokenizer = reading.result()
     eos_ids = eos_token_ids(checkpoint, tokenizer)
     scheduler = Scheduler(

@@ -77,6 +77,7 @@ def build_encode(
         work = repr((checkpoint.config, model.card, spec.quantization, spec.eager, dtype, load))
         _take_all(runner, scratch(shape, load), load, work, stages, on_compiling)
     require_finite(_is_finite(runner), model, spec.model, dtype)
+    stages.done("check")
     summary: dict[str, Any] = {
         "tasks": [task.value for task in model.card.tasks],
         "dimensions": model.dimensions,
