@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from headrace.errors import UnsupportedCheckpoint
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Region", "Upload", "Uploader"]
+__all__ = ["InFiles", "Region", "Upload", "Uploader", "uploader_for"]
 
 _PIECE = 8 << 20  # bytes; a multiple of every element's size
 _PIECES = 16
@@ -34,6 +34,15 @@ class Region:
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+@runtime_checkable
+class InFiles(Protocol):
+    """A checkpoint that says where its tensors lie."""
+
+    def region(self, name: str) -> Region | None:
+        """None for those that only it can read."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,11 @@ class Uploader:
         if path not in self._files:
             self._files[path] = os.open(path, os.O_RDONLY)
         return self._files[path]
+
+
+def uploader_for(weights: object, device: torch.device) -> Uploader | None:
+    """One for weights that say where they lie and a device that fetches by itself; None for others."""
+    return Uploader(device) if device.type == "cuda" and isinstance(weights, InFiles) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     from headrace.engines.bench.cases import Case, parse_case
+    from headrace.engines.kernel_cache import keep_kernels
 
+    keep_kernels()
     if args.cases:
         cases = [parse_case(text) for text in args.cases]
     else:

@@ -65,8 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print."""
+    from headrace.engines.kernel_cache import keep_kernels
     from headrace.errors import ConfigError
 
+    keep_kernels()
     if args.max_tokens < 2:
         raise ConfigError(f"--max-tokens is {args.max_tokens}; expected at least 2", param="max_tokens")
     spec = resolution(args, FLAGS).spec

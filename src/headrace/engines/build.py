@@ -162,6 +162,9 @@ def _build_generate(
     on_compiling: Progress | None,
 ) -> tuple[GenerateCore, Ready]:
     dtype = choose_dtype(spec, checkpoint, device, packs=True)
+    beside = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+    reading = beside.submit(_tokenizer, checkpoint)
+    beside.shutdown(wait=False)
     # What is refused is refused before gigabytes are read.
     declared = read_config(checkpoint.config)
     cache_dtype = kv_dtype(spec, checkpoint, declared, dtype)
@@ -171,9 +174,7 @@ def _build_generate(
     shape = read_shape(facts)
     take_for_weights(device, facts, shape, dtype, spec.quantization)
     stages.done("device")
-    with ThreadPoolExecutor(1) as beside:
-        reading = beside.submit(_tokenizer, checkpoint)
-        model = load_weights(spec, checkpoint, dtype, device, progress)
+    model = load_weights(spec, checkpoint, dtype, device, progress)
     stages.done("weights")
     if model.config.headless:
         raise UnsupportedCheckpoint(
@@ -181,8 +182,6 @@ def _build_generate(
             "serve it as an embedder, or give a *ForCausalLM checkpoint",
             param="engine",
         )
-    tokenizer = reading.result()
-    eos_ids = eos_token_ids(checkpoint, tokenizer)
     max_model_len = _max_model_len(spec, model)
     step_tokens = spec.max_num_batched_tokens or (
         CUDA_STEP_TOKENS if device.type == "cuda" else CPU_STEP_TOKENS
@@ -212,6 +211,9 @@ def _build_generate(
         work = kernel_work(spec, checkpoint, dtype, cache_dtype, sizes)
         _take_all(runner, need, work, sizes, stages, on_compiling)
     require_finite(is_finite(runner), model, spec.model, dtype)
+    stages.done("check")
+    tokenizer = reading.result()
+    eos_ids = eos_token_ids(checkpoint, tokenizer)
     scheduler = Scheduler(
         BlockPool(blocks),
         block_size=spec.block_size,
@@ -286,7 +288,14 @@ def _take_all(
 
     take_for_steps(runner.device, need, runner if isinstance(runner, GraphRunner) else None)
     stages.done("memory")
-    prepare_kernels(runner, work, **sizes, progress=on_compiling)
+
+    def compiling(done: int, total: int) -> None:
+        if done == 0:
+            stages.done("rehearsal")
+        if on_compiling is not None:
+            on_compiling(done, total)
+
+    prepare_kernels(runner, work, **sizes, progress=compiling)
     stages.done("kernels")
     warm_up(runner, **sizes)
     stages.done("warm-up")

@@ -17,9 +17,9 @@ import time
 import traceback
 from typing import Any, Literal
 
-from headrace.config import env
 from headrace.config.spec import EngineSpec
 from headrace.engines.child import remove_socket
+from headrace.engines.kernel_cache import keep_kernels
 from headrace.engines.loop import CoreLoop
 from headrace.engines.stages import Stages, process_began
 from headrace.errors import HeadraceError
@@ -134,19 +134,9 @@ def _run_core(spec: EngineSpec, address: str, parent: int, stages: Stages, alone
         transport.close()
 
 
-def _keep_kernels() -> None:
-    """Have Triton keep what it compiles beside the models, and no more than it needs to load it again."""
-    folder = env.kernel_cache()
-    if folder is not None:
-        with contextlib.suppress(OSError):  # Triton's own place is left, or one that is there but read-only
-            folder.mkdir(parents=True, exist_ok=True)
-            os.environ["TRITON_CACHE_DIR"] = str(folder)
-    os.environ.setdefault("TRITON_STORE_BINARY_ONLY", "1")
-
-
 def _import_all(device: str, stages: Stages) -> None:
     """What a core needs whatever it runs; what cannot be imported is told when the spec is there."""
-    _keep_kernels()
+    keep_kernels()
     beside = threading.Thread(target=prepare, name="headrace-context", daemon=True)
     if device != "cpu":
         beside.start()

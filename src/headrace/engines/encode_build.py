@@ -8,7 +8,7 @@ import torch
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.plan.memory import CPU_ENCODE_TOKENS, CUDA_ENCODE_TOKENS
-from headrace.config.plan.scratch import Scratch, largest_load, scratch
+from headrace.config.plan.scratch import Load, Scratch, largest_load, scratch
 from headrace.config.plan.shape import read_shape
 from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
@@ -75,8 +75,9 @@ def build_encode(
     core = EncodeCore(runner, max_tokens=batch_tokens, max_seqs=spec.max_num_seqs, overlap=overlap)
     if device.type == "cuda":
         work = repr((checkpoint.config, model.card, spec.quantization, spec.eager, dtype, load))
-        _take_all(runner, scratch(shape, load), load.tokens, work, stages, on_compiling)
+        _take_all(runner, scratch(shape, load), load, work, stages, on_compiling)
     require_finite(_is_finite(runner), model, spec.model, dtype)
+    stages.done("check")
     summary: dict[str, Any] = {
         "tasks": [task.value for task in model.card.tasks],
         "dimensions": model.dimensions,
@@ -127,22 +128,22 @@ def _is_finite(runner: EncodeRunner) -> bool:
 def _take_all(
     runner: EncodeRunner,
     need: Scratch,
-    tokens: int,
+    load: Load,
     work: str,
     stages: Stages,
     on_compiling: Progress | None,
 ) -> None:
     """Take what serving will ever need of the device, so that it never asks for more."""
-    from headrace.execution.encode_warm_up import prepare_kernels, run_once
+    from headrace.execution.encode_warm_up import largest, prepare_kernels, run_once
 
     give_back(runner.device)
     take_for_steps(runner.device, need, runner.graphs)
     stages.done("memory")
-    prepare_kernels(runner, work, tokens, on_compiling)
+    prepare_kernels(runner, work, load.tokens, load.rows, on_compiling)
     stages.done("kernels")
     if runner.graphs is not None:
         runner.graphs.warm_up(GRAPH_SECONDS)
-    run_once(runner, tokens)
+    run_once(runner, largest(runner, load.tokens))
     stages.done("warm-up")
 
 

@@ -31,6 +31,9 @@ __all__ = ["HEARTBEAT_SECONDS", "Core", "CoreLoop", "Transport"]
 logger = logging.getLogger("headrace.core")
 
 HEARTBEAT_SECONDS = 0.5
+QUIET_SECONDS = (
+    0.05  # without a message, before work that can wait is done: it holds up the message that comes next
+)
 
 
 class Core(Protocol):
@@ -96,8 +99,8 @@ class CoreLoop:
         gc.freeze()  # what was loaded stays: no collection walks over it while requests wait
         more = True  # to be done in moments without work
         while True:
-            busy = more or core.has_work()
-            for client, message in self.transport.receive(0.0 if busy else HEARTBEAT_SECONDS):
+            wait = 0.0 if core.has_work() else QUIET_SECONDS if more else HEARTBEAT_SECONDS
+            for client, message in self.transport.receive(wait):
                 self._handle(client, message)
             if core.has_work():
                 self._send(core.step())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 from headrace.execution.encode_graphs import LARGE, TOKENS
 from headrace.execution.encode_runner import EncodeRunner
@@ -10,28 +11,34 @@ from headrace.execution.rehearsal import rehearse
 from headrace.kernels.ahead import Progress
 from headrace.types import EncodeParams, Request
 
-__all__ = ["prepare_kernels", "run_once"]
+__all__ = ["largest", "prepare_kernels", "run_once"]
 
 
-def run_once(runner: EncodeRunner, tokens: int, length: int | None = None, *, every: bool = False) -> None:
-    """One pass over so many tokens, in texts of ``length`` (None: the longest there can be).
+def run_once(runner: EncodeRunner, counts: Sequence[int], *, every: bool = False) -> None:
+    """One pass over texts of so many tokens each.
 
     Args:
         every: for every task of the model, not the first one alone.
     """
-    length = min(tokens, length or runner.max_tokens)
-    counts = [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)
     first, *also = runner.model.card.tasks
     params = EncodeParams(task=first, also=tuple(also) if every else ())
     runner.run([Request(id=str(i), token_ids=(0,) * n, encode=params) for i, n in enumerate(counts)])
 
 
-def prepare_kernels(runner: EncodeRunner, work: str, tokens: int, progress: Progress | None = None) -> None:
+def largest(runner: EncodeRunner, tokens: int) -> list[int]:
+    """Lengths of the largest pass: as few texts as hold so many tokens."""
+    length = runner.max_tokens
+    return [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)
+
+
+def prepare_kernels(
+    runner: EncodeRunner, work: str, tokens: int, max_seqs: int, progress: Progress | None = None
+) -> None:
     """Compile what this machine lacks of the kernels that any pass can launch, several at once.
 
     Args:
         work: see headrace.kernels.ahead.Note.
-        tokens: of the largest pass.
+        tokens, max_seqs: of the largest pass.
     """
     graphs = runner.graphs
 
@@ -39,10 +46,12 @@ def prepare_kernels(runner: EncodeRunner, work: str, tokens: int, progress: Prog
         if graphs is not None:
             for size in (*TOKENS, *LARGE):
                 graphs.capture(size)
-        lengths = [size for size in (1, 2, 16, 64, 128, 256, 512, 1024, 4096) if size < runner.max_tokens]
-        for total in (1, 2, 16, 48, 100, tokens // 3 * 2 + 1, tokens):
-            for length in (*lengths, runner.max_tokens):
-                run_once(runner, total, length, every=True)
+        # Triton tells apart numbers that are 1, that 16 divides, and others; kernels differ by powers of two.
+        for seqs in sorted({min(n, max_seqs) for n in (1, 2, 16, 17, 33, 65, 128, 129, 256, max_seqs)}):
+            for length in sorted({min(n, runner.max_tokens) for n in (1, 7, 16, 64, 100, 300, 512, 1 << 20)}):
+                if seqs * length <= tokens or seqs == 1:
+                    run_once(runner, [length] * seqs, every=True)
+        run_once(runner, largest(runner, tokens), every=True)
 
     aside = contextlib.nullcontext() if graphs is None else graphs.rehearsing()
     rehearse(work, runner.device, steps, aside, progress)

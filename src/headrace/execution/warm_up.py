@@ -19,7 +19,7 @@ from headrace.types import SamplingParams
 
 __all__ = ["GRAPH_SECONDS", "prepare_kernels", "warm_up"]
 
-GRAPH_SECONDS = 0.3  # spent on graphs before the first request; others follow while there is none
+GRAPH_SECONDS = 0.2  # spent on graphs before the first request; others follow while there is none
 
 _GREEDY = SamplingParams(temperature=0.0)
 _DRAWN = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01)
@@ -27,6 +27,7 @@ _OTHER = (
     SamplingParams(temperature=1.0, top_p=0.999),
     SamplingParams(temperature=0.7, repetition_penalty=1.1, presence_penalty=0.1, logprobs=1),
 )
+_PROMPT_SCORED = SamplingParams(temperature=0.0, logprobs=0, prompt_logprobs=1)
 
 
 def prepare_kernels(
@@ -55,9 +56,10 @@ def prepare_kernels(
                 blank_step(runner, [1] * rows, [sampling])
                 blank_step(runner, [1] * rows, [sampling], masked=True)
                 blank_step(runner, [9] * min(rows, step_tokens // 9), [sampling])
+        for count in (2, 9, 17, 100):  # logits of this many prompt tokens less one
+            blank_step(runner, [min(count, step_tokens)], [_PROMPT_SCORED])
 
-    aside = runner.rehearsing() if isinstance(runner, GraphRunner) else contextlib.nullcontext()
-    rehearse(work, runner.device, steps, aside, progress)
+    rehearse(work, runner.device, steps, _aside(runner), progress)
 
 
 def warm_up(runner: Runner, *, step_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
@@ -66,19 +68,25 @@ def warm_up(runner: Runner, *, step_tokens: int, max_num_seqs: int, max_model_le
     Args:
         runner: before its first step.
     """
-    longest = min(step_tokens, max_model_len - 1)
-    prompts = _spread(step_tokens, longest, max_num_seqs)
-    blank_step(runner, prompts, [_GREEDY])
+    prompts = _spread(step_tokens, min(step_tokens, max_model_len - 1), max_num_seqs)
+    with _aside(runner):  # the first layers alone take as much memory and load as many kernels as all
+        blank_step(runner, prompts, [_GREEDY])
+        for sampling in (_DRAWN, *_OTHER):
+            blank_step(runner, [1] * max_num_seqs, [sampling])
+    blank_step(runner, [2], [_GREEDY])
+    blank_step(runner, [1], [_GREEDY])
     if isinstance(runner, GraphRunner):
         began = time.perf_counter()
         runner.foresee(step_tokens)
         while runner.prepare_next() and time.perf_counter() - began < GRAPH_SECONDS:
             pass
-    for sampling in (_DRAWN, *_OTHER):
-        blank_step(runner, [1] * max_num_seqs, [sampling])
-    blank_step(runner, [1], [_GREEDY])
     if runner.device.type == "cuda":
         torch.cuda.synchronize(runner.device)
+
+
+def _aside(runner: Runner) -> contextlib.AbstractContextManager[None]:
+    """Without graphs, where there are any."""
+    return runner.rehearsing() if isinstance(runner, GraphRunner) else contextlib.nullcontext()
 
 
 def _spread(total: int, longest: int, most: int) -> list[int]:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from headrace.checkpoints.base import Checkpoint
-from headrace.checkpoints.upload import Region
+from headrace.checkpoints.upload import InFiles, Region
 from headrace.errors import UnknownArchitecture, UnsupportedCheckpoint, nearest
 from headrace.models.encode_eight_bits import EightBits, round_to_eight_bits
 from headrace.models.encoder import EncoderModel
 from headrace.models.encoder_families import ENCODER_FAMILIES, encoder_family, read_encoder_config
 from headrace.models.encoder_weights import find_prefix, load_encoder
-from headrace.models.loading import InFiles, Transform, load_decoder
+from headrace.models.loading import Transform, load_decoder
 from headrace.models.registry import FAMILIES
 
 __all__ = ["Backbone", "is_causal_family", "load_backbone"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.checkpoints.base import Checkpoint
+from headrace.checkpoints.upload import InFiles, Upload, Uploader, uploader_for
 from headrace.errors import MissingFile, UnsupportedCheckpoint
 from headrace.models.encoder import EncoderConfig, EncoderModel
 from headrace.models.encoder_family import EncoderFamily, Names
@@ -35,13 +36,19 @@ def load_encoder(
     names = family.names(model.config)
     known = set(checkpoint.names())
     prefix = find_prefix(names["word"][0] + ".weight", known, checkpoint)
-    for path, target in _targets(model):
-        sources, leaf = _sources(path, names)
-        tensors = [_load(checkpoint, known, prefix + source, leaf, target.dtype) for source in sources]
-        value = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        if _generic(path)[0].rsplit(".", 1)[0] in family.halves_swapped:
-            value = torch.cat(value.chunk(2)[::-1])
-        _fill(path, target, value, prefix + sources[0])
+    uploader = uploader_for(checkpoint, next(model.parameters()).device)
+    try:
+        for path, target in _targets(model):
+            sources, leaf = _sources(path, names)
+            found = [_name(checkpoint, known, prefix + source, leaf) for source in sources]
+            swapped = _generic(path)[0].rsplit(".", 1)[0] in family.halves_swapped
+            if swapped or uploader is None or not _upload(uploader, checkpoint, found, path, target):
+                _read(checkpoint, found, path, target, swapped)
+        if uploader is not None:
+            uploader.flush()
+    finally:
+        if uploader is not None:
+            uploader.close()
     if convert is not None:
         convert(model)
     model.finish()
@@ -60,7 +67,8 @@ def load_module(module: nn.Module, checkpoint: Checkpoint, source: str) -> None:
     """Fill one small module (a head's layer) from ``source.weight`` and ``source.bias``."""
     known = set(checkpoint.names())
     for leaf, target in module.named_parameters(recurse=False):
-        _fill(leaf, target, _load(checkpoint, known, source, leaf, target.dtype), source)
+        value = checkpoint.load(_name(checkpoint, known, source, leaf), target.dtype)
+        _fill(leaf, target, value, source)
 
 
 def _targets(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -86,7 +94,32 @@ def _sources(path: str, names: Names) -> tuple[list[str], str]:
     return [source.replace("{i}", index) for source in names[module]], leaf
 
 
-def _load(checkpoint: Checkpoint, known: set[str], source: str, leaf: str, dtype: torch.dtype) -> Tensor:
+def _read(checkpoint: Checkpoint, names: list[str], path: str, target: nn.Parameter, swapped: bool) -> None:
+    tensors = [checkpoint.load(name, target.dtype) for name in names]
+    value = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    if swapped:
+        value = torch.cat(value.chunk(2)[::-1])
+    _fill(path, target, value, names[0])
+
+
+def _upload(
+    uploader: Uploader, checkpoint: Checkpoint, names: list[str], path: str, target: nn.Parameter
+) -> bool:
+    """Have tensors read, one below the other; False for those that only the checkpoint can read."""
+    if not isinstance(checkpoint, InFiles):
+        return False
+    regions = [region for name in names if (region := checkpoint.region(name)) is not None]
+    if len(regions) < len(names) or any(not region.shape for region in regions):
+        return False
+    rows = [region.shape[0] for region in regions]
+    for region in regions:
+        _check((sum(rows), *region.shape[1:]), target, names[0], path)
+    for region, part in zip(regions, target.data.split(rows)):
+        uploader.add(Upload(region, part, lambda: None))
+    return True
+
+
+def _name(checkpoint: Checkpoint, known: set[str], source: str, leaf: str) -> str:
     name = f"{source}.{leaf}" if leaf else source
     if name not in known and leaf in _OLD_LEAVES:
         old = f"{source}.{_OLD_LEAVES[leaf]}"
@@ -95,14 +128,18 @@ def _load(checkpoint: Checkpoint, known: set[str], source: str, leaf: str, dtype
         raise UnsupportedCheckpoint(
             f"{checkpoint.path} has no tensor {name}, which its config.json calls for"
         )
-    return checkpoint.load(name, dtype)
+    return name
+
+
+def _check(shape: tuple[int, ...], target: nn.Parameter, source: str, path: str) -> None:
+    if shape != tuple(target.shape):
+        raise UnsupportedCheckpoint(
+            f"{source} has shape {list(shape)}; config.json calls for {list(target.shape)} ({path})"
+        )
 
 
 def _fill(path: str, target: nn.Parameter, value: Tensor, source: str) -> None:
-    if tuple(value.shape) != tuple(target.shape):
-        raise UnsupportedCheckpoint(
-            f"{source} has shape {list(value.shape)}; config.json calls for {list(target.shape)} ({path})"
-        )
+    _check(tuple(value.shape), target, source, path)
     target.data.copy_(value)
 
 

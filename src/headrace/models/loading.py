@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from headrace.checkpoints.upload import Region, Upload, Uploader
+from headrace.checkpoints.upload import InFiles, Upload, Uploader, uploader_for
 from headrace.errors import UnsupportedCheckpoint
 from headrace.layers.linear import Embedding, Linear, parameter
 from headrace.models.declaration import DecoderConfig
@@ -47,15 +47,6 @@ class WeightSource(Protocol):
 
     def load(self, name: str) -> Tensor:
         """One tensor, mapped if possible and in the type it is stored in."""
-        ...
-
-
-@runtime_checkable
-class InFiles(Protocol):
-    """A checkpoint that says where its tensors lie."""
-
-    def region(self, name: str) -> Region | None:
-        """None for those that only it can read."""
         ...
 
 
@@ -266,9 +257,7 @@ class _Loader:
             if progress is not None:
                 progress(done, total)
 
-        uploader = None
-        if self.device.type == "cuda" and isinstance(self.weights, InFiles):
-            uploader = Uploader(self.device)
+        uploader = uploader_for(self.weights, self.device)
         try:
             for path, module in list(self.model.named_modules()):
                 for name, shell in list(module.named_parameters(recurse=False)):

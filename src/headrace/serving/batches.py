@@ -23,8 +23,8 @@ from headrace.client import (
     InvalidArgument,
     PerformanceClient,
     RequestProcessingPreference,
+    exceptions,
 )
-from headrace.client.exceptions import Timeout
 from headrace.client.ledger import BadLine
 from headrace.errors import HeadraceError, InvalidRequest, NotFound, Overloaded
 from headrace.serving.files import FileStore, save
@@ -169,7 +169,7 @@ class BatchJobs:
             raise
         except Cancelled:
             status = "cancelled"
-        except Timeout:
+        except exceptions.Timeout:  # its base is imported when first asked for
             status = "expired"
         except (InvalidArgument, NotFound) as error:
             status = "failed"

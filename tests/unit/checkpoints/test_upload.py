@@ -12,6 +12,11 @@ from headrace.checkpoints import upload
 from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.checkpoints.upload import Region, Upload, Uploader
 from headrace.errors import UnsupportedCheckpoint
+from headrace.models import encoder_weights, loading
+from headrace.models.encode_backbone import load_backbone
+from headrace.models.loading import load_decoder
+from parity.encoders import make
+from support.tiny_folder import write_llama
 
 CPU = torch.device("cpu")
 
@@ -66,3 +71,38 @@ def test_other_types_are_left_to_the_library(tmp_path: Path) -> None:
     checkpoint = folder_of(tmp_path, {"i": torch.arange(5), "f": torch.zeros(3)})
     assert checkpoint.region("i") is None
     assert checkpoint.region("f") is not None
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_models_are_the_same(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused projections lie one below the other, whoever reads them."""
+    pytest.importorskip("transformers")
+    if family == "bert":
+        make(tmp_path, "bert")
+    else:
+        write_llama(tmp_path)
+
+    def load() -> dict[str, torch.Tensor]:
+        checkpoint = FolderCheckpoint(tmp_path)
+        if family == "bert":
+            model: torch.nn.Module = load_backbone(
+                checkpoint, dtype=torch.bfloat16, device="cpu", head=False
+            ).module
+        else:
+            model = load_decoder(checkpoint.config, checkpoint, dtype=torch.bfloat16, device="cpu")
+        return dict(model.named_parameters())
+
+    expected = load()
+    used: list[Uploader] = []
+
+    def always(weights: object, device: torch.device) -> Uploader:
+        used.append(Uploader(device))
+        return used[-1]
+
+    for module in (encoder_weights, loading):
+        monkeypatch.setattr(module, "uploader_for", always)
+    found = load()
+    assert len(used) == 1
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,38 @@ def test_each_variant_is_compiled_once(tmp_path: Path) -> None:
     assert found["beside_the_bad"] == 4  # the good one beside it was compiled all the same
     assert found["outside"] == 12
     assert found["children"] == 0
+
+
+def test_workers_die_with_the_core() -> None:
+    pytest.importorskip("triton")
+    code = (
+        "import os, time\n"
+        "from headrace.kernels.ahead import _compile_in_processes\n"
+        "def work():\n"
+        "    os.write(1, f'{os.getpid()}\\n'.encode())\n"
+        "    time.sleep(60)\n"
+        "_compile_in_processes([work] * 2, None)\n"
+    )
+    core = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )
+    assert core.stdout is not None
+    worker = int(core.stdout.readline())
+    assert Path(f"/proc/{worker}").exists()
+    core.kill()
+    core.wait()
+    deadline = time.monotonic() + 10
+    while (found := _state(worker)) not in ("", "Z") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found in ("", "Z")
+    core.stdout.close()
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""

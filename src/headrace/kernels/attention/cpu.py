@@ -40,8 +40,9 @@ def attention(
         store(cache_k, batch.slots, k)
         store(cache_v, batch.slots, v)
     plan = _plan_of(batch, window, layer, q.dtype)
-    if len(plan.pieces) == 1 and isinstance(plan.pieces[0], Span):
-        return _run_span(plan.pieces[0], q, k, v, cache_k, cache_v, scale, soft_cap)
+    whole = plan.pieces[0] if len(plan.pieces) == 1 else None
+    if isinstance(whole, Span) and whole.query_len * whole.count == q.shape[0]:  # else padding
+        return _run_span(whole, q, k, v, cache_k, cache_v, scale, soft_cap)
     out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype)
     for piece in plan.pieces:
         if isinstance(piece, Span):
