@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import arguments, device_name, model_config
-from benchmarks.kernels import Case, cases_of, compile_all, graph_seconds
+from benchmarks.kernels import Case, _some, cases_of, compile_all, graph_seconds
 from headrace.engines.bench.cases import Case as Load
 from headrace.engines.bench.cores import build_core, random_model
 from headrace.execution.graph_input import GraphKey
@@ -127,14 +127,14 @@ def _show(shape: Any) -> str:
     return "now" if shape is None else "/".join(str(int(number)) for number in shape[1:])
 
 
-def compile_only(name: str, rows: int) -> None:
-    """Each map alone, without launching it."""
+def compile_only(name: str, rows: int, limit: int) -> None:
+    """Each map alone, without launching it, so that its weights need not be there twice."""
     jobs: list[Callable[[], None]] = []
     chosen = threading.local()
     triton_stream._shape = lambda *_: chosen.shape
     for case in cases_of(name):
-        run = case.make(max(rows, 2))
-        for shape in candidates(rows, case):
+        run = case.make(max(rows, 2), copies=1)
+        for shape in _some(candidates(rows, case), limit):
 
             def job(run: Any = run, shape: Any = shape) -> None:
                 chosen.shape = shape
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["qwen3-0.6b", "qwen3-8b"])
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 32, 8, 1])
     parser.add_argument("--tuned", help="file to write, instead of the one in the package")
+    parser.add_argument("--limit", type=int, default=100, help="candidates of one map at most")
     parser.add_argument("--compile-only", action="store_true")
     args = parser.parse_args()
     name = device_name().lower().replace(" ", "-")
@@ -156,12 +157,13 @@ def main() -> None:
     table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for model, rows in itertools.product(args.models, args.rows):
         if args.compile_only:
-            compile_only(model, rows)
+            compile_only(model, rows, args.limit)
             continue
         timer = StepTimer(model, rows)
         before = timer.seconds(9)
         cases = {f"{case.n}x{case.k}": case for case in cases_of(model)}
-        descend(timer, {key: [None, *candidates(rows, case)] for key, case in cases.items()})
+        lists = {key: _some(candidates(rows, case), args.limit) for key, case in cases.items()}
+        descend(timer, {key: [None, *shapes] for key, shapes in lists.items()})
         after = timer.seconds(9)
         print(f"{model} {rows} rows: {before * 1e6:.0f} us, {after * 1e6:.0f} us", flush=True)
         for key, shape in timer.chosen.items() if after < before else ():
