@@ -84,8 +84,9 @@ class Case:
         self.n, self.k, self.norm, self.gate, self.residual, self.head = n, k, norm, gate, residual, head
         self.bytes = 2 * n * k
 
-    def make(self, rows: int) -> Callable[[int], object]:
-        copies = self.copies
+    def make(self, rows: int, copies: int = 0) -> Callable[[int], object]:
+        """The map of weights number i, of so many (0: of more than L2 holds)."""
+        copies = copies or self.copies
         weights = torch.randn(copies, self.n, self.k, dtype=DTYPE, device=DEVICE) * 0.02
         x = torch.randn(rows, self.k, dtype=DTYPE, device=DEVICE)
         if rows > 1:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import arguments, device_name, model_config
-from benchmarks.kernels import Case, cases_of, compile_all, graph_seconds
+from benchmarks.kernels import Case, _some, cases_of, compile_all, graph_seconds
 from headrace.engines.bench.cases import Case as Load
 from headrace.engines.bench.cores import build_core, random_model
 from headrace.execution.graph_input import GraphKey
@@ -98,6 +98,21 @@ class StepTimer:
         self._undo()
 
 
+def is_right(case: Case, shape: RingShape, rows: int) -> bool:
+    """Whether a map in this shape agrees with the Triton kernel's."""
+    x = torch.randn(rows, case.k, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(case.n, case.k, dtype=torch.bfloat16, device="cuda") * case.k**-0.5
+    found, rule = [], triton_stream._shape
+    try:
+        for one in (shape, tuning.stream_shape(x.device, rows, case.n, case.k, case.gate)):
+            triton_stream._shape = lambda *_, one=one: one
+            out = triton_stream.stream_linear(x, weight, gate="silu" if case.gate else None)
+            found.append(out.float())
+    finally:
+        triton_stream._shape = rule
+    return bool((found[0] - found[1]).norm() < 5e-3 * found[1].norm())
+
+
 def descend(timer: StepTimer, lists: dict[str, list[Any]]) -> None:
     """Choose for one map after another; in the second round only among what was near the best."""
     for name, shapes in lists.items():  # None: what the table says
@@ -127,14 +142,16 @@ def _show(shape: Any) -> str:
     return "now" if shape is None else "/".join(str(int(number)) for number in shape[1:])
 
 
-def compile_only(name: str, rows: int) -> None:
-    """Each map alone, without launching it."""
+def compile_only(name: str, rows: int, limit: int, maps: list[str] | None) -> None:
+    """Each map alone, without launching it, so that its weights need not be there twice."""
     jobs: list[Callable[[], None]] = []
     chosen = threading.local()
     triton_stream._shape = lambda *_: chosen.shape
     for case in cases_of(name):
-        run = case.make(max(rows, 2))
-        for shape in candidates(rows, case):
+        if maps and f"{case.n}x{case.k}" not in maps:
+            continue
+        run = case.make(max(rows, 2), copies=1)
+        for shape in _some(candidates(rows, case), limit):
 
             def job(run: Any = run, shape: Any = shape) -> None:
                 chosen.shape = shape
@@ -149,6 +166,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["qwen3-0.6b", "qwen3-8b"])
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64, 32, 8, 1])
     parser.add_argument("--tuned", help="file to write, instead of the one in the package")
+    parser.add_argument("--limit", type=int, default=100, help="candidates of one map at most")
+    parser.add_argument("--maps", nargs="+", help="n x k of these alone, as 4096x12288")
     parser.add_argument("--compile-only", action="store_true")
     args = parser.parse_args()
     name = device_name().lower().replace(" ", "-")
@@ -156,15 +175,19 @@ def main() -> None:
     table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for model, rows in itertools.product(args.models, args.rows):
         if args.compile_only:
-            compile_only(model, rows)
+            compile_only(model, rows, args.limit, args.maps)
             continue
         timer = StepTimer(model, rows)
         before = timer.seconds(9)
         cases = {f"{case.n}x{case.k}": case for case in cases_of(model)}
-        descend(timer, {key: [None, *candidates(rows, case)] for key, case in cases.items()})
+        maps = args.maps or list(cases)
+        lists = {key: _some(candidates(rows, cases[key]), args.limit) for key in maps}
+        descend(timer, {key: [None, *shapes] for key, shapes in lists.items()})
         after = timer.seconds(9)
         print(f"{model} {rows} rows: {before * 1e6:.0f} us, {after * 1e6:.0f} us", flush=True)
         for key, shape in timer.chosen.items() if after < before else ():
+            if not is_right(cases[key], shape, rows):
+                raise SystemExit(f"{key} in {shape} is wrong")
             table[f"r{rows}:{key}{'g' if cases[key].gate else ''}"] = list(shape)
         lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
