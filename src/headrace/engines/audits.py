@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +45,12 @@ class _Held:
     Attributes:
         read: float32 [rows, columns]; vectors are one row.
         bits: of its numbers.
+        even: they are integers with one scale a row.
     """
 
     read: Callable[[], Tensor]
     bits: int = PLAIN
+    even: bool = False
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -71,14 +74,18 @@ def audits(
     """
     both = _Both(model, reference)
     for path in both.paths:
-        stored = min(both.ours[path].bits, bits(path))
+        held = both.ours[path]
+        stored = min(held.bits, bits(path))
         mine, other = both.read(path)
-        result = audit(path, mine, other, bits=stored, fitted=fitted)
+        # Of matrices that were dequantized nothing is known but their bits.
+        even = held.even or (held.bits == PLAIN and stored == 8)
+        judge = partial(audit, path, reference=other, bits=stored, even=even, fitted=fitted)
+        result = judge(mine)
         if result.where is not None and (pair := _pair(path)) and both.has(*pair):
             factors = _moved(*map(both.read, pair))
             if factors is not None:
                 mine = _without(mine, factors, rows=path == pair[0])
-                result = audit(path, mine, other, bits=stored, fitted=fitted)
+                result = judge(mine)
         if stored < PLAIN or result.where is not None:
             yield result
 
@@ -207,7 +214,7 @@ def _of_module(path: str, module: nn.Module) -> dict[str, _Held]:
         module = module.norm
     found: dict[str, _Held] = {}
     if is_packed(module):
-        found[path] = _Held(module.dequantize, _bits(module))  # type: ignore[arg-type]
+        found[path] = _Held(module.dequantize, _bits(module), _even(module))  # type: ignore[arg-type]
     elif isinstance(module, Dense):
         found[path] = _plain(module.unpacked)
     own = dict(module.named_parameters(recurse=False))
@@ -237,6 +244,15 @@ def _bits(module: nn.Module) -> int:
     if isinstance(module, (JoinedLinear, SplitLinear)):
         return min(_bits(part) for part in module.linears)
     return 8 if isinstance(module, (Int8Linear, EightBitLinear)) else 4
+
+
+def _even(module: nn.Module) -> bool:
+    if isinstance(module, ScaledLinear):
+        weight = module.quantized
+        return isinstance(weight, GroupIntWeight) and weight.group == weight.shape[1]
+    if isinstance(module, (JoinedLinear, SplitLinear)):
+        return any(_even(part) for part in module.linears)
+    return isinstance(module, Int8Linear) or (isinstance(module, EightBitLinear) and module.format == "int8")
 
 
 def _gains(model: nn.Module) -> dict[str, Tensor]:

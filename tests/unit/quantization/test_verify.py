@@ -154,6 +154,22 @@ def test_audit_names_the_place(bits: int) -> None:
     assert audit("w", wrong, full, bits=bits, fitted=True).where == (3, 0)
 
 
+def test_large_weights_leave_their_row_few_steps() -> None:
+    """Integers with a scale a row: that is rounding, while half a scale or a missing block are none."""
+    full = torch.randn(6, 4096)
+    full[2, 100] = 200.0
+    scale = full.abs().amax(1, keepdim=True) / 127
+    codes = (full / scale).round()
+    assert audit("w", codes * scale, full, bits=8).where == (2, 0)
+    assert audit("w", codes * scale, full, bits=8, even=True).where is None
+    for factor in (0.5, 2.0):
+        wrong = scale.clone()
+        wrong[2] *= factor
+        assert audit("w", codes * wrong, full, bits=8, even=True).where is not None
+    codes[4, 64:128] = 0
+    assert audit("w", codes * scale, full, bits=8, even=True).where == (4, 64)
+
+
 def test_through_specs(folder: Path) -> None:
     spec = EngineSpec(model=str(folder), path=folder, quantization="fp8", dtype="float32", device="cpu")
     report = verify(spec, lambda _: TEXTS, limits=LOOSE)
