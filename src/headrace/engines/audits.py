@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from headrace.quantization.schemes.fp4 import Fp4Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
 from headrace.quantization.schemes.int8 import Int8Linear
 
-__all__ = ["PLAIN", "Bits", "audits", "is_packed", "stored_bits"]
+__all__ = ["PLAIN", "Bits", "audits", "is_fitted", "is_packed", "stored_bits"]
 
 PLAIN = 16  # bits of a weight that was cast at most
 Bits = Callable[[str], int]
@@ -44,10 +45,12 @@ class _Held:
     Attributes:
         read: float32 [rows, columns]; vectors are one row.
         bits: of its numbers.
+        even: they are integers with one scale a row.
     """
 
     read: Callable[[], Tensor]
     bits: int = PLAIN
+    even: bool = False
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -55,7 +58,9 @@ def is_packed(module: nn.Module) -> bool:
     return isinstance(module, _Packed)
 
 
-def audits(model: nn.Module, reference: nn.Module, bits: Bits = lambda _: PLAIN) -> Iterator[MatrixError]:
+def audits(
+    model: nn.Module, reference: nn.Module, bits: Bits = lambda _: PLAIN, *, fitted: bool = False
+) -> Iterator[MatrixError]:
     """Compare all weights; yields those of quantized matrices, and whatever else is wrong.
 
     Formats that scale activations (AWQ) move factors from one matrix into what stands before it: so the gain of a
@@ -64,17 +69,23 @@ def audits(model: nn.Module, reference: nn.Module, bits: Bits = lambda _: PLAIN)
     Args:
         reference: unquantized, of the same modules.
         bits: of matrices that were dequantized while they were loaded.
+        fitted: see quantization.audit.audit.
     Raises ConfigError when the reference is another model.
     """
     both = _Both(model, reference)
     for path in both.paths:
-        stored = min(both.ours[path].bits, bits(path))
+        held = both.ours[path]
+        stored = min(held.bits, bits(path))
         mine, other = both.read(path)
-        result = audit(path, mine, other, bits=stored)
-        if result.where is not None and (pair := _pair(path)):
+        # Of matrices that were dequantized nothing is known but their bits.
+        even = held.even or (held.bits == PLAIN and stored == 8)
+        judge = partial(audit, path, reference=other, bits=stored, even=even, fitted=fitted)
+        result = judge(mine)
+        if result.where is not None and (pair := _pair(path)) and both.has(*pair):
             factors = _moved(*map(both.read, pair))
             if factors is not None:
-                result = audit(path, _without(mine, factors, rows=path == pair[0]), other, bits=stored)
+                mine = _without(mine, factors, rows=path == pair[0])
+                result = judge(mine)
         if stored < PLAIN or result.where is not None:
             yield result
 
@@ -87,7 +98,9 @@ class _Both:
 
     def __init__(self, model: nn.Module, reference: nn.Module) -> None:
         self.ours, self.theirs = _weights(model), _weights(reference)
-        self.gains = _gains(model), _gains(reference)
+        gains = _gains(model), _gains(reference)
+        moved = [path for path in gains[1] if path in gains[0] and _differ(gains[0][path], gains[1][path])]
+        self.gains = tuple({path: side[path] for path in moved} for side in gains)
         names = {"set-up": self.ours.keys(), "reference": self.theirs.keys()}
         for mine, other in (("set-up", "reference"), ("reference", "set-up")):
             extra = [path for path in names[mine] - names[other] if path.startswith("layers.")]
@@ -96,15 +109,19 @@ class _Both:
                     f"the {mine} has {min(extra)} and the {other} has not: it is another model",
                     param="reference",
                 )
-        # A head may be tied in one of them; gains are part of the matrices that follow.
+        # A head may be tied in one of them; gains that changed are part of the matrices that follow.
         self.paths = [
             path
             for path in self.theirs
             if path in self.ours and path.removesuffix(".weight") not in self.gains[1]
         ]
 
+    def has(self, *paths: str) -> bool:
+        """Whether both have all of these."""
+        return all(path in self.ours and path in self.theirs for path in paths)
+
     def read(self, path: str) -> tuple[Tensor, Tensor]:
-        """float32 [rows, columns] of both, times the gain of the norm before."""
+        """float32 [rows, columns] of both, times the gain of the norm before, if that has changed."""
         mine, other = self.ours[path].read(), self.theirs[path].read()
         if mine.shape != other.shape:
             raise ConfigError(
@@ -112,7 +129,7 @@ class _Both:
                 param="reference",
             )
         norm = _norm_before(path)
-        if norm in self.gains[0] and norm in self.gains[1]:
+        if norm in self.gains[0]:
             mine, other = mine * self.gains[0][norm], other * self.gains[1][norm]
         return mine, other
 
@@ -163,6 +180,14 @@ def stored_bits(checkpoint: Checkpoint, *, decoder: bool) -> Bits:
     return lambda path: least if path.startswith("layers.") else PLAIN
 
 
+def is_fitted(checkpoint: Checkpoint) -> bool:
+    """Whether others may have fitted its 4-bit integers to data."""
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        return False
+    first = checkpoint.quantized(next(iter(checkpoint.modules)))
+    return isinstance(first, GroupIntWeight) and first.bits == 4
+
+
 def _bits_on_disk(checkpoint: QuantizedCheckpoint, name: str) -> int:
     info = checkpoint.info(name)
     return 4 if info.nbytes * 8 < 6.5 * info.shape[0] * info.shape[1] else 8
@@ -189,7 +214,7 @@ def _of_module(path: str, module: nn.Module) -> dict[str, _Held]:
         module = module.norm
     found: dict[str, _Held] = {}
     if is_packed(module):
-        found[path] = _Held(module.dequantize, _bits(module))  # type: ignore[arg-type]
+        found[path] = _Held(module.dequantize, _bits(module), _even(module))  # type: ignore[arg-type]
     elif isinstance(module, Dense):
         found[path] = _plain(module.unpacked)
     own = dict(module.named_parameters(recurse=False))
@@ -221,6 +246,15 @@ def _bits(module: nn.Module) -> int:
     return 8 if isinstance(module, (Int8Linear, EightBitLinear)) else 4
 
 
+def _even(module: nn.Module) -> bool:
+    if isinstance(module, ScaledLinear):
+        weight = module.quantized
+        return isinstance(weight, GroupIntWeight) and weight.group == weight.shape[1]
+    if isinstance(module, (JoinedLinear, SplitLinear)):
+        return any(_even(part) for part in module.linears)
+    return isinstance(module, Int8Linear) or (isinstance(module, EightBitLinear) and module.format == "int8")
+
+
 def _gains(model: nn.Module) -> dict[str, Tensor]:
     """Norms of a decoder whose result goes into matrices and nowhere else."""
     model = getattr(model, "backbone", model)
@@ -231,6 +265,11 @@ def _gains(model: nn.Module) -> dict[str, Tensor]:
         for path, module in model.named_modules()
         if isinstance(module, RMSNorm) and path.endswith(tuple(_NORM_BEFORE.values()))
     }
+
+
+def _differ(mine: Tensor, other: Tensor) -> bool:
+    """By more than a cast."""
+    return mine.shape != other.shape or audit("", mine[None], other[None], bits=PLAIN).where is not None
 
 
 def _norm_before(path: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
-from headrace.engines.audits import PLAIN, Bits, audits, is_packed, stored_bits
+from headrace.engines.audits import PLAIN, Bits, audits, is_fitted, is_packed, stored_bits
 from headrace.engines.build import choose_device, choose_dtype
 from headrace.engines.layer_errors import LayerErrors
 from headrace.engines.quality import Measured, describe, save_measured
@@ -121,7 +121,7 @@ def verify(
         )
     bits = stored_bits(checkpoint, decoder=True)
     texts = tokenize(checkpoint)
-    report = compare(model, own, texts, cache, base_dtype, device, limits, bits)
+    report = compare(model, own, texts, cache, base_dtype, device, limits, bits, fitted=is_fitted(checkpoint))
     del model
     report = msgspec.structs.replace(
         report,
@@ -153,13 +153,16 @@ def compare(
     device: torch.device,
     limits: Limits = DEFAULT_LIMITS,
     bits: Bits = lambda _: PLAIN,
+    *,
+    fitted: bool = False,
 ) -> Report:
     """Run both over the texts and audit the weights of ``model`` against those of ``reference``.
 
     Args:
         bits: that matrices of ``model`` had on disk, where they were dequantized as they were loaded.
+        fitted: see quantization.audit.audit.
     """
-    matrices = tuple(audits(model, reference, bits))
+    matrices = tuple(audits(model, reference, bits, fitted=fitted))
     layers = LayerErrors(model.layers, reference.layers)
     with layers:
         found = _distances(

@@ -12,7 +12,7 @@ import torch
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
-from headrace.engines.audits import PLAIN, Bits, audits, is_packed, stored_bits
+from headrace.engines.audits import PLAIN, Bits, audits, is_fitted, is_packed, stored_bits
 from headrace.engines.build import choose_device, choose_encode_dtype
 from headrace.engines.encode_build import load_encode
 from headrace.engines.layer_errors import LayerErrors
@@ -139,7 +139,7 @@ def verify_encode(
         )
     inputs = encode_inputs(checkpoint, model, rows, max_tokens)
     bits = stored_bits(checkpoint, decoder=False)
-    report = compare_encoders(model, own, inputs, device, limits, bits)
+    report = compare_encoders(model, own, inputs, device, limits, bits, fitted=is_fitted(checkpoint))
     report = msgspec.structs.replace(
         report, setup=describe(spec, checkpoint, dtype), reference=describe(base, base_checkpoint, base_dtype)
     )
@@ -184,16 +184,19 @@ def compare_encoders(
     device: torch.device,
     limits: EncodeLimits = DEFAULT_ENCODE_LIMITS,
     bits: Bits = lambda _: PLAIN,
+    *,
+    fitted: bool = False,
 ) -> EncodeReport:
     """Run both over the inputs and audit the weights of ``model`` against those of ``reference``.
 
     Args:
         bits: that matrices of ``model`` had on disk, where they were dequantized as they were loaded.
+        fitted: see quantization.audit.audit.
     Raises ConfigError for too few inputs, and for a reference that gives no numbers.
     """
     if len(inputs) < _MIN_INPUTS:
         raise ConfigError(f"the texts make {len(inputs)} inputs; at least {_MIN_INPUTS} are needed")
-    matrices = tuple(audits(model, reference, bits))
+    matrices = tuple(audits(model, reference, bits, fitted=fitted))
     card = reference.card
     tasks = card.tasks if card.kind == "m3" else card.tasks[:1]
     params = EncodeParams(task=tasks[0], also=tuple(tasks[1:]))

@@ -102,7 +102,7 @@ def damaged(weight: object, kind: str, seed: int) -> object:
     packed, scale = weight.packed.clone(), weight.scale.clone()
     factor = weight.row_scale.clone()
     if kind == "scale":
-        factor[row] *= rng.choice([0.25, 2.0])
+        factor[row] *= rng.choice([0.5, 2.0])
     elif kind == "swapped":
         packed = (packed << 4) | (packed >> 4)
     elif kind == "missing":
@@ -142,8 +142,32 @@ def test_audit_names_the_place(bits: int) -> None:
     wrong[17, 128:] = 0
     found = audit("w", wrong, full, bits=bits)
     assert (found.where, found.bad_pieces) == ((17, 128), 1)
+    assert audit("w", wrong, full, bits=bits, fitted=True).where == (17, 128)
+    wrong[17, 128:] = full[17, 128:] * 1.5  # far off, and alone
+    assert audit("w", wrong, full, bits=bits).where == (17, 128)
+    assert audit("w", wrong, full, bits=bits, fitted=True).where is None
+    wrong[17, :64] = full[17, :64] * 1.5
+    assert audit("w", wrong, full, bits=bits, fitted=True).where == (17, 0)
+    wrong = rounded.clone()
     wrong[3, 5] = torch.nan
     assert audit("w", wrong, full, bits=bits).where == (3, 0)
+    assert audit("w", wrong, full, bits=bits, fitted=True).where == (3, 0)
+
+
+def test_large_weights_leave_their_row_few_steps() -> None:
+    """Integers with a scale a row: that is rounding, while half a scale or a missing block are none."""
+    full = torch.randn(6, 4096)
+    full[2, 100] = 200.0
+    scale = full.abs().amax(1, keepdim=True) / 127
+    codes = (full / scale).round()
+    assert audit("w", codes * scale, full, bits=8).where == (2, 0)
+    assert audit("w", codes * scale, full, bits=8, even=True).where is None
+    for factor in (0.5, 2.0):
+        wrong = scale.clone()
+        wrong[2] *= factor
+        assert audit("w", codes * wrong, full, bits=8, even=True).where is not None
+    codes[4, 64:128] = 0
+    assert audit("w", codes * scale, full, bits=8, even=True).where == (4, 64)
 
 
 def test_through_specs(folder: Path) -> None:
@@ -310,7 +334,7 @@ def test_defects_on_disk_are_caught(name: str, kind: str, folder: Path, tmp_path
     if kind == "scale":
         scale = tensors[f"{base}.weight_scale"]
         wide = scale.float()
-        wide[rng.randrange(rows)] *= rng.choice([0.25, 4.0])
+        wide[rng.randrange(rows)] *= rng.choice([0.5, 2.0])
         tensors[f"{base}.weight_scale"] = wide.to(scale.dtype)
     elif kind == "swapped":
         codes.copy_(torch.cat((codes[rows // 2 :], codes[: rows // 2])))
