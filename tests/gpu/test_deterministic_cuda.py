@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from functools import cache
+from typing import Any
 
 import pytest
 import torch
 
+from headrace.engines.build import _prefix_regime
 from headrace.engines.generate import GenerateCore
 from headrace.execution.graphs import GraphRunner
 from headrace.execution.runner import Runner
+from headrace.kernels.attention.fp4 import FP4
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
 from headrace.layers.linear import FixedLinear
@@ -51,8 +54,33 @@ CONFIGS = {
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "head_dim": 256,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 50,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 256,
+        "rope_local_base_freq": 100.0,
+    },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"],
+        "hidden_size": 384,
+        "num_attention_heads": 4,
+        "head_dim": 96,
+        "sliding_window": 40,
+        "tie_word_embeddings": False,
+    },
+    "llama-dynamic": {
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 64,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 16.0},
+        "tie_word_embeddings": False,
+    },
 }
-SETUPS = {
+SETUPS: dict[str, dict[str, Any]] = {
     "together": {},
     "one by one": {"rows": 1},
     "chunks of 37": {"step_tokens": 37, "rows": 30},
@@ -63,7 +91,7 @@ SETUPS = {
 Answer = tuple[list[int], list[TokenLogprobs]]
 
 
-@cache
+@functools.cache
 def build_model(family: str, dtype: torch.dtype) -> DecoderModel:
     model = random_weights(read_config({**SIZES, **CONFIGS[family]}), dtype=dtype, device="cuda")
     generator = torch.Generator(device="cuda").manual_seed(1)
@@ -82,23 +110,28 @@ def make_core(
     overlap: bool = False,
     num_blocks: int = 4000,
     eager: bool = False,
+    cache: torch.dtype | None = None,
 ) -> GenerateCore:
     device = torch.device("cuda")
     layout = [(layer.num_kv_heads, layer.head_dim) for layer in model.kv_layout]
-    caches = allocate_caches(layout, num_blocks, 16, model.embed.weight.dtype, device)
-    for layer in caches:  # whatever is not written must not be read
-        layer.k.fill_(torch.nan)
-        layer.v.fill_(torch.nan)
-    make = Runner if eager else GraphRunner
-    runner = make(
-        model, caches, device=device, block_size=16, max_num_seqs=rows, max_model_len=1024, fixed=True
-    )
+    caches = allocate_caches(layout, num_blocks, 16, cache or model.embed.weight.dtype, device)
+    for layer in caches:  # whatever is not written must not be read: NaN in every type
+        layer.k.view(torch.uint8).fill_(255)
+        layer.v.view(torch.uint8).fill_(255)
+    sizes = {"device": device, "block_size": 16, "max_num_seqs": rows, "max_model_len": 1024, "fixed": True}
+    by_length = model.config.rope_boundary is not None
+    runner: Runner
+    if eager or by_length:
+        runner = Runner(model, caches, rope_by_length=by_length, **sizes)  # type: ignore[arg-type]
+    else:
+        runner = GraphRunner(model, caches, **sizes)  # type: ignore[arg-type]
     scheduler = Scheduler(
         BlockPool(num_blocks),
         block_size=16,
         max_num_seqs=rows,
         max_num_batched_tokens=step_tokens,
         max_model_len=1024,
+        prefix_regime=_prefix_regime(model),
     )
     return GenerateCore(runner, scheduler, overlap=overlap)
 
@@ -149,13 +182,25 @@ def test_families(family: str, sampled: bool) -> None:
     requests = make_requests(30, 150, 24, sampled)
     expected = run(make_core(model), requests)
     for name, setup in SETUPS.items():
-        core = make_core(model, **setup)  # type: ignore[arg-type]
+        core = make_core(model, **setup)
         for temperature in ("cold", "warm"):
             assert not differing(run(core, requests), expected), f"{name}, {temperature}"
         if name == "preempting":
             assert core.scheduler.num_preemptions > 0
         else:
             assert core.scheduler.prefix_hits > 0
+
+
+@pytest.mark.parametrize("cache", [torch.float8_e4m3fn, FP4], ids=["fp8", "fp4"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_caches_of_few_bits(family: str, cache: torch.dtype) -> None:
+    model = build_model(family, torch.bfloat16)
+    requests = make_requests(20, 150, 16, family == "qwen3")
+    expected = run(make_core(model, cache=cache), requests)
+    for name in ("chunks of 37", "preempting", "no graphs"):
+        core = make_core(model, cache=cache, **SETUPS[name])
+        for temperature in ("cold", "warm"):
+            assert not differing(run(core, requests), expected), f"{name}, {temperature}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

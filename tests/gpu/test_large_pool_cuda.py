@@ -69,16 +69,19 @@ def test_a_large_pool_answers_as_a_small_one(dtype: torch.dtype, beyond: bool, s
     border = OFFSETS // (BLOCK * KV_HEADS * width)
     num_blocks = border + 1000 if beyond else border - 1
     kind = torch.uint8 if dtype is FP4 else dtype
-    large = [
-        torch.empty(num_blocks, BLOCK, KV_HEADS, width, dtype=kind, device=CUDA).view(dtype) for _ in range(2)
-    ]
+    # Keys and values are the same memory, a block apart: only every other block is used.
+    whole = torch.empty(num_blocks + 1, BLOCK, KV_HEADS, width, dtype=kind, device=CUDA).view(dtype)
+    large = [whole[:-1], whole[1:]]
     counts = [-(-length // BLOCK) for length in lens]
     total = sum(counts)
     small = [small_cache(total, width, dtype, seed) for seed in range(2)]
     # Where they lie in the large pool: both ends, then around the border.
-    near = [1, num_blocks - 1, 2, num_blocks - 2]
-    near += [block for block in range(border - 30, border + 30) if 2 < block < num_blocks - 2]
-    where = torch.tensor([*near, *range(3, 3 + total)], device=CUDA)[:total]
+    last = num_blocks - 1
+    near = [2 - last % 2, last, 4 - last % 2, last - 2]
+    near += [
+        block for block in range(border - 60, border + 60) if block < last - 2 and (last - block) % 2 == 0
+    ]
+    where = torch.tensor([*near, *range(6 - last % 2, 6 + 2 * total, 2)], device=CUDA)[:total]
     tables = torch.zeros(len(lens), max(counts), dtype=torch.int32, device=CUDA)
     for row, count, end in zip(tables, counts, accumulate(counts)):
         row[:count] = torch.arange(end - count, end)

@@ -221,3 +221,17 @@ def test_long_prompts(window: int | None, soft_cap: float | None) -> None:
         for module in (attention_cpu, attention_reference)
     )
     close(ours, theirs)
+
+
+@pytest.mark.parametrize(("scattered", "window"), [(False, None), (True, None), (False, 900)])
+def test_a_chunk_behind_many_keys(scattered: bool, window: int | None) -> None:
+    rng, lens = random.Random(0), [(1, 5), (300, 2400)]
+    batch = make_batch(rng, lens, 16, scattered)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(301, 4, 8).split([2, 1, 1], dim=1)
+    caches = fill_caches(batch, lens, 16, 1, 8, torch.float32)
+    results = []
+    for module in (attention_cpu, attention_reference):
+        batch.caches, batch.plan = [LayerCache(caches.k.clone(), caches.v.clone())], None
+        results.append(module.attention(q, k, v, batch, 0, scale=0.5, window=window))
+    close(*results)

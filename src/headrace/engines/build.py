@@ -213,7 +213,7 @@ def _build_generate(
     require_finite(is_finite(runner), model, spec.model, dtype)
     stages.done("check")
     tokenizer = reading.result()
-    eos_ids = eos_token_ids(checkpoint, tokenizer)
+    eos_ids = _within(eos_token_ids(checkpoint, tokenizer), model.config.vocab_size, spec)
     scheduler = Scheduler(
         BlockPool(blocks),
         block_size=spec.block_size,
@@ -316,6 +316,19 @@ def _prefix_regime(model: DecoderModel) -> Callable[[int], str]:
     if model.config.rope.kind == "dynamic":
         return lambda num_prompt: str(max(num_prompt, boundary))
     return lambda num_prompt: "long" if num_prompt > boundary else "short"
+
+
+def _within(eos_ids: tuple[int, ...], vocab_size: int, spec: EngineSpec) -> tuple[int, ...]:
+    """Those that the model can write: there are no logits of others to forbid."""
+    outside = [id for id in eos_ids if not 0 <= id < vocab_size]
+    if outside:
+        logger.warning(
+            "%s: end tokens %s are outside the vocabulary of %d and are left out",
+            spec.name,
+            outside,
+            vocab_size,
+        )
+    return tuple(id for id in eos_ids if id not in outside)
 
 
 def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -95,10 +95,13 @@ class GenerateCore:
     def add(self, requests: Iterable[Request]) -> None:
         """Queue requests; one that can never run is answered with an ERROR output by the next step."""
         for request in requests:
+            sequence = None
             try:
                 sequence = self.scheduler.add(request)
                 self.constraints.add(sequence)
             except HeadraceError as error:
+                if sequence is not None:
+                    self.scheduler.finish(sequence, FinishReason.ERROR)
                 self._refused.append(
                     Output(
                         request.id,
@@ -131,10 +134,11 @@ class GenerateCore:
         """Advance by one step; the outputs that the host learned of."""
         began = time.perf_counter()
         outputs, self._refused = self._refused, []
-        outputs += [
-            Output(s.id, finish_reason=FinishReason.ABORT, error="the request's deadline passed")
-            for s in self.scheduler.expire()
-        ]
+        for sequence in self.scheduler.expire():
+            self._forget(sequence)
+            outputs.append(
+                Output(sequence.id, finish_reason=FinishReason.ABORT, error="the request's deadline passed")
+            )
         outputs += self._refuse_constraints()
         plan = self.scheduler.schedule()
         if plan is not None:
@@ -236,10 +240,10 @@ class GenerateCore:
         except Exception as error:
             logger.exception("a step with %d sequences failed", len(plan.chunks))
             message = f"the step failed: {type(error).__name__}: {error}"
-            return [
-                Output(s.id, finish_reason=FinishReason.ERROR, error=message)
-                for s in self.scheduler.fail(plan)
-            ]
+            failed = self.scheduler.fail(plan)
+            for sequence in failed:
+                self._forget(sequence)
+            return [Output(s.id, finish_reason=FinishReason.ERROR, error=message) for s in failed]
         if plan.repeats == 1:  # else nobody in it has a grammar
             self.constraints.advance(plan, result.tokens)
         if result.device_ms is not None:
@@ -248,21 +252,20 @@ class GenerateCore:
 
     def _settle(self, plan: StepPlan, result: StepResult) -> list[Output]:
         for request_id, (start, entries) in result.prompt_logprobs.items():
-            if request_id in self.scheduler.sequences:
+            sequence = self.scheduler.sequences.get(request_id)
+            if sequence is not None and not sequence.num_output:  # else it was preempted, and they are told
                 self._prompt_logprobs.setdefault(request_id, {}).update(enumerate(entries, start))
         index = {id(chunk.sequence): i for i, chunk in enumerate(plan.sampling)} if result.logprobs else {}
         outputs = []
         for sequence in self.scheduler.settle(plan, result.tokens, self.constraints.judge):
-            failure = (
-                self.constraints.failure(sequence) if sequence.finish_reason is FinishReason.ERROR else None
-            )
-            if sequence.finish_reason is not None:
-                self.constraints.remove(sequence)
-            if failure is not None:
-                outputs.append(self._failure(sequence, *failure))
-                continue
+            ended = sequence.finish_reason
+            failure = self.constraints.failure(sequence) if ended is FinishReason.ERROR else None
             logprobs = result.logprobs.get(index.get(id(sequence), -1))
-            outputs.append(self._output(sequence, logprobs))
+            outputs.append(
+                self._output(sequence, logprobs) if failure is None else self._failure(sequence, *failure)
+            )
+            if ended is not None:
+                self._forget(sequence)
         return outputs
 
     def _failure(self, sequence: Sequence, gave_up: str, too_complex: bool) -> Output:
