@@ -12,6 +12,7 @@ milliseconds of 50 requests right after, one by one, of different kinds: nothing
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -78,6 +79,7 @@ class Server:
         self.lines: list[str] = []
         self.parts: dict[str, float] = {}
         self.url = ""
+        self.kernels = 0
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -86,6 +88,8 @@ class Server:
             self.lines.append(line)
             if found := re.search(r"headrace \S+ on (http://\S+)", line):
                 self.url = found[1]
+            elif found := re.search(r"compiling (\d+) kernels", line):
+                self.kernels = int(found[1])
             elif '"model ready"' in line:
                 self.parts = json.loads(line).get("start", {})
 
@@ -152,25 +156,23 @@ def measure(name: str, folder: Path, cache: Path | None, args: Any) -> dict[str,
     try:
         ready = server.until("/ready")
         first = server.until(path, body)
-        late = []
-        for at, ask in requests(encodes, config["vocab_size"]):
-            began = time.perf_counter()
-            server.ask(at, ask)
-            late.append((time.perf_counter() - began) * 1e3)
-        again = []
-        for at, ask in requests(encodes, config["vocab_size"]):
-            began = time.perf_counter()
-            server.ask(at, ask)
-            again.append((time.perf_counter() - began) * 1e3)
+        found = {"value": first, "ready": round(ready, 2), "parts": server.parts, "compiled": server.kernels}
+        if args.late:
+            work = requests(encodes, config["vocab_size"])
+            found["late"] = {**milliseconds(server, work, ""), **milliseconds(server, work, "later_")}
     finally:
         server.close()
-    return {
-        "value": first, "ready": round(ready, 2), "parts": server.parts,
-        "late": {
-            "median": round(statistics.median(late), 1), "worst": round(max(late), 1),
-            "later_median": round(statistics.median(again), 1), "later_worst": round(max(again), 1),
-        },
-    }  # fmt: skip
+    return found
+
+
+def milliseconds(server: Server, work: list[tuple[str, dict[str, Any]]], name: str) -> dict[str, float]:
+    """Of these requests one after another."""
+    found = []
+    for path, body in work:
+        began = time.perf_counter()
+        server.ask(path, body)
+        found.append((time.perf_counter() - began) * 1e3)
+    return {f"{name}median": round(statistics.median(found), 1), f"{name}worst": round(max(found), 1)}
 
 
 def main() -> None:
@@ -179,6 +181,9 @@ def main() -> None:
     parser.add_argument("--weights", choices=("device", "file"), default="device")
     parser.add_argument("--cold", action="store_true", help="also with an empty cache of kernels")
     parser.add_argument("--starts", type=int, default=2, help="warm ones; the first one may compile")
+    parser.add_argument(
+        "--late", action=argparse.BooleanOptionalAction, default=True, help="also time the first requests"
+    )
     parser.add_argument("--folder", type=Path, help="where checkpoints are written and kept")
     parser.add_argument(
         "--serve", nargs="+", help="more flags for headrace serve, each as one word: --flag=value"
