@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from headrace.checkpoints.base import Checkpoint
-from headrace.errors import HeadraceError
+from support.packaged import packaged
 
 # Processes that tests start find the package too, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -20,16 +20,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels of tests/parity/test_triton_* run on the CPU
-
-
-def packaged(name: str) -> Path:
-    """Files of a packaged model; the test is skipped, with the reason, when they cannot be had."""
-    from headrace.checkpoints.resolve import resolve
-
-    try:
-        return resolve(name)
-    except HeadraceError as error:
-        pytest.skip(f"packaged model {name}: {error}")
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import packaged
 from headrace.checkpoints.gguf import GGUFCheckpoint
 from headrace.checkpoints.resolve import open_checkpoint
 from headrace.text.detokenizer import Detokenizer
 from headrace.text.template import ChatTemplate
 from headrace.text.tokenizer import Tokenizer
+from support.packaged import packaged
 
 pytestmark = pytest.mark.models
 
