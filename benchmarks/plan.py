@@ -155,7 +155,7 @@ def measure(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     taken = torch.cuda.memory_stats()["segment.all.allocated"]
-    drive(core, ready, [(1, 30), (8, 900), (3, 9000), (spec.max_num_seqs, 40)])
+    drive(core, ready, [(1, 30), (8, 900), (1, 9000), (spec.max_num_seqs, 40)])
     torch.cuda.synchronize()
     after, _ = torch.cuda.mem_get_info()
     reserved = torch.cuda.memory_reserved()

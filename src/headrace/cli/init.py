@@ -53,9 +53,10 @@ def config_text(model: str, gpu: str = "") -> str:
     """The file's text. Reads the checkpoint's headers when it is on this machine.
 
     Raises:
-        ConfigError: an unknown GPU.
+        ConfigError: an unknown GPU, or one that cannot run it.
     """
     from headrace.config.accelerators import parse_accelerator
+    from headrace.config.load import check_text
     from headrace.engines.select import select
 
     if not model.strip() or "\n" in model:
@@ -86,7 +87,13 @@ def config_text(model: str, gpu: str = "") -> str:
         )
         reason = found.reason
         context = int(facts.text_config.get("max_position_embeddings") or 0)
-    return _text(model, gpu, count, engine, reason, context)
+    text = _text(model, gpu, count, engine, reason, context)
+    problems = check_text(text).report.problems
+    if problems:  # a GPU that cannot run this engine, say
+        raise ConfigError(
+            [f"the file would be refused: {problem.message}" for problem in problems], param="gpu"
+        )
+    return text
 
 
 def _facts(model: str) -> Facts | None:

@@ -286,9 +286,6 @@ def _take_all(
     from headrace.execution.graphs import GraphRunner
     from headrace.execution.warm_up import prepare_kernels, warm_up
 
-    take_for_steps(runner.device, need, runner if isinstance(runner, GraphRunner) else None)
-    stages.done("memory")
-
     def compiling(done: int, total: int) -> None:
         if done == 0:
             stages.done("rehearsal")
@@ -297,6 +294,9 @@ def _take_all(
 
     prepare_kernels(runner, work, **sizes, progress=compiling)
     stages.done("kernels")
+    give_back(runner.device)  # what rehearsals left, before what is taken for good
+    take_for_steps(runner.device, need, runner if isinstance(runner, GraphRunner) else None)
+    stages.done("memory")
     warm_up(runner, **sizes)
     stages.done("warm-up")
 

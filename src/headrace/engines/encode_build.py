@@ -136,11 +136,11 @@ def _take_all(
     """Take what serving will ever need of the device, so that it never asks for more."""
     from headrace.execution.encode_warm_up import largest, prepare_kernels, run_once
 
-    give_back(runner.device)
-    take_for_steps(runner.device, need, runner.graphs)
-    stages.done("memory")
     prepare_kernels(runner, work, load.tokens, load.rows, on_compiling)
     stages.done("kernels")
+    give_back(runner.device)  # what loading and rehearsals left, before what is taken for good
+    take_for_steps(runner.device, need, runner.graphs)
+    stages.done("memory")
     if runner.graphs is not None:
         runner.graphs.warm_up(GRAPH_SECONDS)
     run_once(runner, largest(runner, load.tokens))

@@ -139,6 +139,11 @@ class EncodeGraphs:
             if self._memory is None:
                 self._graphs[size].replay()
 
+    def forget(self) -> None:
+        """Let go of all graphs in a rehearsal: they hold their results, which captured ones share."""
+        assert self._memory is None, "captured graphs stay"
+        self._graphs.clear()
+
     @contextlib.contextmanager
     def rehearsing(self) -> Iterator[None]:
         """Within, graphs are not captured but run as they are, and forgotten afterwards."""

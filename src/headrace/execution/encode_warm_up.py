@@ -46,11 +46,14 @@ def prepare_kernels(
         if graphs is not None:
             for size in (*TOKENS, *LARGE):
                 graphs.capture(size)
+                graphs.forget()
         # Triton tells apart numbers that are 1, that 16 divides, and others; kernels differ by powers of two.
         for seqs in sorted({min(n, max_seqs) for n in (1, 2, 16, 17, 33, 65, 128, 129, 256, max_seqs)}):
             for length in sorted({min(n, runner.max_tokens) for n in (1, 7, 16, 64, 100, 300, 512, 1 << 20)}):
                 if seqs * length <= tokens or seqs == 1:
                     run_once(runner, [length] * seqs, every=True)
+                    if graphs is not None:
+                        graphs.forget()
         run_once(runner, largest(runner, tokens), every=True)
 
     aside = contextlib.nullcontext() if graphs is None else graphs.rehearsing()

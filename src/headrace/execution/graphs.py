@@ -385,6 +385,11 @@ class GraphRunner(Runner):
             if self._memory is None:
                 graph.replay()
 
+    def forget(self) -> None:
+        """Let go of all graphs in a rehearsal: hundreds hold their results, which captured ones share."""
+        assert self._memory is None, "captured graphs stay"
+        self._graphs.clear()
+
     @contextlib.contextmanager
     def rehearsing(self) -> Iterator[None]:
         """Within, graphs are not captured but run as they are, over the first layers, and forgotten afterwards."""

@@ -45,19 +45,25 @@ def prepare_kernels(
         work: see headrace.kernels.ahead.Note.
     """
 
+    def step(counts: list[int], kind: SamplingParams, *, masked: bool = False) -> None:
+        blank_step(runner, counts, [kind], masked=masked)
+        if isinstance(runner, GraphRunner):
+            runner.forget()
+
     def steps() -> None:
-        blank_step(runner, _spread(step_tokens, min(step_tokens, max_model_len - 1), max_num_seqs), [_GREEDY])
+        step(_spread(step_tokens, min(step_tokens, max_model_len - 1), max_num_seqs), _GREEDY)
         if isinstance(runner, GraphRunner):
             for key in runner.keys(step_tokens):
                 runner.capture(key)
+                runner.forget()
         # Triton tells apart numbers that are 1, that 16 divides, and others.
         for rows in sorted({1, min(2, max_num_seqs), min(16, max_num_seqs), max_num_seqs}):
             for sampling in (_GREEDY, _DRAWN, *_OTHER):
-                blank_step(runner, [1] * rows, [sampling])
-                blank_step(runner, [1] * rows, [sampling], masked=True)
-                blank_step(runner, [9] * min(rows, step_tokens // 9), [sampling])
+                step([1] * rows, sampling)
+                step([1] * rows, sampling, masked=True)
+                step([9] * min(rows, step_tokens // 9), sampling)
         for count in (2, 9, 17, 100):  # logits of this many prompt tokens less one
-            blank_step(runner, [min(count, step_tokens)], [_PROMPT_SCORED])
+            step([min(count, step_tokens)], _PROMPT_SCORED)
 
     rehearse(work, runner.device, steps, _aside(runner), progress)
 

@@ -90,6 +90,8 @@ def test_a_gpu_that_the_hosted_system_lacks_is_a_lifted_rule_and_no_file_for_it(
     assert gpu_machine("RTX_4090:2").count == 2
     with pytest.raises(ConfigError, match="hosted system, in whose format"):
         config_text("owner/name", "RTX_4090")
+    with pytest.raises(ConfigError, match="T4 runs encoder_bert only"):
+        config_text("owner/name", "T4")
 
 
 @pytest.mark.parametrize("name", ["MI300X", "TPUv5", "Gaudi3"])

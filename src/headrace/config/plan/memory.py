@@ -42,7 +42,7 @@ CUDA_PROCESS_BYTES = 767 * MIB
 # files, for encoders and for decoders.
 CPU_PROCESS_BYTES = (160 * MIB, 178 * MIB)
 # Of an entry of the vocabulary: WordPiece of encoders, byte pairs with their merges, pieces with scores.
-_TOKENIZER_BYTES = (230, 700, 340)
+_TOKENIZER_BYTES = (230, 600, 480)
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):

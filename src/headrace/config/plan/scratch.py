@@ -190,7 +190,8 @@ def _generate(shape: ModelShape, load: Load) -> Scratch:
         return Scratch(plain=_in_pieces(step))
     in_graph = forward_bytes(shape, min(load.tokens, GRAPH_TOKENS), size, ranks) + partial
     decode = forward_bytes(shape, load.rows, size, ranks) + partial + logits
-    decode_graphs = 2 * (min(load.rows, 64).bit_length() + load.rows // 32)  # to tokens and to logits
+    # Each size to likeliest tokens, to drawn ones with and without a filter, and to logits.
+    decode_graphs = 4 * (min(load.rows, 64).bit_length() + load.rows // 32)
     return Scratch(
         state=_tables(shape, load) + partial,
         plain=_in_pieces(max(forward + partial, after) if load.tokens <= GRAPH_TOKENS else step),
