@@ -73,6 +73,26 @@ def test_ring(shape: RingShape, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(best.gather(1, got[:, None])[:, 0], best.amax(1)) < tolerance(DTYPE)
 
 
+@pytest.mark.parametrize("shape", [RingShape(8, 16, 128, 4, 1, 4), RingShape(8, 128, 128, 1, 1, 3)], ids=str)
+def test_one_row(shape: RingShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rows of a tile are not there; what lies behind x must not matter."""
+    monkeypatch.setattr(fast, "_shape", lambda *_: shape)
+    n, k = 3 * shape.bn + 8, 1024
+    x = torch.full((9, k), torch.nan, dtype=DTYPE, device="cuda")
+    x[0] = randn(1, k, dtype=DTYPE, seed=0)[0]
+    weight, gain = randn(n, k, dtype=DTYPE, seed=1, scale=k**-0.5), randn(k, dtype=DTYPE, seed=2)
+    one = x[:1]
+    expected = reference.small_linear(one.float(), weight.float(), norm=(gain, EPS))
+    assert error(stream_linear(begin_stream(one, gain), weight, eps=EPS), expected) < 2 * tolerance(DTYPE)
+    residual = randn(1, n, dtype=DTYPE, seed=3)
+    stream = add_linear(one, weight, begin_stream(residual, randn(n, dtype=DTYPE, seed=4)), gain[:n])
+    expected = reference.small_linear(one.float(), weight.float(), residual=residual.float())
+    assert error(stream.x, expected) < 2 * tolerance(DTYPE)
+    best = reference.small_linear(one.float(), weight.float(), norm=(gain, EPS))
+    token = int(stream_argmax(begin_stream(one, gain), weight, eps=EPS)[0])
+    assert error(best[0, token], best.amax()) < tolerance(DTYPE)
+
+
 def test_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chain of dependent maps, each of which starts while the one before it runs, many times: always the same."""
     shapes = {False: RingShape(16, 16, 128, 4, 1, 3), True: RingShape(16, 16, 128, 4, 2, 2)}
