@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "int8"])
     shapes = parser.add_argument_group("random weights of real shapes, from token ids (encode_random.py)")
     shapes.add_argument("--shapes", nargs="+", help="bge-large, qwen3-embedding-0.6b")
+    shapes.add_argument("--dtype", choices=["float16", "bfloat16"], help="else each family's own")
     shapes.add_argument("--cases", nargs="+", help="texts x tokens: 2048x512, 2048x16..512, 1x16")
     shapes.add_argument("--eight-bits", choices=["fp8", "int8"], help="round weights and activations")
     shapes.add_argument("--max-num-seqs", type=int, default=256)

@@ -122,7 +122,8 @@ def measure(record: Recorder, args: Any) -> None:
     """A row a shape and case."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in args.shapes:
-        model = random_model(name, device, eight_bits=args.eight_bits)
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        model = random_model(name, device, dtype, eight_bits=args.eight_bits)
         runner = EncodeRunner(model, device)
         tokens = args.batch_tokens or CUDA_ENCODE_TOKENS
         core = EncodeCore(

@@ -185,6 +185,7 @@ def test_a_killed_process_takes_only_its_own_requests_and_is_replaced(server: Se
     time.sleep(1.2)  # everybody's counts are kept once a second
     before = server.metric("headrace_rejected_requests_total", "tiny")
     os.kill(killed, signal.SIGKILL)
+    until(lambda: not alive(str(killed)))  # until then the kernel gives it connections
     with pytest.raises((http.client.IncompleteRead, ConnectionError)):
         theirs.read()
     until(lambda: server.metric("headrace_engine_running", "tiny") <= 1)

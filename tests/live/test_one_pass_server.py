@@ -323,6 +323,51 @@ def test_the_root_path_does_what_the_model_is_for(served: Served) -> None:
         assert (found, reply["error"]["param"]) == (status, param), reply
 
 
+def test_classify_in_the_shapes_of_infinity_and_vllm(served: Served) -> None:
+    expected = served.ok("/predict", {"model": "classifier", "inputs": [[text] for text in TEXTS]})
+    body = {"model": "classifier", "input": TEXTS}
+    infinity = served.ok("/classify", body | {"raw_scores": False})
+    assert (infinity["object"], infinity["data"]) == ("classify", expected)
+    raw = served.ok("/classify", body | {"raw_scores": True})["data"][0]
+    assert raw == served.ok("/predict", {"model": "classifier", "inputs": TEXTS[0], "raw_scores": True})
+    vllm = served.ok("/classify", body)
+    assert vllm["object"] == "list"
+    for index, (row, labels) in enumerate(zip(vllm["data"], expected, strict=True)):
+        by_name = {one["label"]: one["score"] for one in labels}
+        assert row == {
+            "index": index,
+            "label": labels[0]["label"],
+            "probs": [by_name[name] for name in "abc"],
+            "num_classes": 3,
+        }
+    tokens = served.ok("/v1/embeddings", {"model": "embedder", "input": TEXTS})["usage"]
+    assert vllm["usage"] == infinity["usage"] == tokens
+    for bad, param in (({"input": []}, "input"), ({"input": [1]}, "input[0]"), ({}, "input")):
+        status, reply, _ = served.post("/classify", {"model": "classifier"} | bad)
+        assert (status, reply["error"]["param"]) == (400, param)
+
+
+def test_what_infinitys_client_sends(served: Served) -> None:
+    """It says every field of a request, and knows the replies by their object."""
+    sent = {"model": "embedder", "input": TEXTS, "dimensions": 0, "modality": "text"}
+    assert served.ok("/embeddings", sent) == served.ok("/embeddings", {"model": "embedder", "input": TEXTS})
+    status, reply, _ = served.post("/embeddings", {"model": "embedder", "input": "a", "dimensions": 0})
+    assert (status, reply["error"]["param"]) == (400, "dimensions")
+    ask = {
+        "model": "reranker",
+        "query": "a",
+        "documents": TEXTS,
+        "return_documents": False,
+        "raw_scores": True,
+    }
+    found = served.ok("/rerank", ask)
+    scores = served.ok("/rerank", {"query": "a", "texts": TEXTS, "raw_scores": True})
+    assert found["object"] == "rerank"
+    assert [(one["index"], one["relevance_score"]) for one in found["results"]] == [
+        (one["index"], one["score"]) for one in scores
+    ]
+
+
 def test_hugging_face_clients_reach_a_server_of_one_model(served: Served) -> None:
     """They post to the root path, without a model."""
     from huggingface_hub import InferenceClient

@@ -25,9 +25,11 @@ from headrace.serving.openai.schemas import ChatRequest, CompletionRequest, Embe
 from headrace.serving.openai.tokens import DetokenizeRequest, detokenize
 from headrace.serving.state import STATE, State
 from headrace.serving.tei import embed, predict, rerank, text
+from headrace.serving.tei.classify import classify
 from headrace.serving.tei.decide import system_one
 from headrace.serving.tei.default import infer, predict_any, rerank_any, tokenize_any
 from headrace.serving.tei.schemas import (
+    ClassifyRequest,
     CohereRerankRequest,
     DecodeRequest,
     EmbedAllRequest,
@@ -82,6 +84,9 @@ TABLE = (
         "What the model is for: /embed, /rerank, /similarity, /predict or /predict_tokens.",
     ),
     Route("POST", "/invocations", infer, "The same, where platforms send everything."),
+    Route(
+        "POST", "/classify", classify, "Labels of texts, in the shapes of Infinity and vLLM.", ClassifyRequest
+    ),
     Route("POST", "/predict", predict_any, "Labels of texts.", PredictRequest),
     Route("POST", "/predict_tokens", predict.predict_tokens, "Entities in texts.", PredictTokensRequest),
     Route("POST", "/score", score, "How well texts fit each other, in vLLM's shape.", ScoreRequest),

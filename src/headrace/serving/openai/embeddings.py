@@ -52,7 +52,7 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
         call.show_prompt(body.input)
         result = await call.model.engine.embed(
             inputs,
-            EncodeParams(dimensions=body.dimensions, normalize=body.normalize is not False),
+            EncodeParams(dimensions=body.dimensions or None, normalize=body.normalize is not False),
             truncate_prompt_tokens=body.truncate_prompt_tokens,
             truncate=body.truncate,
             truncation_direction=direction(body.truncation_direction),

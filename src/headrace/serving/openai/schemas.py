@@ -225,8 +225,12 @@ class EmbeddingRequest(ApiModel):
         None, "`base64`: float32, little-endian; `bytes`: the same as the whole body, without JSON."
     )
     dimensions: int | None = acts(
-        None, "Keep the leading dimensions, normalized again (Matryoshka).", ge=1, le=INT32
+        None,
+        "Keep the leading dimensions, normalized again (Matryoshka); 0 beside `modality`: all.",
+        ge=0,
+        le=INT32,
     )
+    modality: Literal["text"] | None = acts(None, "What `input` is (Infinity's clients say it).")
     truncate_prompt_tokens: int | None = acts(
         None, "Cut inputs to so many tokens; -1: to what the model takes.", ge=-1
     )
@@ -249,6 +253,8 @@ class EmbeddingRequest(ApiModel):
         many = isinstance(self.input, list)
         if many and not self.input:
             raise FieldError("input", "input is an empty list; expected text, token ids, or a list of either")
+        if self.dimensions == 0 and self.modality is None:
+            raise FieldError("dimensions", "dimensions is 0; expected 1 or more")
         if self.truncate is False and self.truncate_prompt_tokens is not None:
             raise FieldError("truncate", "truncate is false, but truncate_prompt_tokens asks for a cut")
         return self

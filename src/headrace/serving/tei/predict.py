@@ -18,7 +18,7 @@ from headrace.text.encoding import Encoded, Truncate
 from headrace.text.spans import Entity, entities
 from headrace.types import EncodeParams, EncodeTask
 
-__all__ = ["Label", "predict", "predict_tokens"]
+__all__ = ["Label", "labelled", "predict", "predict_tokens"]
 
 
 class Label(msgspec.Struct):
@@ -50,11 +50,12 @@ async def predict(request: web.Request) -> web.StreamResponse:
         encoded = await _encode(encoder, inputs, truncation(encoder, body))
         result = await encoder.run(encoded, params, deadline=call.deadline)
         call.record.usage = result.usage
-        rows = [_labels(array(output), encoder.card.labels) for output in result.outputs]
+        rows = [labelled(array(output), encoder.card.labels) for output in result.outputs]
         return reply(request, rows[0] if single else rows)
 
 
-def _labels(scores: Array, labels: tuple[str, ...]) -> list[Label]:
+def labelled(scores: Array, labels: tuple[str, ...]) -> list[Label]:
+    """Every label with its score, best first."""
     order = np.argsort(-scores, kind="stable").tolist()
     return [Label(labels[i], float(scores[i])) for i in order]
 

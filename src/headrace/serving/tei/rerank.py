@@ -57,7 +57,8 @@ async def rerank_jina(request: web.Request) -> web.StreamResponse:
         Relevance(i, scores[i], {"text": texts[i]} if shown else UNSET) for i in _order(scores, body.top_n)
     ]
     tokens = {"total_tokens": usage.prompt_tokens, "prompt_tokens": usage.prompt_tokens}
-    return reply(request, {"model": name, "object": "list", "usage": tokens, "results": results})
+    kind = "rerank" if request.path == "/rerank" else "list"  # Infinity's word, and Jina's
+    return reply(request, {"model": name, "object": kind, "usage": tokens, "results": results})
 
 
 async def rerank_cohere(request: web.Request) -> web.StreamResponse:

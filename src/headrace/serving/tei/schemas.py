@@ -9,6 +9,7 @@ from pydantic import field_validator
 from headrace.serving.openai.fields import ApiModel, acts, harmless, needed
 
 __all__ = [
+    "ClassifyRequest",
     "CohereRerankRequest",
     "DecodeRequest",
     "EmbedAllRequest",
@@ -94,6 +95,17 @@ class PredictRequest(OnePass):
         "A text; a pair `[a, b]`; or a list of lists, each one text or a pair."
     )
     raw_scores: bool = acts(False, "Logits instead of probabilities.")
+
+
+class ClassifyRequest(OnePass):
+    """POST /classify (Infinity's shape, and vLLM's)"""
+
+    input: str | list[str] = needed("A text or a list of texts.")
+    raw_scores: bool | None = acts(
+        None,
+        "Logits instead of probabilities. Where it is given, the reply has Infinity's shape, else vLLM's.",
+    )
+    user: str | None = harmless("For the caller's own books.")
 
 
 class PredictTokensRequest(OnePass):
