@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple
-
 from aiohttp import web
-from pydantic import BaseModel
 
 from headrace.serving import openapi, probes
 from headrace.serving.anthropic.messages import messages
@@ -23,6 +19,7 @@ from headrace.serving.openai.responses import create_response, delete_response, 
 from headrace.serving.openai.responses_schema import ResponsesRequest
 from headrace.serving.openai.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from headrace.serving.openai.tokens import DetokenizeRequest, detokenize
+from headrace.serving.route import Route
 from headrace.serving.state import STATE, State
 from headrace.serving.tei import embed, predict, rerank, text
 from headrace.serving.tei.classify import classify
@@ -45,17 +42,7 @@ from headrace.serving.tei.schemas import (
 )
 from headrace.serving.tei.score import ScoreRequest, score
 
-__all__ = ["TABLE", "Route", "make_app"]
-
-
-class Route(NamedTuple):
-    """One route: what it takes, and one sentence for the API page."""
-
-    method: str
-    path: str
-    handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    text: str
-    body: type[BaseModel] | None = None
+__all__ = ["TABLE", "make_app"]
 
 
 TABLE = (

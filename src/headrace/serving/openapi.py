@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -14,9 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from headrace import __version__
-
-if TYPE_CHECKING:
-    from headrace.serving.app import Route
+from headrace.serving.route import Route
 
 __all__ = ["DOCUMENT", "build", "description", "fields_table", "page"]
 
@@ -126,7 +124,7 @@ def _type(row: dict[str, Any]) -> str:
 
 def write_tables(file: Path) -> None:
     """Put the tables of fields between their marks in a Markdown file; schemas without a mark are left out."""
-    from headrace.serving.app import TABLE
+    from headrace.serving.app import TABLE  # which is made with this module
 
     text = file.read_text(encoding="utf-8")
     for schema in dict.fromkeys(route.body for route in TABLE if route.body is not None):
