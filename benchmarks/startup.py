@@ -1,6 +1,7 @@
 """Start-up: from the start of `headrace serve`'s process to its first answer over HTTP, broken down by part.
 
     python -m benchmarks.startup --models qwen3-0.6b qwen3-8b bge-large --record
+    python -m benchmarks.startup --models smollm2-135m minilm                     # packaged models, on CPUs too
 
 Each measurement is a server of its own. Kernels: ``warm`` is a cache that has them all; ``cold`` an empty one, as on a
 new machine (--cold). Weights of generators: made on the device, so that nothing is read (the goals' case), or with
@@ -30,7 +31,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Recorder, arguments, model_config
+from benchmarks.common import SHAPES, Recorder, arguments, model_config
 
 _DEADLINE = 300.0
 
@@ -67,7 +68,7 @@ def write_folder(folder: Path, name: str) -> None:
 class Server:
     """`headrace serve` of one folder, from its first moment to its first answer."""
 
-    def __init__(self, folder: Path, cache: Path | None, made_up: bool, extra: list[str]) -> None:
+    def __init__(self, folder: Path | str, cache: Path | None, made_up: bool, extra: list[str]) -> None:
         self.began = time.time()
         command = [sys.executable, "-m", "benchmarks.startup_server", *(["--made-up"] if made_up else [])]
         more = {} if cache is None else {"TRITON_CACHE_DIR": str(cache)}
@@ -80,6 +81,7 @@ class Server:
         self.parts: dict[str, float] = {}
         self.url = ""
         self.kernels = 0
+        self.encodes = False
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -91,7 +93,8 @@ class Server:
             elif found := re.search(r"compiling (\d+) kernels", line):
                 self.kernels = int(found[1])
             elif '"model ready"' in line:
-                self.parts = json.loads(line).get("start", {})
+                record = json.loads(line)
+                self.encodes, self.parts = "tasks" in record, record["start"]
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """The answer, or None while the server cannot give one."""
@@ -147,18 +150,21 @@ def requests(encodes: bool, vocab: int) -> list[tuple[str, dict[str, Any]]]:
 
 def measure(name: str, folder: Path, cache: Path | None, args: Any) -> dict[str, Any]:
     """One start."""
-    config = model_config(name)
-    encodes = config.get("model_type") == "bert" or "embedding" in name
-    path, body = ("/v1/embeddings", {"input": "kana"}) if encodes else (
-        "/v1/completions", {"prompt": [300, 301, 302], "max_tokens": 1, "temperature": 0}
-    )  # fmt: skip
-    server = Server(folder, cache, args.weights == "device" and not encodes, args.serve or [])
+    known = name in SHAPES
+    encodes = known and (SHAPES[name].get("model_type") == "bert" or "embedding" in name)
+    made_up = known and args.weights == "device" and not encodes
+    server = Server(folder if known else name, cache, made_up, args.serve or [])
     try:
         ready = server.until("/ready")
-        first = server.until(path, body)
-        found = {"value": first, "ready": round(ready, 2), "parts": server.parts, "compiled": server.kernels}
+        while not server.parts:
+            time.sleep(0.001)  # its log is on the way
+        first = {"prompt": [300, 301, 302], "max_tokens": 1, "temperature": 0}
+        path, body = ("/v1/embeddings", {"input": "kana"}) if server.encodes else ("/v1/completions", first)
+        value = server.until(path, body)
+        found = {"value": value, "ready": round(ready, 2), "parts": server.parts, "compiled": server.kernels}
+        found["weights"] = "made on the device" if made_up else "read"
         if args.late:
-            work = requests(encodes, config["vocab_size"])
+            work = requests(server.encodes, SHAPES[name]["vocab_size"] if known else 3000)
             found["late"] = {**milliseconds(server, work, ""), **milliseconds(server, work, "later_")}
     finally:
         server.close()
@@ -193,7 +199,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models:
             folder = (args.folder or Path(scratch)) / name
-            if not (folder / "config.json").is_file():
+            if name in SHAPES and not (folder / "config.json").is_file():
                 folder.mkdir(parents=True, exist_ok=True)
                 write_folder(folder, name)
             if args.cold:
@@ -208,10 +214,7 @@ def main() -> None:
                 print(rows[-1], file=sys.stderr, flush=True)
     recorder = Recorder("startup", args)  # imports torch: after the measurements
     for name, case, found in rows:
-        where = "read" if args.weights == "file" else "made on the device, or read by encoders"
-        recorder.row(
-            model=name, precision="bfloat16", case=case, metric="first_answer_s", weights=where, **found
-        )
+        recorder.row(model=name, precision="auto", case=case, metric="first_answer_s", **found)
 
 
 if __name__ == "__main__":

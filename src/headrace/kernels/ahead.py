@@ -46,8 +46,19 @@ _EMPTY = frozenset({torch.empty, torch.empty_like, torch.empty_strided, torch.Te
 
 @dataclass(slots=True)
 class _Kernel:
+    """Stands for a kernel where launches look for it; asked for anything, it compiles, and gives way."""
+
     compile: Callable[[], Any]  # from Triton's cache where it is there
-    places: list[Callable[[Any], None]] = field(default_factory=list)  # where launches look for it
+    places: list[Callable[[Any], None]] = field(default_factory=list)
+
+    def ready(self) -> Any:
+        compiled = self.compile()
+        for place in self.places:
+            place(compiled)
+        return compiled
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ready(), name)
 
 
 class Kernels(triton.AsyncCompileMode):
@@ -68,14 +79,18 @@ class Kernels(triton.AsyncCompileMode):
         return kernel
 
     def compile(self, progress: Progress | None = None) -> None:
-        """Compile all of them, and put them where launches find them. Raises what compiling one raises."""
+        """Compile all of them, and put them where launches find them.
+
+        What does not compile is told in the log, and again by the step that launches it.
+        """
         kernels = list(self._noted.values())
         if len(kernels) > 1:
             _compile_in_processes([kernel.compile for kernel in kernels], progress)
         for kernel in kernels:
-            compiled = kernel.compile()
-            for place in kernel.places:
-                place(compiled)
+            try:
+                kernel.ready()
+            except Exception as error:
+                logger.warning("a kernel does not compile, and steps that need it will fail: %s", error)
         self._noted.clear()
 
 
