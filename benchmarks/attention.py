@@ -106,13 +106,15 @@ def prefill(
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--what", nargs="+", choices=["decode", "prefill"], default=["decode", "prefill"])
+    parser.add_argument("--heads", nargs="+", type=int, default=[16, 32], help="of queries")
     parser.add_argument("--fa3", help="the peer's wheel or library, to compare with")
     args = parser.parse_args()
     recorder = Recorder("attention", args)
     if args.fa3:
         fa3.load(args.fa3)
     for what, run, settings in (("decode", decode, DECODES), ("prefill", prefill, PREFILLS)):
-        for shape, setting in itertools.product(HEADS, settings if what in args.what else []):
+        shapes = [shape for shape in HEADS if shape[0] in args.heads]
+        for shape, setting in itertools.product(shapes, settings if what in args.what else []):
             run(recorder, *shape, *setting, peer=args.fa3 is not None)
             torch.cuda.empty_cache()
 
