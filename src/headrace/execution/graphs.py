@@ -185,7 +185,7 @@ class GraphRunner(Runner):
         arrays = StepArrays.of(plan.chunks)
         if len(chunks) == plan.num_tokens:
             size = up(self.decode_sizes, len(chunks))
-            long = self._is_long(size, int(arrays.starts.max()) + 1)
+            long = self._is_long(size, int(arrays.starts.max()) + plan.repeats)
             key = GraphKey(size, size, self._decode_kind(arrays.rows), long=long)
             return self._stage(GraphStep(plan, chunks, None, key=key), arrays)
         key = GraphKey(
