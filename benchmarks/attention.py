@@ -18,12 +18,13 @@ from torch import Tensor
 from benchmarks import fa3
 from benchmarks.common import Recorder, arguments, ceilings
 from benchmarks.kernels import DEVICE, DTYPE, SPREAD, graph_seconds
+from headrace.kernels.attention.decode_shapes import is_long
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
 from headrace.kernels.attention.triton_fresh import fresh_attention
 from headrace.kernels.attention.triton_prefill import prefill_attention
 
 HEADS = [(16, 8, 128), (32, 8, 128)]  # queries, keys, size: Qwen3-0.6B and 8B
-DECODES = [*itertools.product((1, 16, 64), (512, 4096, 32768)), (256, 512), (256, 1088), (256, 4096)]
+DECODES = [*itertools.product((1, 4, 16, 32, 64), (512, 4096, 32768)), (256, 512), (256, 1088), (256, 4096)]
 PREFILLS = [(1, 4096), (8, 1024), (16, 512)]
 SCALE = 0.088
 BLOCK = 16
@@ -44,10 +45,11 @@ def decode(recorder: Recorder, heads: int, kv: int, dim: int, count: int, length
     caches = [torch.randn(2, blocks, BLOCK, kv, dim, dtype=DTYPE, device=DEVICE) for _ in range(copies)]
     q = torch.randn(count, heads, dim, dtype=DTYPE, device=DEVICE)
     out, theirs = torch.empty_like(q), torch.empty_like(q)
+    long = is_long(count * kv, dim, length)
     space = DecodeWorkspace.allocate(count, heads, kv, dim, DEVICE)
 
     def ours(i: int) -> None:
-        decode_attention(q, *caches[i].unbind(), tables, lens, space, scale=SCALE, out=out)
+        decode_attention(q, *caches[i].unbind(), tables, lens, space, scale=SCALE, long=long, out=out)
 
     def peers(planned: bool) -> Callable[[int], None]:
         run = fa3.paged_decode(q, caches[0][0], tables, lens, length, planned=planned)
@@ -104,13 +106,15 @@ def prefill(
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--what", nargs="+", choices=["decode", "prefill"], default=["decode", "prefill"])
+    parser.add_argument("--heads", nargs="+", type=int, default=[16, 32], help="of queries")
     parser.add_argument("--fa3", help="the peer's wheel or library, to compare with")
     args = parser.parse_args()
     recorder = Recorder("attention", args)
     if args.fa3:
         fa3.load(args.fa3)
     for what, run, settings in (("decode", decode, DECODES), ("prefill", prefill, PREFILLS)):
-        for shape, setting in itertools.product(HEADS, settings if what in args.what else []):
+        shapes = [shape for shape in HEADS if shape[0] in args.heads]
+        for shape, setting in itertools.product(shapes, settings if what in args.what else []):
             run(recorder, *shape, *setting, peer=args.fa3 is not None)
             torch.cuda.empty_cache()
 

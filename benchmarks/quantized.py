@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.common import Recorder, arguments, device_name, model_config
 from benchmarks.kernels import compile_all, graph_seconds
 from headrace.config.quantization import quantization_type
+from headrace.kernels.attention.decode_shapes import is_long
 from headrace.kernels.attention.fp4 import FP4
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
 from headrace.kernels.linear.triton import small_linear
@@ -103,8 +104,11 @@ def cache_slope(
             q = torch.randn(count, heads, dim, dtype=torch.bfloat16, device=DEVICE)
             space = DecodeWorkspace.allocate(count, heads, kv, dim, DEVICE)
 
-            def run(i: int, caches: Any = caches, q: Tensor = q, rest: Any = (tables, lens, space)) -> None:
-                decode_attention(q, caches[i % 2].k, caches[i % 2].v, *rest, scale=0.088)
+            long = is_long(count * kv, dim, length)
+            rest: Any = (tables, lens, space)
+
+            def run(i: int, caches: Any = caches, q: Tensor = q, rest: Any = rest, long: bool = long) -> None:
+                decode_attention(q, caches[i % 2].k, caches[i % 2].v, *rest, scale=0.088, long=long)
 
             seconds.append(graph_seconds(run, 4))
             del caches

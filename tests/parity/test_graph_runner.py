@@ -12,10 +12,14 @@ import pytest
 import torch
 from msgspec import structs
 
+from headrace.config.plan.scratch import DECODE_GRAPHS, Load, decode_graphs
+from headrace.config.plan.shape import ModelShape
 from headrace.engines.generate import GenerateCore
+from headrace.execution.graph_input import ladder
 from headrace.execution.graphs import GraphRunner
 from headrace.execution.runner import Runner
 from headrace.kernels import dispatch
+from headrace.kernels.attention.decode_shapes import is_long
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
 from headrace.layers.linear import FixedLinear
@@ -163,6 +167,43 @@ def test_fused_graphs(name: str, sampled: bool, monkeypatch: pytest.MonkeyPatch)
     assert drain(build_core(model, graphs=True), work) == expected
     monkeypatch.setattr("headrace.models.decoder_fast.SMALL_ROWS", 1)
     assert drain(build_core(model, graphs=True), work) == expected
+
+
+def test_long_sequences_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps pass from one cut of attention to the other while sequences grow and end."""
+    model = build_model("qwen3")
+    lengths = []
+
+    def is_long(num_heads: int, head_dim: int, longest: int) -> bool:
+        assert num_heads % 2 == 0 and head_dim == 16
+        lengths.append(longest)
+        return longest > (30 if ON_GPU else 14)
+
+    monkeypatch.setattr("headrace.execution.graphs.is_long", is_long)
+    work = requests(9, 40, True) if ON_GPU else requests(3, 7, False)
+    expected = drain(build_core(model, graphs=False), work)
+    core = build_core(model, graphs=True)
+    assert drain(core, work) == expected
+    assert max(lengths) == max(len(r.token_ids) + r.sampling.max_tokens for r in work) - 1
+    assert isinstance(core.runner, GraphRunner)
+    decode = [key for key in core.runner._graphs if key.kind != "mixed"]
+    assert {key.long for key in decode} == {False, True}
+
+
+def test_every_decode_graph_is_planned() -> None:
+    """What the plan counts is what a runner may capture."""
+    shape = ModelShape(
+        layers=1, hidden=1, heads=8, kv_heads=8, head_dim=128, intermediate=1, vocab=1, context=1
+    )
+    for rows in (1, 3, 40, 256, 300, 1024):
+        load = Load(tokens=64, rows=rows, context=4096, dtype_bytes=2, cuda=True, graphs=True)
+        keys = {
+            (size, kind, is_long(size * 8, 128, longest))
+            for size in ladder(DECODE_GRAPHS, rows)
+            for kind in ("tokens", "drawn", "filtered", "logits")
+            for longest in (1, 4096)
+        }
+        assert decode_graphs(shape, load) == len(keys)
 
 
 @pytest.mark.parametrize("kinds", DRAWN)

@@ -1,4 +1,4 @@
-"""Kernels of quantized products compile for Hopper; no GPU is needed for that."""
+"""Kernels of quantized products and of attention compile for Hopper; no GPU is needed for that."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_every_variant_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", ["quantized", "attention"])
+def test_every_variant_compiles(kernels: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / "compile_quantized.py")],
+        [sys.executable, str(ROOT / "tests" / "support" / f"compile_{kernels}.py")],
         env={**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from headrace.kernels.attention import reference, triton_decode
+from headrace.kernels.attention.decode_shapes import DecodeShape
 from headrace.kernels.attention.triton import attention
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
 from headrace.kernels.attention.triton_fresh import fresh_attention, fresh_covers
@@ -134,10 +135,35 @@ def test_whole_prompts(heads: int, dim: int, window: int | None, cap: float | No
             assert error(out[start:end], expected[start:end]) < tolerance(dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not ON_GPU or torch.cuda.get_device_capability()[0] != 9,
+    reason="needs a Hopper GPU: Gluon is not interpreted",
+)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 128), (8, 2, 128), (3, 3, 64), (7, 1, 128)])
+def test_whole_prompts_specialized_by_warps(heads: int, kv_heads: int, dim: int) -> None:
+    """Tiles that end before, at and behind the end of a sequence; a neighbour whose values are infinite."""
+    from headrace.kernels.attention.gluon_fresh import specialized_attention
+
+    dtype, lens = DTYPES[-1], [700, 1, 128, 129, 64, 1300, 200]
+    seq_lens = [700, 9, 128, 129, 64, 1300, 200]
+    (q, k, v), batch = make_batch(lens, seq_lens, heads, kv_heads, dim, dtype)
+    starts = batch.query_starts.tolist()
+    expected = reference.attention(q, k, v, batch, 0, scale=0.09)
+    v[starts[6] :] = torch.inf
+    out = torch.full_like(expected, torch.nan)
+    specialized_attention(q, k, v, batch.query_starts, batch.seq_lens, scale=0.09, skip_single=True, out=out)
+    for i, (start, end) in enumerate(pairwise(starts)):
+        if i == 1:
+            assert out[start:end].isnan().all()
+        elif i < 6:
+            assert error(out[start:end], expected[start:end]) < tolerance(dtype), i
+
+
 SHAPES = (
     [
-        *((64, 64, 1, 4, 3), (64, 256, 2, 4, 4), (64, 1024, 2, 4, 4)),
-        *((64, 512, 2, 4, 4), (16, 1024, 8, 1, 4)),
+        *((64, 64, 1, 4, 3), (64, 512, 2, 4, 4), (16, 1024, 8, 1, 4)),
+        *((16, 64, 8, 1, 4), (16, 512, 8, 1, 4)),
     ]
     if ON_GPU
     else [(16, 32, 2, 4, 1), (32, 512, 1, 4, 1)]
@@ -150,7 +176,7 @@ def test_any_cut_of_the_keys(
     shape: tuple[int, ...], window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every shape that decode_shape may choose, over pieces that are full, ragged, and of the new key alone."""
-    monkeypatch.setattr(triton_decode, "decode_shape", lambda *_: triton_decode.DecodeShape(*shape))
+    monkeypatch.setattr(triton_decode, "_shape", lambda *_: DecodeShape(*shape))
     split = shape[1]
     lens = [split, split + 1, 2 * split + 17, 3, min(5 * split, 600)]
     for dtype in DTYPES[-1:]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import triton
@@ -72,20 +72,24 @@ def four_bits() -> Iterator[Variant]:
         yield f"{name} {more}", codes._small_codes, types, {**base, **form, **more}
 
 
-def main() -> int:
+def compile_all(variants: Iterable[Variant], kinds: dict[str, str], floats: Iterable[str]) -> int:
+    """How many do not compile, which are printed.
+
+    Args:
+        variants: (name, kernel, types of arguments, constants).
+        kinds: other types by argument; those named in ``floats`` are float32, the rest int32.
+    """
     failed = 0
-    for name, kernel, types, constants in itertools.chain(fp8(), four_bits()):
+    for name, kernel, types, constants in variants:
         names = kernel.arg_names
-        known = {**KINDS, **types}
+        known = {**kinds, **types}
         signature = {
-            arg: "constexpr" if arg in constants else known.get(arg, "fp32" if arg in FLOATS else "i32")
+            arg: "constexpr" if arg in constants else known.get(arg, "fp32" if arg in floats else "i32")
             for arg in names
         }
         places = {(names.index(arg),): value for arg, value in constants.items()}
         divisible = {
-            (i,): [["tt.divisibility", 16]]
-            for i, arg in enumerate(names)
-            if arg not in constants and arg not in FLOATS
+            (i,): [["tt.divisibility", 16]] for i, arg in enumerate(names) if signature[arg][0] in "*i"
         }
         options = {"num_warps": 4, "num_stages": 3, "launch_pdl": bool(constants.get("PDL"))}
         try:
@@ -102,4 +106,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(), 1))
+    sys.exit(min(compile_all(itertools.chain(fp8(), four_bits()), KINDS, FLOATS), 1))

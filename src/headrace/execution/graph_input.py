@@ -10,7 +10,6 @@ import numpy as np
 from headrace.scheduling.plan import Chunk
 
 __all__ = [
-    "DECODE",
     "MIXED_SEQS",
     "MIXED_TOKENS",
     "REPEATS",
@@ -23,13 +22,6 @@ __all__ = [
     "up",
 ]
 
-# Finer than powers of two: a padded row or token costs as much as a real one.
-DECODE = (
-    *(1, 2, 4, 8, 16, 24, 32, 48, 64),
-    *range(96, 257, 32),
-    *range(320, 513, 64),
-    *range(640, 1025, 128),
-)
 MIXED_TOKENS = (
     *(16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512),
     *range(640, 1025, 128),
@@ -59,6 +51,7 @@ class GraphKey(NamedTuple):
         kind: decode to ``tokens`` (greedy), to ``drawn`` tokens, to ``filtered`` ones (drawn behind top-k, top-p and
             min-p), or to ``logits``; or ``mixed``.
         some_single, fresh: of a mixed step, see AttentionBatch.
+        long: of a decode step with a sequence that asks for another cut of attention (is_long).
     """
 
     tokens: int
@@ -66,6 +59,7 @@ class GraphKey(NamedTuple):
     kind: str
     some_single: bool = True
     fresh: bool = False
+    long: bool = False
 
     @property
     def lanes(self) -> int:

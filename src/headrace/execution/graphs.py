@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.config.plan.scratch import DECODE_GRAPHS
 from headrace.execution.capture import GraphMemory, borrowed
 from headrace.execution.graph_input import (
-    DECODE,
     MIXED_SEQS,
     MIXED_TOKENS,
     REPEATS,
@@ -36,6 +36,7 @@ from headrace.execution.graph_input import (
 )
 from headrace.execution.runner import Runner, Step, StepResult
 from headrace.execution.sampler import Masks, Sampled, race_keys
+from headrace.kernels.attention.decode_shapes import is_long
 from headrace.kernels.sampling import Draws, draw_rows
 from headrace.kernels.step import argmax_rows, begin_step
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
@@ -145,7 +146,7 @@ class GraphRunner(Runner):
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         width = self._tables.shape[1]
         self._device_tables = torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=device)
-        self.decode_sizes = ladder(DECODE, max_num_seqs)
+        self.decode_sizes = ladder(DECODE_GRAPHS, max_num_seqs)
         self._seq_sizes = ladder(MIXED_SEQS, max_num_seqs)
         self._graphs: dict[GraphKey, _Graph] = {}
         self._memory = GraphMemory(device) if capture and device.type == "cuda" else None
@@ -184,7 +185,8 @@ class GraphRunner(Runner):
         arrays = StepArrays.of(plan.chunks)
         if len(chunks) == plan.num_tokens:
             size = up(self.decode_sizes, len(chunks))
-            key = GraphKey(size, size, self._decode_kind(arrays.rows))
+            long = self._is_long(size, int(arrays.starts.max()) + plan.repeats)
+            key = GraphKey(size, size, self._decode_kind(arrays.rows), long=long)
             return self._stage(GraphStep(plan, chunks, None, key=key), arrays)
         key = GraphKey(
             up(MIXED_TOKENS, plan.num_tokens),
@@ -195,6 +197,13 @@ class GraphRunner(Runner):
             fresh=not self.fixed and all(chunk.start == 0 or chunk.count == 1 for chunk in plan.chunks),
         )
         return self._stage(GraphStep(plan, chunks, None, key=key), arrays)
+
+    def _is_long(self, num_seqs: int, longest: int) -> bool:
+        """Whether a decode step of so many sequences takes the graph for long ones."""
+        if self._fast is None:
+            return False
+        config = self.decoder.config
+        return is_long(num_seqs * config.num_kv_heads, config.head_dim, longest)
 
     def _decode_kind(self, rows: np.ndarray) -> str:
         """Where a decode step's graph ends: where nothing else is asked for, in tokens."""
@@ -331,15 +340,21 @@ class GraphRunner(Runner):
             self._memory.grow(size, small)
 
     def warm_up(self, sizes: list[int]) -> None:
-        """Capture the graphs of greedy decode steps of these batch sizes now."""
+        """Capture the graphs of greedy decode steps of these batch sizes now, for sequences of any length."""
         with torch.inference_mode():
             for size in sorted({up(self.decode_sizes, size) for size in sizes}, reverse=True):
-                self._graph(GraphKey(size, size, "tokens"))
+                for key in self._decode_keys(size, "tokens"):
+                    self._graph(key)
+
+    def _decode_keys(self, size: int, kind: str) -> list[GraphKey]:
+        """Of decode steps of short sequences, and of long ones where they have a graph of their own."""
+        long = self._is_long(size, self.max_model_len)
+        return [GraphKey(size, size, kind, long=cut) for cut in (False, True)[: 1 + long]]
 
     def keys(self, tokens: int) -> Iterator[GraphKey]:
         """Of every graph that steps of up to ``tokens`` tokens can need."""
         for size, kind in itertools.product(self.decode_sizes, ("tokens", "drawn", "filtered", "logits")):
-            yield GraphKey(size, size, kind)
+            yield from self._decode_keys(size, kind)
         flags = [(True, False)] if self.fixed else list(itertools.product((True, False), repeat=2))
         for size in ladder(MIXED_TOKENS, up(MIXED_TOKENS, min(tokens, MIXED_TOKENS[-1]))):
             for below, seqs in zip((0, *self._seq_sizes), self._seq_sizes):
@@ -361,6 +376,7 @@ class GraphRunner(Runner):
                 *(GraphKey(size, size, "tokens") for size in self.decode_sizes),
                 *drawn[2:],
                 *(GraphKey(size, seqs, "mixed", *kind) for kind in kinds[1:] for size in prompts),
+                *(key for size in self.decode_sizes for key in self._decode_keys(size, "tokens")[1:]),
             ]
         )
 
@@ -441,7 +457,7 @@ class GraphRunner(Runner):
             self._log[: key.tokens],
         )  # fmt: skip
         if self._fast is not None:
-            batch = self._decode_batch(inputs.embedded, inputs.seq_lens, rows)
+            batch = self._decode_batch(inputs.embedded, inputs.seq_lens, rows, key.long)
             if key.kind == "tokens":
                 return self._fast.tokens(batch, self._last_tokens)
             logits = self._fast.logits(batch)
@@ -465,11 +481,11 @@ class GraphRunner(Runner):
         self._last_tokens[rows.long()] = tokens
         return tokens
 
-    def _decode_batch(self, embedded: Tensor, seq_lens: Tensor, rows: Tensor) -> DecodeBatch:
+    def _decode_batch(self, embedded: Tensor, seq_lens: Tensor, rows: Tensor, long: bool) -> DecodeBatch:
         from headrace.models.decoder_fast import DecodeBatch
 
         assert self._workspace is not None
-        return DecodeBatch(embedded, seq_lens, rows, self._device_tables, self.caches, self._workspace)
+        return DecodeBatch(embedded, seq_lens, rows, self._device_tables, self.caches, self._workspace, long)
 
     def _compute_mixed(self, given: Tensor, packed: Tensor, key: GraphKey) -> Tensor:
         """Hidden states [T, D]."""

@@ -90,6 +90,7 @@ class DecodeBatch:
         seq_lens: int32 [B], keys including the new ones.
         rows: int32 [B], each sequence's row of ``tables`` int32 [R, W].
         workspace: of at least B sequences.
+        long: attention is cut for long sequences (is_long).
     """
 
     embedded: Tensor
@@ -98,6 +99,7 @@ class DecodeBatch:
     tables: Tensor
     caches: list[LayerCache]
     workspace: DecodeWorkspace
+    long: bool
 
 
 @dataclass(slots=True)
@@ -188,7 +190,7 @@ class FastDecoder:
         out = decode_attention(
             q, cache.k, cache.v, batch.tables, batch.seq_lens, batch.workspace,
             scale=layer.scale, window=layer.window, soft_cap=c.attention_soft_cap,
-            rows=batch.rows, new_k=k, new_v=v, fused=layer.heads,
+            rows=batch.rows, new_k=k, new_v=v, fused=layer.heads, long=batch.long,
         )  # fmt: skip
         return out.flatten(1)
 

@@ -11,17 +11,20 @@ from headrace.config.plan.shape import ModelShape
 from headrace.config.spec import EngineSpec
 
 __all__ = [
+    "DECODE_GRAPHS",
     "DECODE_SPLITS",
     "DRAW_ELEMENTS",
     "ENCODE_FULL_GRAPHS",
     "ENCODE_GRAPH_TOKENS",
     "ENCODE_GRAPH_WASTE",
     "GRAPH_TOKENS",
+    "LONG_GRAPH_HEADS",
     "PROMPT_ROWS",
     "SCORE_ELEMENTS",
     "SMALL_BYTES",
     "Load",
     "Scratch",
+    "decode_graphs",
     "forward_bytes",
     "largest_load",
     "prompt_rows",
@@ -30,9 +33,18 @@ __all__ = [
 
 MIB = 1024**2
 GRAPH_TOKENS = 8192  # of the longest generate step that is a graph
+# Batches that decode steps are padded to. Finer than powers of two: a padded row costs as much as a real one.
+DECODE_GRAPHS = (
+    *(1, 2, 4, 8, 16, 24, 32, 48, 64),
+    *range(96, 257, 32),
+    *range(320, 513, 64),
+    *range(640, 1025, 128),
+)
 ENCODE_GRAPH_TOKENS = 4096  # of the longest encode pass that is one however full it is
 ENCODE_FULL_GRAPHS = (8192, 16384)  # and of those that are one when they are nearly full
 ENCODE_GRAPH_WASTE = 16  # of which one part in so many may be padding
+# Sequences times key heads up to which decode steps of long sequences have graphs of their own.
+LONG_GRAPH_HEADS = 256
 SCORE_ELEMENTS = 1 << 22  # logits whose order is found at once, for log-probabilities
 DRAW_ELEMENTS = 1 << 23  # logits that a CPU filters and draws from at once
 DECODE_SPLITS = 32  # parts that decode attention cuts a sequence's keys into, at most
@@ -47,6 +59,7 @@ _CPU_PACK_BYTES = 9  # of each result of the head in float32: what the library p
 _CPU_DRAW_BYTES = 27  # of each logit that is filtered and drawn from on a CPU: its order, masses, race
 # Seen on an H200: 0.4 to 0.7 MiB a graph of 28 to 36 layers.
 _GRAPH_BYTES_A_LAYER = 18 * 1024
+_DECODE_KINDS = 4  # where a decode graph ends: see GraphKey
 _MIXED_GRAPHS = 64  # captured as traffic needs them
 _ENCODE_GRAPHS = 18
 
@@ -190,14 +203,20 @@ def _generate(shape: ModelShape, load: Load) -> Scratch:
         return Scratch(plain=_in_pieces(step))
     in_graph = forward_bytes(shape, min(load.tokens, GRAPH_TOKENS), size, ranks) + partial
     decode = forward_bytes(shape, load.rows, size, ranks) + partial + logits
-    # Each size to likeliest tokens, to drawn ones with and without a filter, and to logits.
-    decode_graphs = 4 * (min(load.rows, 64).bit_length() + load.rows // 32)
     return Scratch(
         state=_tables(shape, load) + partial,
         plain=_in_pieces(max(forward + partial, after) if load.tokens <= GRAPH_TOKENS else step),
         pooled=_in_pieces(max(in_graph, decode)) + _SPLIT_BYTES,
-        objects=(decode_graphs + _MIXED_GRAPHS) * shape.layers * _GRAPH_BYTES_A_LAYER,
+        objects=(decode_graphs(shape, load) + _MIXED_GRAPHS) * shape.layers * _GRAPH_BYTES_A_LAYER,
     )
+
+
+def decode_graphs(shape: ModelShape, load: Load) -> int:
+    """How many there may be: of every size and end, and where few sequences are, of short and of long ones."""
+    sizes: list[int] = [size for size in DECODE_GRAPHS if size < load.rows] + [load.rows]
+    heads = max(1, shape.kv_heads // load.ranks)
+    twice: int = sum(shape.head_dim <= 128 and size * heads <= LONG_GRAPH_HEADS for size in sizes)
+    return _DECODE_KINDS * (len(sizes) + twice)
 
 
 def _in_pieces(size: int) -> int:

@@ -9,7 +9,6 @@ lengths. The last program to finish a (sequence, key head) merges its pieces in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -17,62 +16,34 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from headrace.kernels.attention.decode_shapes import DecodeShape, decode_shape
 from headrace.kernels.attention.fp4 import FP4
-from headrace.kernels.attention.triton_fp4 import load_fp4, round_fp4, store_fp4
+from headrace.kernels.attention.triton_fp4 import round_fp4, store_fp4
+from headrace.kernels.attention.triton_pieces import (
+    add_tile,
+    load_blocks,
+    load_tile,
+    merge,
+    norm_rope,
+    pieces,
+)
+from headrace.kernels.attention.triton_words import split_columns, store_words, to_half_range
 from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors, sequence_lanes
 
 __all__ = [
     "MAX_SPLITS",
-    "DecodeShape",
     "DecodeWorkspace",
     "QKNormRope",
     "decode_attention",
-    "decode_shape",
     "padded_dim",
 ]
 
 MAX_SPLITS = 32
 
 
-class DecodeShape(NamedTuple):
-    """How decode attention is cut.
-
-    Attributes:
-        tile: keys of one load.
-        min_split: keys of the smallest piece.
-        programs: on each multiprocessor.
-        registers: of a thread at most; None: the compiler decides.
-    """
-
-    tile: int
-    min_split: int
-    programs: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
 def padded_dim(head_dim: int) -> int:
     """Columns of a tile: a power of two, and no fewer than a product's inner dimension takes."""
     return max(16, int(triton.next_power_of_2(head_dim)))
-
-
-def decode_shape(num_heads: int, padded: int) -> DecodeShape:
-    """For ``num_heads`` sequences times key heads, of ``padded`` dimensions.
-
-    Few heads are cut small, to fill the device; many are not cut until they are long.
-    """
-    if INTERPRETED:
-        return DecodeShape(16, 16, 2, 4, 1)
-    if padded > 128:
-        return DecodeShape(32, 128, 1, 4, 3)
-    if num_heads <= 32:
-        return DecodeShape(64, 64, 1, 4, 3)
-    if num_heads <= 256:
-        # Not many small programs here: behind a kernel that fills some multiprocessors only, those with work would
-        # all land on the others (one H200, Qwen3-8B, 16 sequences: 34 microseconds a layer more).
-        return DecodeShape(64, 512, 2, 4, 4)
-    return DecodeShape(16, 1024, 8, 1, 4)
 
 
 @dataclass(slots=True)
@@ -114,146 +85,7 @@ class QKNormRope:
     sin: Tensor | None
 
 
-@triton.jit
-def _norm_rope(x, other, gain, gain_other, cos, sin, D: tl.constexpr, R: tl.constexpr, eps, NORM: tl.constexpr,
-               dtype: tl.constexpr):  # fmt: skip
-    """x and ``other`` (x with the halves of its first R dimensions swapped), float32 [H, DP] -> rotated [H, DP]."""
-    if NORM:
-        rs = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        x = (x * rs * gain).to(dtype).to(tl.float32)
-        if R > 0:
-            other = (other * rs * gain_other).to(dtype).to(tl.float32)
-    if R > 0:
-        x = x * cos[None, :] + other * sin[None, :]
-    return x.to(dtype)
-
-
-@triton.jit
-def _blocks(table_ptr, key, hi, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Blocks of the keys [key, key + TILE), int32; 0 from ``hi`` on."""
-    at = key + tl.arange(0, TILE)
-    return tl.load(table_ptr + at.to(tl.uint32) // BLOCK, mask=at < hi, other=0)
-
-
-@triton.jit
-def _load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head_offset, BLOCK: tl.constexpr,
-               TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-               dtype: tl.constexpr):  # fmt: skip
-    """Keys and values [TILE, DP] from ``key`` on; with MASKED zero from ``hi`` on. WIDE: 64-bit offsets.
-
-    As the cache has them, or in ``dtype`` from an FP4 cache (bytes).
-    """
-    at = key + tl.arange(0, TILE)
-    d = tl.arange(0, DP)[None, :]
-    if WIDE:
-        blocks = blocks.to(tl.int64)
-    slot = blocks * cache_block + (at.to(tl.uint32) % BLOCK).to(tl.int32) * cache_token + head_offset
-    at_k = k_cache + slot[:, None] + d
-    at_v = v_cache + slot[:, None] + d
-    if k_cache.dtype.element_ty == tl.uint8:
-        there = at < hi
-        k = load_fp4(k_cache, slot, there, TILE, D, DP, dtype)
-        v = load_fp4(v_cache, slot, there, TILE, D, DP, dtype)
-    elif MASKED:
-        full = (at < hi)[:, None] & (d < D)
-        k = tl.load(at_k, mask=full, other=0.0)
-        v = tl.load(at_v, mask=full, other=0.0)
-    elif D == DP:
-        k = tl.load(at_k)
-        v = tl.load(at_v)
-    else:
-        k = tl.load(at_k, mask=d < D, other=0.0)
-        v = tl.load(at_v, mask=d < D, other=0.0)
-    return k, v
-
-
-@triton.jit
-def _add_tile(acc, peak, norm, q, k, v, left, scale, soft_cap, CAPPED: tl.constexpr, MASKED: tl.constexpr):
-    """One step of the online softmax, in powers of 2; with MASKED only the first ``left`` keys count."""
-    dtype: tl.constexpr = q.dtype
-    score = tl.dot(q, tl.trans(k.to(dtype)), out_dtype=tl.float32, input_precision="ieee")
-    factor = scale * 1.4426950408889634
-    if CAPPED:
-        score = soft_cap * (2.0 * tl.sigmoid(2.0 * score * scale / soft_cap) - 1.0)
-        factor = 1.4426950408889634
-    if MASKED:
-        score = tl.where((tl.arange(0, k.shape[0]) < left)[None, :], score, float("-inf"))
-    top = tl.maximum(peak, tl.max(score, 1) * factor)
-    safe = top
-    if MASKED:
-        safe = tl.where(top == float("-inf"), 0.0, top)
-    p = tl.exp2(score * factor - safe[:, None])
-    alpha = tl.exp2(peak - safe)
-    norm = norm * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    acc = tl.dot(p.to(dtype), v.to(dtype), acc, out_dtype=tl.float32, input_precision="ieee")
-    return acc, top, norm
-
-
-@triton.jit
-def _pieces(length, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
-    """(first piece, number of pieces, keys a piece) of sequences of ``length`` keys.
-
-    A piece has MIN_SPLIT keys, doubled until MAX_SPLITS of them suffice; those before the window are left out.
-    """
-    size = length * 0 + MIN_SPLIT
-    for _ in tl.static_range(14):
-        size = tl.where(length > size * MAX_SPLITS, size * 2, size)
-    first = length * 0
-    if WINDOW > 0:
-        first = tl.maximum(length - WINDOW, 0) // size
-    return first, (length + size - 1) // size - first, size
-
-
-@triton.jit
-def _merge(
-    partial_ptr,
-    base,
-    count,
-    head,
-    num_heads,
-    G: tl.constexpr,
-    GM: tl.constexpr,
-    DP: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Sum of ``count`` pieces of G heads, normalized: float32 [GM, DP]."""
-    W: tl.constexpr = DP + 2
-    g = tl.arange(0, GM)
-    i = tl.arange(0, MAX_SPLITS)
-    d = tl.arange(0, DP)
-    c = tl.arange(0, CHUNK)
-    # Everything that does not depend on the maximum is asked for first.
-    at = base + (c[:, None] * num_heads + head + g[None, :]) * W
-    ok = (c[:, None] < count) & (g[None, :] < G)
-    m = tl.load(partial_ptr + at + DP, mask=ok, other=float("-inf"), cache_modifier=".cg")
-    part = tl.load(
-        partial_ptr + at[:, :, None] + d[None, None, :], mask=ok[:, :, None], other=0.0, cache_modifier=".cg"
-    )
-    rows = base + (i[:, None] * num_heads + head + g[None, :]) * W
-    live = (i[:, None] < count) & (g[None, :] < G)
-    top = tl.load(partial_ptr + rows + DP, mask=live, other=float("-inf"), cache_modifier=".cg")
-    peak = tl.max(top, 0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    norm = tl.load(partial_ptr + rows + DP + 1, mask=live, other=0.0, cache_modifier=".cg")
-    total = tl.sum(norm * tl.exp2(top - peak[None, :]), 0)
-    acc = tl.sum(part * tl.exp2(m - peak[None, :])[:, :, None], 0)
-    for start in range(CHUNK, count, CHUNK):
-        at = base + ((start + c)[:, None] * num_heads + head + g[None, :]) * W
-        ok = ((start + c)[:, None] < count) & (g[None, :] < G)
-        m = tl.load(partial_ptr + at + DP, mask=ok, other=float("-inf"), cache_modifier=".cg")
-        part = tl.load(
-            partial_ptr + at[:, :, None] + d[None, None, :],
-            mask=ok[:, :, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        acc += tl.sum(part * tl.exp2(m - peak[None, :])[:, :, None], 0)
-    return acc / tl.where(total > 0.0, total, 1.0)[:, None]
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _decode(
     q_ptr, q_row, q_head, k_ptr, v_ptr, kv_row, kv_head, out_ptr,
     k_cache, v_cache, cache_block, cache_token, cache_head,
@@ -262,7 +94,8 @@ def _decode(
     G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, WIDE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, PLAIN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # Lengths, tables and older keys are written by no kernel that may still run (kernels/step), so a fused step
     # reads them before it waits for the projection. A program without work leaves at once, to make room for the
@@ -275,7 +108,7 @@ def _decode(
     num_heads = num_kv_heads * G
     s_all = tl.arange(0, SEQS)
     len_all = tl.load(lens_ptr + s_all, mask=s_all < num_seqs, other=0)
-    _, count_all, _ = _pieces(len_all, WINDOW, MAX_SPLITS, MIN_SPLIT)
+    _, count_all, _ = pieces(len_all, WINDOW, MAX_SPLITS, MIN_SPLIT)
     if STARTS:
         start_all = tl.load(starts_ptr + s_all, mask=s_all < num_seqs, other=0)
         end_all = tl.load(starts_ptr + s_all + 1, mask=s_all < num_seqs, other=0)
@@ -300,7 +133,7 @@ def _decode(
         if ROWS:
             table = tl.load(rows_ptr + seq)
         table_ptr = tables_ptr + table.to(tl.int64) * table_row
-        first, count, size = _pieces(length, WINDOW, MAX_SPLITS, MIN_SPLIT)
+        first, count, size = pieces(length, WINDOW, MAX_SPLITS, MIN_SPLIT)
         base = tl.sum(tl.where(s_all < seq, count_all, 0), 0)
         split = first + piece - base
         lo = split * size
@@ -312,12 +145,12 @@ def _decode(
             hi = tl.minimum(hi, length - 1)
         # The last tile, which may not be full, goes first: the others need no masks.
         tail = lo + tl.maximum(hi - lo - 1, 0) // TILE * TILE
-        blocks = _blocks(table_ptr, tail, hi, BLOCK, TILE)
-        k, v = _load_tile(k_cache, v_cache, blocks, tail, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                          TILE, D, DP, WIDE, True, dtype)  # fmt: skip
+        blocks = load_blocks(table_ptr, tail, hi, BLOCK, TILE)
+        k, v = load_tile(k_cache, v_cache, blocks, tail, hi, cache_block, cache_token, head * cache_head, BLOCK,
+                         TILE, D, DP, PARTS, WIDE, True, dtype)  # fmt: skip
         # Blocks are always read one tile ahead: were they read with their keys, the software pipeline would have
         # to empty itself for each tile.
-        blocks = _blocks(table_ptr, lo, tail, BLOCK, TILE)
+        blocks = load_blocks(table_ptr, lo, tail, BLOCK, TILE)
         q_heads = tl.minimum(head * G + g, num_heads - 1)[:, None]
         q_at = q_ptr + token * q_row + q_heads * q_head
         q_ok = (g[:, None] < G) & (d[None, :] < D)
@@ -361,8 +194,8 @@ def _decode(
             if R > 0:
                 other = tl.load(q_at + swap[None, :], mask=q_ok, other=0.0).to(tl.float32)
                 other_k = tl.load(k_at + swap[None, :], mask=k_ok, other=0.0).to(tl.float32)
-            q = _norm_rope(q.to(tl.float32), other, gain, gain_other, cos, sin, D, R, eps, NORM, dtype)
-            new_k = _norm_rope(new_k, other_k, gain_k, gain_k_other, cos, sin, D, R, eps, NORM, dtype)
+            q = norm_rope(q.to(tl.float32), other, gain, gain_other, cos, sin, D, R, eps, NORM, dtype)
+            new_k = norm_rope(new_k, other_k, gain_k, gain_k_other, cos, sin, D, R, eps, NORM, dtype)
             slot = block * cache_block + (pos % BLOCK) * cache_token + head * cache_head
             if k_cache.dtype.element_ty == tl.uint8:
                 only = newest & (tl.arange(0, 1) == 0)
@@ -370,6 +203,9 @@ def _decode(
                 store_fp4(k_cache, slot + tl.arange(0, 1), codes, scales, only, D, DP)
                 codes, scales, new_v = round_fp4(new_v.to(tl.float32), 1, DP)
                 store_fp4(v_cache, slot + tl.arange(0, 1), codes, scales, only, D, DP)
+            elif PARTS > 1:
+                new_k = store_words(k_cache + slot, new_k, newest, D, DP, PARTS)
+                new_v = store_words(v_cache + slot, new_v, newest, D, DP, PARTS)
             else:
                 new_k = new_k.to(k_cache.dtype.element_ty)
                 new_v = new_v.to(v_cache.dtype.element_ty)
@@ -383,33 +219,54 @@ def _decode(
             acc += new_v.to(tl.float32)
         else:
             q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
-        acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, hi - tail, scale, soft_cap, CAPPED, True)
+        factor = tl.full([GP], 1.0, tl.float32) * scale
+        if PARTS == 2 and dtype != tl.float32:
+            q, power = to_half_range(q)
+            factor = factor * power
+        LOWERED: tl.constexpr = 65536.0 if PARTS == 4 and not PLAIN else 1.0  # see widen_fp4
+        factor = factor * LOWERED
+        acc = acc / LOWERED
+        q_parts = split_columns(q, GP, DP, PARTS)
+        acc = split_columns(acc, GP, DP, PARTS)
+        acc, peak, norm = add_tile(acc, peak, norm, q_parts, k, v, hi - tail, factor, soft_cap, TILE, DP, PARTS,
+                                   PLAIN, CAPPED, True)  # fmt: skip
         for key in range(lo, tail, TILE):
-            following = _blocks(table_ptr, key + TILE, tail, BLOCK, TILE)
-            k, v = _load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                              TILE, D, DP, WIDE, False, dtype)  # fmt: skip
+            following = load_blocks(table_ptr, key + TILE, tail, BLOCK, TILE)
+            k, v = load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head * cache_head, BLOCK,
+                             TILE, D, DP, PARTS, WIDE, False, dtype)  # fmt: skip
             blocks = following
-            acc, peak, norm = _add_tile(acc, peak, norm, q, k, v, TILE, scale, soft_cap, CAPPED, False)
+            acc, peak, norm = add_tile(acc, peak, norm, q_parts, k, v, TILE, factor, soft_cap, TILE, DP, PARTS,
+                                       PLAIN, CAPPED, False)  # fmt: skip
 
+        # Column j of part i is dimension PARTS j + i; split sums keep the parts one behind another.
+        c = tl.arange(0, DP // PARTS)[None, :]
         o_at = token * num_heads * D
         if count == 1:
-            o = acc / norm[:, None]
-            tl.store(out_ptr + o_at + (head * G + g)[:, None] * D + d[None, :], o.to(dtype), mask=q_ok)
+            for i in tl.static_range(PARTS):
+                o = (acc[i] * LOWERED / norm[:, None]).to(dtype)
+                ok = (g[:, None] < G) & (c * PARTS + i < D)
+                tl.store(out_ptr + o_at + (head * G + g)[:, None] * D + c * PARTS + i, o, mask=ok)
         else:
             W: tl.constexpr = DP + 2
             row = seq.to(tl.int64) * (MAX_SPLITS * num_heads * W)
             mine = partial_ptr + row + ((split - first) * num_heads + head * G + g) * W
-            tl.store(mine[:, None] + d[None, :], acc, mask=(g[:, None] < G) & (d[None, :] < DP))
+            for i in tl.static_range(PARTS):
+                tl.store(
+                    mine[:, None] + i * (DP // PARTS) + c, acc[i] * LOWERED, mask=(g[:, None] < G) & (c < DP)
+                )
             tl.store(mine + DP, peak, mask=g < G)
             tl.store(mine + DP + 1, norm, mask=g < G)
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals_ptr + seq * num_kv_heads + head, 1, sem="acq_rel", scope="gpu")
             if arrived == count - 1:
                 tl.debug_barrier()
-                o = _merge(partial_ptr, row, count, head * G, num_heads, G, GM, DP, MAX_SPLITS, CHUNK)
+                o = merge(partial_ptr, row, count, head * G, num_heads, G, GM, DP, MAX_SPLITS, CHUNK)
                 gm = tl.arange(0, GM)
-                o_ok = (gm[:, None] < G) & (d[None, :] < D)
-                tl.store(out_ptr + o_at + (head * G + gm)[:, None] * D + d[None, :], o.to(dtype), mask=o_ok)
+                column = d % (DP // PARTS) * PARTS + d // (DP // PARTS)
+                o_ok = (gm[:, None] < G) & (column[None, :] < D)
+                tl.store(
+                    out_ptr + o_at + (head * G + gm)[:, None] * D + column[None, :], o.to(dtype), mask=o_ok
+                )
                 tl.store(arrivals_ptr + seq * num_kv_heads + head, 0)
 
 
@@ -429,6 +286,7 @@ def decode_attention(
     new_k: Tensor | None = None,
     new_v: Tensor | None = None,
     fused: QKNormRope | None = None,
+    long: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend the one new token of each sequence to its cached keys.
@@ -442,13 +300,19 @@ def decode_attention(
         query_starts: int32 [S + 1]; sequences with other than one new token are skipped. None: token s is s's.
         new_k, new_v: [T, Hkv, D], raw; with ``fused``: norm and rotation are applied to q and new_k, and new_k
             and new_v are written to the cache, here.
+        long: cut for long sequences (see is_long).
         out: [T, Hq, D] contiguous.
 
     Returns:
         out.
     """
-    if k_cache.dtype is FP4:
+    parts = 1
+    if k_cache.dtype is FP4 and q.shape[2] % 32 == 0:
+        k_cache, v_cache, parts = k_cache.view(torch.int16), v_cache.view(torch.int16), 4
+    elif k_cache.dtype is FP4:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    elif k_cache.dtype is torch.float8_e4m3fn:
+        k_cache, v_cache, parts = k_cache.view(torch.int16), v_cache.view(torch.int16), 2
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
     num_seqs = seq_lens.shape[0]
@@ -463,14 +327,14 @@ def decode_attention(
     if fused is not None:
         gains, cos, sin, eps = fused.weight, fused.cos, fused.sin, fused.eps
         assert new_k is not None and new_v is not None and new_k.stride() == new_v.stride()
-    shape = decode_shape(num_seqs * num_kv_heads, padded)
-    if k_cache.dtype is torch.uint8 and shape.tile > 32:  # decoding takes registers
-        shape = shape._replace(tile=32)
+    shape = _shape(num_seqs * num_kv_heads, padded, long, k_cache.dtype)
     most = num_seqs * num_kv_heads * MAX_SPLITS
     programs = min(most, num_multiprocessors(q.device) * shape.programs)
     options = launch_options(q.device, shape.warps, shape.stages)
     if shape.registers is not None:
         options["maxnreg"] = shape.registers
+    if not shape.early:
+        options.pop("launch_pdl", None)
     _decode[(programs,)](
         q, q.stride(0), q.stride(1),
         new_k if new_k is not None else q, new_v if new_v is not None else q,
@@ -486,6 +350,18 @@ def decode_attention(
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
         STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
         MIN_SPLIT=shape.min_split,
-        CHUNK=max(1, min(8, 2048 // (merged * padded))), **options,
+        CHUNK=max(1, min(8, 2048 // (merged * padded))), PARTS=parts,
+        PLAIN=INTERPRETED or (parts == 4 and q.dtype is not torch.bfloat16), **options,
     )  # fmt: skip
     return out
+
+
+def _shape(num_heads: int, padded: int, long: bool, cache: torch.dtype) -> DecodeShape:
+    if INTERPRETED:
+        return DecodeShape(16, 16, 2, 4, 1)
+    shape = decode_shape(num_heads, padded, long)
+    if cache is torch.uint8 and shape.tile > 32:  # decoding takes registers
+        shape = shape._replace(tile=32)
+    elif cache is torch.int16 and shape.warps == 1:  # as many bytes a tile
+        shape = shape._replace(tile=2 * shape.tile)
+    return shape

@@ -1,11 +1,12 @@
 """Causal attention of whole prompts: all keys are this batch's own, so they lie in rows that a copy engine can fetch.
 
 The arithmetic of triton_prefill, with keys and values brought by Hopper's tensor memory accelerator: no addresses
-in registers, which leaves room for tiles twice as wide.
+in registers, which leaves room for the scores of two tiles at a time.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from headrace.kernels.attention.triton_tiles import find_tile, query_rows, scores, soften
 from headrace.kernels.launch import INTERPRETED, launch_options, sequence_lanes, supports_pdl
 
 __all__ = ["FreshShape", "fresh_attention", "fresh_covers", "fresh_shape"]
@@ -30,10 +32,10 @@ class FreshShape(NamedTuple):
 
 
 def fresh_shape() -> FreshShape:
-    """Best of eight for a prompt of 4,096 tokens on one H200: two such programs run on a multiprocessor."""
+    """Best of seven on one H200 for 1 to 16 prompts: two such programs run on a multiprocessor."""
     if INTERPRETED:
         return FreshShape(16, 16, 4, 1)
-    return FreshShape(64, 64, 4, 3)
+    return FreshShape(64, 64, 4, 2)
 
 
 def fresh_covers(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -50,41 +52,27 @@ def fresh_covers(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 @triton.jit
-def _span(acc, peak, norm, q, k_desc, v_desc, column, start, lo, hi, length, last, scale, soft_cap,
-          TILE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Online softmax over the keys [lo, hi). ``last`` int32 [M]: position of each row."""
-    n = tl.arange(0, TILE)
-    for key in range(lo, hi, TILE):
-        k = k_desc.load([start + key, column])
-        score = tl.dot(q, tl.trans(k), out_dtype=tl.float32, input_precision="ieee")
-        factor = scale * 1.4426950408889634
-        if CAPPED:
-            score = soft_cap * (2.0 * tl.sigmoid(2.0 * score * scale / soft_cap) - 1.0)
-            factor = 1.4426950408889634
-        at = key + n
-        if MASKED:
-            seen = (at[None, :] <= last[:, None]) & (at < length)[None, :]
-            if WINDOW > 0:
-                seen = seen & (last[:, None] - at[None, :] < WINDOW)
-            score = tl.where(seen, score, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
-        if MASKED:
-            safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        else:
-            safe = new_peak
-        p = tl.exp2(score * factor - safe[:, None])
-        alpha = tl.exp2(peak - safe)
-        norm = norm * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
-        v = v_desc.load([start + key, column])
-        if MASKED:  # the rows behind a sequence are its neighbour's: zero times their infinity must not count
-            v = tl.where((at < length)[:, None], v, 0.0)
-        acc = tl.dot(p.to(q.dtype), v, acc, out_dtype=tl.float32, input_precision="ieee")
-        peak = new_peak
-    return acc, peak, norm
+def _visible(at, last, length, WINDOW: tl.constexpr):
+    """Which of the keys ``at`` each row sees."""
+    seen = (at[None, :] <= last[:, None]) & (at < length)[None, :]
+    if WINDOW > 0:
+        seen = seen & (last[:, None] - at[None, :] < WINDOW)
+    return seen
 
 
 @triton.jit
+def _add_masked(acc, peak, norm, score, v, at, last, length, scale, soft_cap, WINDOW: tl.constexpr,
+                CAPPED: tl.constexpr):  # fmt: skip
+    """A tile of which a row may not see all."""
+    p, acc, peak, norm = soften(
+        acc, peak, norm, score, _visible(at, last, length, WINDOW), scale, soft_cap, CAPPED, True
+    )
+    # The rows behind a sequence are its neighbour's: zero times their infinity must not count.
+    v = tl.where((at < length)[:, None], v, 0.0)
+    return tl.dot(p.to(v.dtype), v, acc, out_dtype=tl.float32, input_precision="ieee"), peak, norm
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
 def _fresh(
     q_ptr, q_row, q_head, k_desc, v_desc, out_ptr, starts_ptr, lens_ptr, num_seqs, num_heads, scale, soft_cap,
     G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr,
@@ -93,33 +81,25 @@ def _fresh(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
-    s_all = tl.arange(0, SEQS)
-    start_all = tl.load(starts_ptr + s_all, mask=s_all < num_seqs, other=0)
-    new_all = tl.load(starts_ptr + s_all + 1, mask=s_all < num_seqs, other=0) - start_all
-    new_all = tl.where(new_all == tl.load(lens_ptr + s_all, mask=s_all < num_seqs, other=0), new_all, 0)
-    if SKIP_SINGLE:
-        new_all = tl.where(new_all == 1, 0, new_all)
-    tiles_all = (new_all * G + ROWS - 1) // ROWS
-    ends = tl.cumsum(tiles_all, 0)
-    if tile < tl.max(ends, 0):
-        seq = tl.sum((ends <= tile).to(tl.int32), 0)
-        tile = tile - tl.sum(tl.where(s_all < seq, tiles_all, 0), 0)
+    # The longest tiles of all heads go first.
+    kv_heads = num_heads // G
+    head = tl.program_id(0) % kv_heads
+    turn = (tl.num_programs(0) - 1 - tl.program_id(0)) // kv_heads
+    seq, tile, exists = find_tile(
+        starts_ptr, lens_ptr, num_seqs, turn, G, ROWS, SEQS, SKIP_SINGLE, False, True
+    )
+    if exists:
         start = tl.load(starts_ptr + seq)
         length = tl.load(starts_ptr + seq + 1) - start
-        row = tile * ROWS + tl.arange(0, ROWS)
-        last = row // G
-        d = tl.arange(0, D)
-        row_ok = (row < length * G)[:, None]
-        rows = (start + last).to(tl.int64)
-        heads = head * G + row % G
-        q = tl.load(
-            q_ptr + rows[:, None] * q_row + heads[:, None] * q_head + d[None, :], mask=row_ok, other=0.0
+        q, last, out, ok = query_rows(
+            q_ptr, q_row, q_head, start, length, tile, head, num_heads, G, ROWS, D, D
         )
+        n = tl.arange(0, TILE)
+        column = head * D
         acc = tl.zeros([ROWS, D], tl.float32)
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         norm = tl.zeros([ROWS], tl.float32)
+        scales = tl.full([ROWS], 1.0, tl.float32) * scale
         # [lo, full): every row sees every key; [full, hi): masks.
         first_pos = tile * ROWS // G
         lo = 0
@@ -128,14 +108,43 @@ def _fresh(
         if WINDOW > 0:
             lo = tl.maximum(first_pos - WINDOW + 1, 0) // TILE * TILE
             full = lo
+        score = scores(q, k_desc.load([start + lo, column]))
         if WINDOW == 0:
-            acc, peak, norm = _span(acc, peak, norm, q, k_desc, v_desc, head * D, start, lo, full, length, last,
-                                    scale, soft_cap, TILE, 0, CAPPED, False)  # fmt: skip
-        acc, peak, norm = _span(acc, peak, norm, q, k_desc, v_desc, head * D, start, full, hi, length, last,
-                                scale, soft_cap, TILE, WINDOW, CAPPED, True)  # fmt: skip
+            for key in range(0, full, TILE):
+                ahead = scores(q, k_desc.load([start + key + TILE, column]))
+                p, acc, peak, norm = soften(acc, peak, norm, score, True, scales, soft_cap, CAPPED, False)
+                v = v_desc.load([start + key, column])
+                acc = tl.dot(p.to(q.dtype), v, acc, out_dtype=tl.float32, input_precision="ieee")
+                score = ahead
+        v = v_desc.load([start + full, column])
+        acc, peak, norm = _add_masked(
+            acc, peak, norm, score, v, full + n, last, length, scales, soft_cap, WINDOW, CAPPED
+        )
+        for key in range(full + TILE, hi, TILE):
+            score = scores(q, k_desc.load([start + key, column]))
+            v = v_desc.load([start + key, column])
+            acc, peak, norm = _add_masked(
+                acc, peak, norm, score, v, key + n, last, length, scales, soft_cap, WINDOW, CAPPED
+            )
         acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
-        o_at = out_ptr + (rows[:, None] * num_heads + heads[:, None]) * D + d[None, :]
-        tl.store(o_at, acc.to(q.dtype), mask=row_ok)
+        tl.store(out_ptr + out, acc.to(q.dtype), mask=ok)
+
+
+def _specializes(q: Tensor, num_seqs: int) -> bool:
+    """Whether warps are specialized: it pays for long prompts (of one H200's measurements, from 1,024 tokens on).
+
+    How many of the sequences are there the host does not know in a captured step: the rest of them has no tokens.
+    Gluon is in flux: it is used in the version that it was measured in.
+    """
+    long = q.shape[0] >= 2048 and q.shape[0] >= 256 * num_seqs
+    return long and q.shape[2] == 128 and q.element_size() == 2 and _has_gluon(q.device)
+
+
+@functools.cache
+def _has_gluon(device: torch.device) -> bool:
+    if INTERPRETED or device.type != "cuda" or not triton.__version__.startswith("3.6."):
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def fresh_attention(
@@ -169,12 +178,18 @@ def fresh_attention(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     assert q.stride(2) == 1
+    if window is None and soft_cap is None and _specializes(q, num_seqs):
+        from headrace.kernels.attention.gluon_fresh import specialized_attention
+
+        return specialized_attention(
+            q, k, v, query_starts, seq_lens, scale=scale, skip_single=skip_single, out=out
+        )
     shape = fresh_shape()
     described = [
         TensorDescriptor(x, [num_tokens, kv_heads * dim], [x.stride(0), 1], [shape.tile, dim]) for x in (k, v)
     ]
-    grid = (num_tokens * group // shape.rows + num_seqs, kv_heads)
-    _fresh[grid](
+    tiles = num_tokens * group // shape.rows + num_seqs
+    _fresh[(tiles * kv_heads,)](
         q, q.stride(0), q.stride(1), *described, out, query_starts, seq_lens, num_seqs, num_heads, scale,
         soft_cap or 0.0,
         G=group, D=dim, ROWS=shape.rows, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,

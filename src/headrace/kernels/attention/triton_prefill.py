@@ -16,6 +16,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from headrace.kernels.attention.fp4 import FP4
 from headrace.kernels.attention.triton_decode import padded_dim
 from headrace.kernels.attention.triton_fp4 import load_fp4
+from headrace.kernels.attention.triton_tiles import find_tile, query_rows, scores, soften
+from headrace.kernels.attention.triton_words import to_half_range
 from headrace.kernels.launch import INTERPRETED, launch_options, sequence_lanes
 
 __all__ = ["prefill_attention"]
@@ -23,10 +25,10 @@ __all__ = ["prefill_attention"]
 
 @triton.jit
 def _span(acc, peak, norm, q, k_ptr, v_ptr, table_ptr, key_row, first_key, kv_block, kv_token, lo, hi, length,
-          last, scale, soft_cap, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+          last, scales, soft_cap, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
           WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr,
           MASKED: tl.constexpr):  # fmt: skip
-    """Online softmax over the keys [lo, hi). ``last`` int32 [M]: position of each row."""
+    """Online softmax over the keys [lo, hi). ``last`` int32 [M]: position of each row; ``scales`` of its scores."""
     dtype: tl.constexpr = q.dtype
     d = tl.arange(0, DP)
     n = tl.arange(0, TILE)
@@ -57,33 +59,18 @@ def _span(acc, peak, norm, q, k_ptr, v_ptr, table_ptr, key_row, first_key, kv_bl
         else:
             k = tl.load(k_ptr + slot[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
             v = tl.load(v_ptr + slot[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
-        score = tl.dot(q, tl.trans(k.to(dtype)), out_dtype=tl.float32, input_precision="ieee")
-        factor = scale * 1.4426950408889634
-        if CAPPED:
-            score = soft_cap * (2.0 * tl.sigmoid(2.0 * score * scale / soft_cap) - 1.0)
-            factor = 1.4426950408889634
-        if MASKED:
-            seen = ok[None, :]
-            if CAUSAL:
-                seen = seen & (at[None, :] <= last[:, None])
-            if WINDOW > 0:
-                seen = seen & (tl.abs(last[:, None] - at[None, :]) < WINDOW)
-            score = tl.where(seen, score, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
-        if MASKED:
-            safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        else:
-            safe = new_peak
-        p = tl.exp2(score * factor - safe[:, None])
-        alpha = tl.exp2(peak - safe)
-        norm = norm * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
+        score = scores(q, k)
+        seen = ok[None, :]
+        if MASKED and CAUSAL:
+            seen = seen & (at[None, :] <= last[:, None])
+        if MASKED and WINDOW > 0:
+            seen = seen & (tl.abs(last[:, None] - at[None, :]) < WINDOW)
+        p, acc, peak, norm = soften(acc, peak, norm, score, seen, scales, soft_cap, CAPPED, MASKED)
         acc = tl.dot(p.to(dtype), v.to(dtype), acc, out_dtype=tl.float32, input_precision="ieee")
-        peak = new_peak
     return acc, peak, norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _prefill(
     q_ptr, q_row, q_head, k_ptr, v_ptr, key_row, kv_block, kv_token, kv_head, out_ptr,
     tables_ptr, table_row, starts_ptr, lens_ptr, num_seqs, num_heads, scale, soft_cap,
@@ -94,33 +81,24 @@ def _prefill(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    turn = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    s_all = tl.arange(0, SEQS)
-    start_all = tl.load(starts_ptr + s_all, mask=s_all < num_seqs, other=0)
-    new_all = tl.load(starts_ptr + s_all + 1, mask=s_all < num_seqs, other=0) - start_all
-    if SKIP_SINGLE:
-        new_all = tl.where(new_all == 1, 0, new_all)
-    if SKIP_FRESH:
-        new_all = tl.where(new_all == tl.load(lens_ptr + s_all, mask=s_all < num_seqs, other=0), 0, new_all)
-    tiles_all = (new_all * G + ROWS - 1) // ROWS
-    ends = tl.cumsum(tiles_all, 0)
-    if tile < tl.max(ends, 0):
-        seq = tl.sum((ends <= tile).to(tl.int32), 0)
-        tile = tile - tl.sum(tl.where(s_all < seq, tiles_all, 0), 0)
+    seq, tile, exists = find_tile(
+        starts_ptr, lens_ptr, num_seqs, turn, G, ROWS, SEQS, SKIP_SINGLE, SKIP_FRESH, False
+    )
+    if exists:
         start = tl.load(starts_ptr + seq)
         new = tl.load(starts_ptr + seq + 1) - start
         length = tl.load(lens_ptr + seq)
-        row = tile * ROWS + tl.arange(0, ROWS)
-        token = row // G
-        last = length - new + token
-        d = tl.arange(0, DP)
-        row_ok = (row < new * G)[:, None] & (d[None, :] < D)
-        rows = (start + token).to(tl.int64)
-        heads = head * G + row % G
-        q = tl.load(
-            q_ptr + rows[:, None] * q_row + heads[:, None] * q_head + d[None, :], mask=row_ok, other=0.0
+        q, token, out, ok = query_rows(
+            q_ptr, q_row, q_head, start, new, tile, head, num_heads, G, ROWS, D, DP
         )
+        last = length - new + token
+        scales = tl.full([ROWS], 1.0, tl.float32) * scale
+        if k_ptr.dtype.element_ty == tl.float8e4nv and q_ptr.dtype.element_ty != tl.float32:
+            # FP8 numbers become float16 by one instruction, bfloat16 by several slow ones.
+            q, power = to_half_range(q)
+            scales = scales * power
         acc = tl.zeros([ROWS, DP], tl.float32)
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         norm = tl.zeros([ROWS], tl.float32)
@@ -142,14 +120,13 @@ def _prefill(
         v_at = v_ptr + head * kv_head
         if WINDOW == 0:
             acc, peak, norm = _span(acc, peak, norm, q, k_at, v_at, table_ptr, key_row, start, kv_block, kv_token,
-                                    lo, full, length, last, scale, soft_cap, D, DP, BLOCK, TILE, 0, CAPPED, CAUSAL,
+                                    lo, full, length, last, scales, soft_cap, D, DP, BLOCK, TILE, 0, CAPPED, CAUSAL,
                                     PAGED, False)  # fmt: skip
         acc, peak, norm = _span(acc, peak, norm, q, k_at, v_at, table_ptr, key_row, start, kv_block, kv_token,
-                                full, hi, length, last, scale, soft_cap, D, DP, BLOCK, TILE, WINDOW, CAPPED, CAUSAL,
+                                full, hi, length, last, scales, soft_cap, D, DP, BLOCK, TILE, WINDOW, CAPPED, CAUSAL,
                                 PAGED, True)  # fmt: skip
         acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
-        o_at = out_ptr + (rows[:, None] * num_heads + heads[:, None]) * D + d[None, :]
-        tl.store(o_at, acc.to(q.dtype), mask=row_ok)
+        tl.store(out_ptr + out, acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 def prefill_attention(

@@ -1,0 +1,136 @@
+"""The FP8 cache: its words against PyTorch's reading of all codes, and attention over it against the reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from test_triton_attention import make_batch
+
+from headrace.kernels.attention import reference
+from headrace.kernels.attention.cache import as_cached
+from headrace.kernels.attention.triton import attention
+from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
+from headrace.kernels.attention.triton_words import join_bytes, to_half_range, widen_fp8
+from headrace.kernels.launch import INTERPRETED
+from headrace.layers.packed import LayerCache
+from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
+
+FP8 = torch.float8_e4m3fn
+
+
+@triton.jit
+def _widen(words_ptr, first_ptr, second_ptr, joined_ptr, PLAIN: tl.constexpr):
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    words = tl.load(words_ptr + at)
+    first, second = widen_fp8(words, tl.float16, PLAIN)
+    tl.store(first_ptr + at, first)
+    tl.store(second_ptr + at, second)
+    both = tl.join(first, second).reshape(16, 32).to(tl.float8e4nv)
+    tl.store(joined_ptr + at, join_bytes(both.to(tl.uint8, bitcast=True), 16, 16))
+
+
+def test_every_code() -> None:
+    codes = torch.arange(256, dtype=torch.int32)
+    words = (codes | (codes.flip(0) << 8)).to(torch.int16).to(DEVICE)
+    first, second = (torch.empty(256, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    joined = torch.empty_like(words)
+    _widen[(1,)](words, first, second, joined, PLAIN=INTERPRETED)
+    wanted = codes.to(torch.uint8).view(FP8).half()
+    assert torch.equal(first.cpu().nan_to_num(9e3), wanted.nan_to_num(9e3))
+    assert torch.equal(second.cpu().nan_to_num(9e3), wanted.flip(0).nan_to_num(9e3))
+    finite = torch.isfinite(first) & torch.isfinite(second)
+    assert torch.equal(joined[finite], words[finite])
+
+
+@triton.jit
+def _half_range(q_ptr, out_ptr, power_ptr):
+    row = tl.arange(0, 16)
+    at = row[:, None] * 32 + tl.arange(0, 32)[None, :]
+    half, power = to_half_range(tl.load(q_ptr + at))
+    tl.store(out_ptr + at, half)
+    tl.store(power_ptr + row, power)
+
+
+def test_queries_of_any_size_fit_float16() -> None:
+    q = randn(16, 32, dtype=torch.float32, seed=1)
+    q *= 10.0 ** torch.arange(-8, 8, device=DEVICE)[:, None]
+    q[3] = 0.0
+    q[4, 7] = torch.nan
+    q[5, 9] = torch.inf
+    half, power = torch.empty_like(q, dtype=torch.float16), torch.empty_like(q[:, 0])
+    _half_range[(1,)](q, half, power)
+    back = half.float() * power[:, None]
+    assert back[4].isnan().any() and not back[5].isfinite().all()
+    fine = [row for row in range(16) if row not in (4, 5)]
+    assert ((back - q).abs()[fine] <= q.abs()[fine].amax(1, keepdim=True) * 2**-11).all()
+
+
+def make(*args):
+    """q, k, v and a batch over an FP8 cache; what was NaN is NaN.
+
+    New keys are FP8 numbers but on a GPU: the interpreter halves those that round up to a power of two.
+    """
+    (q, k, v), batch = make_batch(*args)
+    old = batch.caches[0]
+    batch.caches = [LayerCache(as_cached(old.k, FP8), as_cached(old.v, FP8))]
+    if not ON_GPU:
+        k, v = (as_cached(x, FP8).to(x.dtype) for x in (k, v))
+    return (q, k, v), batch
+
+
+CASES = [
+    ([1, 1, 1], [1, 37, 130], 4, 2, 64, None, None),
+    ([1, 1], [70, 33], 6, 2, 80, 24, None),
+    ([1], [300], 2, 1, 128, None, 20.0),
+    ([7, 1, 20], [7, 9, 50], 4, 2, 64, None, None),
+    ([5, 18], [40, 18], 2, 1, 128, 6, 15.0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(case, dtype: torch.dtype) -> None:
+    query_lens, seq_lens, heads, kv_heads, dim, window, cap = case
+    (q, k, v), batch = make(query_lens, seq_lens, heads, kv_heads, dim, dtype)
+    options = {"scale": 1 / math.sqrt(dim), "window": window, "soft_cap": cap}
+    expected = reference.attention(q, k, v, batch, 0, **options)
+    caches = (batch.caches[0].k, batch.caches[0].v)
+    written = [cache.view(torch.uint8).clone() for cache in caches]
+    for cache in caches:
+        cache.view(torch.uint8).view(-1, kv_heads, dim)[batch.slots] = 127
+    out = attention(q, k, v, batch, 0, **options)
+    assert error(out, expected) < 2 * tolerance(dtype)
+    for cache, wanted in zip(caches, written):
+        assert torch.equal(cache.view(torch.uint8), wanted)
+
+
+@pytest.mark.parametrize("dim", [64, 96])
+def test_fused_step(dim: int) -> None:
+    """The new key and value are rounded and written inside the decode kernel; an ill key of the past is seen."""
+    dtype, heads, kv_heads, lens = DTYPES[0], 4, 2, [1, 140, 65]
+    (q, k, v), batch = make([1, 1, 1], lens, heads, kv_heads, dim, dtype)
+    expected = reference.attention(q, k, v, batch, 0, scale=0.1)
+    cache = batch.caches[0]
+    wanted = [pool.view(torch.uint8).clone() for pool in (cache.k, cache.v)]
+    for pool in (cache.k, cache.v):
+        pool.view(torch.uint8).view(-1, kv_heads, dim)[batch.slots] = 127
+
+    def step() -> torch.Tensor:
+        return decode_attention(
+            q, cache.k, cache.v, batch.block_tables, batch.seq_lens,
+            DecodeWorkspace.allocate(3, heads, kv_heads, dim, DEVICE), scale=0.1, new_k=k, new_v=v,
+            fused=QKNormRope(None, 0.0, None, None),
+        )  # fmt: skip
+
+    assert error(step(), expected) < 2 * tolerance(dtype)
+    for pool, want in zip((cache.k, cache.v), wanted):
+        assert torch.equal(pool.view(torch.uint8), want)
+    block = batch.block_tables[1, 2]
+    cache.k.view(torch.uint8)[block, 1, 0, 5] = 127
+    out = step()
+    assert out[1, : heads // 2].isnan().all()
+    assert out[1, heads // 2 :].isfinite().all() and out[[0, 2]].isfinite().all()
