@@ -12,7 +12,8 @@ from headrace.kernels.norm import rms_norm
 from headrace.kernels.quantized_linear import quantize_rows
 from headrace.kernels.quantized_linear import triton as kernels
 from headrace.kernels.quantized_linear.formats import to_fp8
-from headrace.kernels.quantized_linear.triton_codes import dequantize_codes, four_bit_product
+from headrace.kernels.quantized_linear.triton_codes import four_bit_product
+from headrace.kernels.quantized_linear.triton_dequantize import dequantize_codes
 from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
 from headrace.quantization.scaled import ScaledLinear
 from headrace.quantization.schemes.fp8 import Fp8Weight
@@ -70,10 +71,24 @@ def fused(
     if norm is not None:
         x = rms_norm(x, *norm)
     if isinstance(weight, TiledWeight):
+        if gate is not None and weight.shape[0] % 32:  # halves do not end with a tile
+            common |= {"gate": None, "residual": None, "out_dtype": torch.float32}
+            both = four_bit_product(x, **_tiles(weight), rows=weight.shape[0], **common)
+            return _gated(both, gate, residual).to(x.dtype)
         return four_bit_product(x, **_tiles(weight), rows=weight.shape[0], **common)
     assert isinstance(weight, GroupIntWeight)
     parts: dict[str, Any] = {"form": kernels.INT8, "group": weight.group, "zero": weight.zero}
     return kernels.small_product(x, weight.codes, weight.scale, **parts, **common)
+
+
+def _gated(both: Tensor, gate: str, residual: Tensor | None) -> Tensor:
+    """``act(first half) * second half + residual`` of float32 [M, 2 N]."""
+    first, second = both.chunk(2, dim=1)
+    if gate == "silu":
+        out = F.silu(first) * second
+    else:
+        out = F.gelu(first, approximate="tanh" if gate == "gelu_tanh" else "none") * second
+    return out if residual is None else out + residual.float()
 
 
 def product(linear: ScaledLinear, x: Tensor) -> Tensor:
@@ -139,5 +154,5 @@ def _rounded(linear: ScaledLinear, x: Tensor, norm: tuple[Tensor, float] | None)
 def _tiles(weight: TiledWeight) -> dict[str, Any]:
     return {
         "words": weight.words, "scale": weight.scale, "zero": weight.zero, "row_scale": weight.row_scale,
-        "group": weight.group, "quarter": weight.quarter,
+        "group": weight.group,
     }  # fmt: skip
