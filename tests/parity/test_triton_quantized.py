@@ -16,7 +16,8 @@ from headrace.kernels.quantized_linear.triton_codes import four_bit_product
 from headrace.kernels.quantized_linear.triton_dequantize import dequantize_codes
 from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
 from headrace.kernels.quantized_linear.tuning import CodesShape, PackedShape
-from headrace.quantization import device
+from headrace.quantization import device, native_fp4
+from headrace.quantization.native_fp4 import round_rows
 from headrace.quantization.scaled import Activations, QuantizedWeight, ScaledLinear
 from headrace.quantization.schemes.fp4 import Fp4Weight, quantize_mxfp4, quantize_nvfp4
 from headrace.quantization.schemes.fp8 import quantize_fp8
@@ -260,6 +261,33 @@ def test_one_row_of_fp8(n: int, k: int, shape: tuple[int, ...] | None) -> None:
             )  # fmt: skip
             want = linear_reference.small_linear(x, weight.dequantize(), **options, out_dtype=torch.float32)
             assert error(got, want) < 2 * tolerance(dtype)
+
+
+@pytest.mark.parametrize("gate", [None, "silu"])
+def test_what_surrounds_native_fp4(gate: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the product itself, which tests/unit/quantization/test_native_fp4.py looks at."""
+    dtype = DTYPES[-1]
+    weight = quantize_nvfp4(randn(32, 64, dtype=torch.float32, seed=14, scale=0.1))
+    linear = ScaledLinear(weight, bias=randn(32, dtype=dtype, seed=15), activations=Activations("nvfp4"))
+    linear.held = native_fp4.native(weight)  # type: ignore[assignment]
+    monkeypatch.setattr(
+        device, "native_product", lambda x, w: F.linear(round_rows(x).dequantize(), w.restore().dequantize())
+    )
+    x, residual = randn(3, 64, dtype=dtype, seed=16), randn(3, 16 if gate else 32, dtype=dtype, seed=17)
+    gain = randn(64, dtype=dtype, seed=18)
+    normed = round_rows(linear_reference_norm(x, gain)).dequantize()
+    options = {"bias": linear.bias, "gate": gate, "residual": residual}
+    want = linear_reference.small_linear(normed, weight.dequantize(), **options)  # type: ignore[arg-type]
+    got = device.fused(linear, x, norm=(gain, 1e-5), gate=gate, residual=residual)
+    assert error(got, want) < 0.02  # a norm's last bit may move a number to the next of E2M1
+    assert device.has_kernel(linear)
+    plain = F.linear(round_rows(x).dequantize(), weight.dequantize()) + linear.bias.float()  # type: ignore[union-attr]
+    assert error(device.product(linear, x), plain) < tolerance(dtype)
+
+
+def linear_reference_norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * gain.float()).to(x.dtype)
 
 
 @pytest.mark.parametrize("gate", ["silu", "gelu", "gelu_tanh"])

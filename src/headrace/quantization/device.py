@@ -15,6 +15,7 @@ from headrace.kernels.quantized_linear.formats import to_fp8
 from headrace.kernels.quantized_linear.triton_codes import four_bit_product
 from headrace.kernels.quantized_linear.triton_dequantize import dequantize_codes
 from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
+from headrace.quantization.native_fp4 import NativeFp4Weight, native_product
 from headrace.quantization.scaled import ScaledLinear
 from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
@@ -33,7 +34,7 @@ def has_kernel(linear: ScaledLinear) -> bool:
         return linear.activations.kind != "none" and (not blocks or weight.block[1] % _GROUP == 0)
     if isinstance(weight, GroupIntWeight):
         return weight.bits == 8 and weight.order is None and weight.group % 16 == 0
-    return isinstance(weight, TiledWeight)
+    return isinstance(weight, (TiledWeight, NativeFp4Weight))
 
 
 def fused(
@@ -70,6 +71,12 @@ def fused(
         )
     if norm is not None:
         x = rms_norm(x, *norm)
+    if isinstance(weight, NativeFp4Weight):
+        wide = native_product(x, weight)
+        wide = wide if linear.bias is None else wide + linear.bias.float()
+        if gate is not None:
+            return _gated(wide, gate, residual).to(x.dtype)
+        return (wide if residual is None else wide + residual.float()).to(x.dtype)
     if isinstance(weight, TiledWeight):
         if gate is not None and weight.shape[0] % 32:  # halves do not end with a tile
             common |= {"gate": None, "residual": None, "out_dtype": torch.float32}
@@ -96,6 +103,8 @@ def product(linear: ScaledLinear, x: Tensor) -> Tensor:
     if x.shape[0] <= kernels.MAX_ROWS and has_kernel(linear):
         return fused(linear, x if x.stride(1) == 1 else x.contiguous())
     weight = linear.held
+    if isinstance(weight, NativeFp4Weight):
+        return fused(linear, x)
     if isinstance(weight, Fp8Weight):
         if _torch_multiplies(linear, x):
             codes, scale = quantize_rows(x.contiguous())
@@ -117,7 +126,7 @@ def _dense(linear: ScaledLinear, dtype: torch.dtype) -> Tensor:
         return dequantize_codes(**_tiles(weight), rows=rows, columns=columns, dtype=dtype)
     if isinstance(weight, GroupIntWeight) and has_kernel(linear):
         return kernels.dequantize(weight.codes, weight.scale, weight.zero, group=weight.group, dtype=dtype)
-    return weight.dequantize().to(dtype)
+    return linear.dequantize().to(dtype)
 
 
 def row_scales(linear: ScaledLinear) -> Tensor:
