@@ -100,7 +100,7 @@ def _small_codes(x_ptr, x_row, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups
     w = _words(w_at, lo, hi, W, EVEN)
     s = by_lane(s_at, lo + parts % W < hi, T * W, not EVEN) if FP4 else w
     if PDL:
-        if lo + W < hi:
+        if EVEN and lo + W < hi:  # uneven parts would ask for lines past the end
             prefetch_l2(w_ptr + (chunk[:, None] + 2 * W) * 128 + (tl.arange(0, 4) * 32)[None, :])
         gdc_wait()
     E: tl.constexpr = 16 if FP4 else 8

@@ -76,7 +76,9 @@ def codes_shape(device: torch.device, rows: int, n: int, k: int, fp4: bool, gate
     found = _tuned(device).get(_key("fp4" if fp4 else "int4", bm, n, k, gated))
     if found is not None:
         return CodesShape(*found)
-    return CodesShape(1 if bm <= 8 and not gated else 2, 8, 1)
+    if bm <= 16:
+        return CodesShape(2, 4, 1) if gated else CodesShape(1, 8, 1)
+    return CodesShape(2, 8, 1)
 
 
 def _splits(tiles: int, k: int, bk: int, steps: int, programs: int = 150) -> int:
