@@ -24,7 +24,8 @@ Variant = tuple[str, Any, dict[str, str], dict[str, Any]]
 FLOATS = ("eps",)
 KINDS = {
     "x_ptr": "*bf16", "out_ptr": "*bf16", "bias_ptr": "*bf16", "res_ptr": "*bf16", "gain_ptr": "*bf16",
-    "zero_ptr": "*fp32", "scale_ptr": "*fp32", "row_scale_ptr": "*fp32", "xs_ptr": "*fp32", "parts_ptr": "*fp32",
+    "zero_ptr": "*fp32", "scale_ptr": "*fp32", "w_scale_ptr": "*fp32",
+    "row_scale_ptr": "*fp32", "xs_ptr": "*fp32", "parts_ptr": "*fp32",
     "arrivals_ptr": "*i32", "codes_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv",
 }  # fmt: skip
 
@@ -68,7 +69,7 @@ def four_bits() -> Iterator[Variant]:
     wide = {"BM": 32, "SPLITS": 1}
     forms = {"nvfp4": nvfp4, "mxfp4": mxfp4, "int4": int4, "int4 of 64": middle, "int4 of 32": fine}
     for (name, form), more in itertools.product(forms.items(), ({}, wide, {"PLAIN": True})):
-        types = {"w_ptr": "*i32", "zero_ptr": "*bf16"} | ({"scale_ptr": "*i32"} if form["FP4"] else {})
+        types = {"w_ptr": "*i32", "zero_ptr": "*bf16"} | ({"w_scale_ptr": "*i32"} if form["FP4"] else {})
         if "PLAIN" in more:
             types |= dict.fromkeys(("x_ptr", "out_ptr", "bias_ptr", "res_ptr"), "*fp16")
         yield f"{name} {more}", codes._small_codes, types, {**base, **form, **more}

@@ -58,22 +58,22 @@ def _halves(a, x, T: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, SIZE: tl.c
 
 
 @triton.jit
-def _scaled_product(acc, a, x, scale_ptr, rows, col, groups, T: tl.constexpr, W: tl.constexpr, BM: tl.constexpr,
+def _scaled_product(acc, a, x, w_scale_ptr, rows, col, groups, T: tl.constexpr, W: tl.constexpr, BM: tl.constexpr,
                     GROUP: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     """acc plus the product over SIZE columns from ``col`` [T W] on, under the scales of integers."""
     if SIZE > 32 and GROUP % SIZE != 0:
         a0, a1, x0, x1 = _halves(a, x, T, W, BM, SIZE)
-        acc = _scaled_product(acc, a0, x0, scale_ptr, rows, col, groups, T, W, BM, GROUP, SIZE // 2)
+        acc = _scaled_product(acc, a0, x0, w_scale_ptr, rows, col, groups, T, W, BM, GROUP, SIZE // 2)
         return _scaled_product(
-            acc, a1, x1, scale_ptr, rows, col + SIZE // 2, groups, T, W, BM, GROUP, SIZE // 2
+            acc, a1, x1, w_scale_ptr, rows, col + SIZE // 2, groups, T, W, BM, GROUP, SIZE // 2
         )
     else:
         part = tl.dot(a, x, out_dtype=tl.float32, input_precision="ieee")
-        return acc + part * row_factors(scale_ptr, rows, col, groups, T, W, BM, GROUP)
+        return acc + part * row_factors(w_scale_ptr, rows, col, groups, T, W, BM, GROUP)
 
 
 @triton.jit
-def _small_codes(x_ptr, x_row, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr, res_ptr, out_ptr,
+def _small_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr, res_ptr, out_ptr,
                  parts_ptr, arrivals_ptr, M, N, K, R, blocks,
                  BM: tl.constexpr, T: tl.constexpr, W: tl.constexpr, SPLITS: tl.constexpr, FP4: tl.constexpr,
                  GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
@@ -95,7 +95,7 @@ def _small_codes(x_ptr, x_row, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups
     w_at = w_ptr + chunk[:, None] * 128 + tl.arange(0, 128)[None, :]
     SHARING: tl.constexpr = GROUP // 16 if FP4 else 1  # lanes that share a word of scales
     s_from = (tiles * blocks + lo + parts % W) * (32 // SHARING)
-    s_at = scale_ptr + lane_offsets(tl.arange(0, 32) // SHARING, s_from)
+    s_at = w_scale_ptr + lane_offsets(tl.arange(0, 32) // SHARING, s_from)
     rows, rows2 = tiles * groups, tiles2 * groups
     w = _words(w_at, lo, hi, W, EVEN)
     s = by_lane(s_at, lo + parts % W < hi, T * W, not EVEN) if FP4 else w
@@ -128,7 +128,7 @@ def _small_codes(x_ptr, x_row, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups
         else:
             a = decode_integers(now, zero_ptr, rows2, k, groups, x.dtype, T, W, GROUP, ZERO, PLAIN)
             col = (k + parts % W) * 128
-            acc = _scaled_product(acc, a, x, scale_ptr, rows, col, groups, T, W, BM, GROUP, 128)
+            acc = _scaled_product(acc, a, x, w_scale_ptr, rows, col, groups, T, W, BM, GROUP, 128)
     _store(tl.sum(acc, 0), tile, split, row_scale_ptr, bias_ptr, res_ptr, out_ptr, parts_ptr, arrivals_ptr, M, N, R,
            BM, T, SPLITS, FP4, 65536.0 if GROUP == 16 and not PLAIN else 1.0, BIAS, GATE, RESIDUAL)  # fmt: skip
 
