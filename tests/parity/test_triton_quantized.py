@@ -12,10 +12,12 @@ from headrace.kernels.quantized_linear import reference
 from headrace.kernels.quantized_linear import triton as fast
 from headrace.kernels.quantized_linear.formats import pack_nibbles
 from headrace.kernels.quantized_linear.triton import FP8, INT8
-from headrace.kernels.quantized_linear.triton_codes import dequantize_codes, four_bit_product
+from headrace.kernels.quantized_linear.triton_codes import four_bit_product
+from headrace.kernels.quantized_linear.triton_dequantize import dequantize_codes
 from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
 from headrace.kernels.quantized_linear.tuning import CodesShape, PackedShape
-from headrace.quantization import device
+from headrace.quantization import device, native_fp4
+from headrace.quantization.native_fp4 import round_rows
 from headrace.quantization.scaled import Activations, QuantizedWeight, ScaledLinear
 from headrace.quantization.schemes.fp4 import Fp4Weight, quantize_mxfp4, quantize_nvfp4
 from headrace.quantization.schemes.fp8 import quantize_fp8
@@ -24,7 +26,7 @@ from headrace.quantization.tiled import TiledWeight, tile
 from triton_device import DEVICE, DTYPES, error, randn, tolerance
 
 NVFP4, MXFP4, INT4 = "nvfp4", "mxfp4", "int4"
-SHAPES = (CodesShape(16, 1, 4, 2), CodesShape(32, 2, 4, 2))
+SHAPES = (CodesShape(2, 1, 1), CodesShape(4, 2, 2), CodesShape(2, 4, 1))
 
 
 def four_bits(form: str, n: int, k: int, group: int) -> Fp4Weight | GroupIntWeight:
@@ -44,19 +46,16 @@ def product(x: torch.Tensor, weight: TiledWeight, **options: object) -> torch.Te
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("form", "group", "quarter"),
-    [(NVFP4, 16, 64), (MXFP4, 32, 32), (INT4, 32, 32), (INT4, 128, 64), (INT4, 128, 32), (INT4, 384, 32)],
+    ("form", "group"), [(NVFP4, 16), (MXFP4, 32), (INT4, 32), (INT4, 64), (INT4, 128), (INT4, 384)]
 )
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 40, 384), (20, 24, 768)])
-def test_four_bits(
-    form: str, group: int, quarter: int, rows: int, n: int, k: int, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 40, 384), (40, 24, 768)])
+def test_four_bits(form: str, group: int, rows: int, n: int, k: int, dtype: torch.dtype) -> None:
     weight = four_bits(form, n, k, group)
     dense = weight.dequantize()
     x = randn(rows, k, dtype=dtype, seed=1)
     bias, residual = randn(n, dtype=dtype, seed=2), randn(rows, n, dtype=dtype, seed=3)
-    for shape, extra in zip(SHAPES, ({}, {"bias": bias, "residual": residual})):
-        out = product(x, tile(weight, quarter), shape=shape, **extra)
+    for shape, extra in zip(SHAPES, ({}, {"bias": bias, "residual": residual}, {"bias": bias})):
+        out = product(x, tile(weight), shape=shape, **extra)
         want = linear_reference.small_linear(x.float(), dense.float(), **extra)  # type: ignore[arg-type]
         assert error(out, want) < 2 * tolerance(dtype)
 
@@ -64,7 +63,7 @@ def test_four_bits(
 @pytest.mark.parametrize("form", [NVFP4, MXFP4, INT4])
 def test_four_bits_gated(form: str) -> None:
     dtype = DTYPES[-1]
-    weight = four_bits(form, 80, 256, 64)
+    weight = four_bits(form, 96, 256, 64)
     x = randn(3, 256, dtype=dtype, seed=1)
     for shape in SHAPES:
         out = product(x, tile(weight), gate="silu", shape=shape)
@@ -262,3 +261,40 @@ def test_one_row_of_fp8(n: int, k: int, shape: tuple[int, ...] | None) -> None:
             )  # fmt: skip
             want = linear_reference.small_linear(x, weight.dequantize(), **options, out_dtype=torch.float32)
             assert error(got, want) < 2 * tolerance(dtype)
+
+
+@pytest.mark.parametrize("gate", [None, "silu"])
+def test_what_surrounds_native_fp4(gate: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the product itself, which tests/unit/quantization/test_native_fp4.py looks at."""
+    dtype = DTYPES[-1]
+    weight = quantize_nvfp4(randn(32, 64, dtype=torch.float32, seed=14, scale=0.1))
+    linear = ScaledLinear(weight, bias=randn(32, dtype=dtype, seed=15), activations=Activations("nvfp4"))
+    linear.held = native_fp4.native(weight)  # type: ignore[assignment]
+    monkeypatch.setattr(
+        device, "native_product", lambda x, w: F.linear(round_rows(x).dequantize(), w.restore().dequantize())
+    )
+    x, residual = randn(3, 64, dtype=dtype, seed=16), randn(3, 16 if gate else 32, dtype=dtype, seed=17)
+    gain = randn(64, dtype=dtype, seed=18)
+    normed = round_rows(linear_reference_norm(x, gain)).dequantize()
+    options = {"bias": linear.bias, "gate": gate, "residual": residual}
+    want = linear_reference.small_linear(normed, weight.dequantize(), **options)  # type: ignore[arg-type]
+    got = device.fused(linear, x, norm=(gain, 1e-5), gate=gate, residual=residual)
+    assert error(got, want) < 0.02  # a norm's last bit may move a number to the next of E2M1
+    assert device.has_kernel(linear)
+    plain = F.linear(round_rows(x).dequantize(), weight.dequantize()) + linear.bias.float()  # type: ignore[union-attr]
+    assert error(device.product(linear, x), plain) < tolerance(dtype)
+
+
+def linear_reference_norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * gain.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("gate", ["silu", "gelu", "gelu_tanh"])
+def test_halves_that_do_not_end_with_a_tile(gate: str) -> None:
+    dtype = DTYPES[-1]
+    linear = ScaledLinear(quantize_nvfp4(randn(40, 128, dtype=torch.float32, seed=14, scale=0.1)))
+    linear.held = tile(linear.quantized)  # type: ignore[arg-type]
+    x, residual = randn(3, 128, dtype=dtype, seed=15), randn(3, 20, dtype=dtype, seed=16)
+    want = linear_reference.small_linear(x, linear.dequantize(), gate=gate, residual=residual)
+    assert error(device.fused(linear, x, gate=gate, residual=residual), want) < 2 * tolerance(dtype)

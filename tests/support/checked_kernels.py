@@ -28,7 +28,7 @@ __all__ = ["Checker", "checked_kernels"]
 
 
 # Arguments that may be read before the wait: weights; and of decode attention what the step began with, and older keys.
-_WEIGHTS = frozenset({"w_ptr", "gain_ptr", "bias_ptr", "next_gain_ptr"})
+_WEIGHTS = frozenset({"w_ptr", "w_scale_ptr", "gain_ptr", "bias_ptr", "next_gain_ptr"})
 _STEP = frozenset(
     {"lens_ptr", "tables_ptr", "rows_ptr", "k_cache", "v_cache", "cos_ptr", "sin_ptr", "gain_ptr"}
 )

@@ -17,13 +17,15 @@ from triton.compiler import ASTSource
 
 from headrace.kernels.quantized_linear import triton as products
 from headrace.kernels.quantized_linear import triton_codes as codes
+from headrace.kernels.quantized_linear import triton_dequantize as wide_again
 from headrace.kernels.quantized_linear import triton_gemv as gemv
 
 Variant = tuple[str, Any, dict[str, str], dict[str, Any]]
 FLOATS = ("eps",)
 KINDS = {
     "x_ptr": "*bf16", "out_ptr": "*bf16", "bias_ptr": "*bf16", "res_ptr": "*bf16", "gain_ptr": "*bf16",
-    "zero_ptr": "*fp32", "scale_ptr": "*fp32", "row_scale_ptr": "*fp32", "xs_ptr": "*fp32", "parts_ptr": "*fp32",
+    "zero_ptr": "*fp32", "scale_ptr": "*fp32", "w_scale_ptr": "*fp32",
+    "row_scale_ptr": "*fp32", "xs_ptr": "*fp32", "parts_ptr": "*fp32",
     "arrivals_ptr": "*i32", "codes_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv",
 }  # fmt: skip
 
@@ -56,20 +58,25 @@ def fp8() -> Iterator[Variant]:
 
 def four_bits() -> Iterator[Variant]:
     base = {
-        "BM": 8, "BN": 64, "Q": 64, "SPLITS": 2, "EVEN": True, "BIAS": True, "GATE": 0, "RESIDUAL": True,
+        "BM": 8, "T": 2, "W": 4, "SPLITS": 2, "EVEN": True, "BIAS": True, "GATE": 0, "RESIDUAL": True,
         "PLAIN": False, "PDL": True,
     }  # fmt: skip
-    nvfp4 = {"FP4": True, "GROUP": 16, "PER": 1, "ZERO": False}
+    nvfp4 = {"FP4": True, "GROUP": 16, "ZERO": False}
     mxfp4 = {**nvfp4, "GROUP": 32, "EVEN": False}
-    int4 = {"FP4": False, "GROUP": 128, "PER": 2, "ZERO": False}
-    fine = {**int4, "GROUP": 32, "Q": 32, "PER": 1, "ZERO": True, "GATE": 1}
-    wide = {"BM": 64, "SPLITS": 1}
-    forms = {"nvfp4": nvfp4, "mxfp4": mxfp4, "int4": int4, "int4 of 32": fine}
+    int4 = {"FP4": False, "GROUP": 128, "ZERO": False}
+    middle = {**int4, "GROUP": 64, "ZERO": True}
+    fine = {**int4, "GROUP": 32, "ZERO": True, "GATE": 1}
+    wide = {"BM": 32, "SPLITS": 1}
+    forms = {"nvfp4": nvfp4, "mxfp4": mxfp4, "int4": int4, "int4 of 64": middle, "int4 of 32": fine}
     for (name, form), more in itertools.product(forms.items(), ({}, wide, {"PLAIN": True})):
-        types = {"w_ptr": "*i16", "zero_ptr": "*bf16"} | ({"scale_ptr": "*u8"} if form["FP4"] else {})
+        types = {"w_ptr": "*i32", "zero_ptr": "*bf16"} | ({"w_scale_ptr": "*i32"} if form["FP4"] else {})
         if "PLAIN" in more:
             types |= dict.fromkeys(("x_ptr", "out_ptr", "bias_ptr", "res_ptr"), "*fp16")
         yield f"{name} {more}", codes._small_codes, types, {**base, **form, **more}
+    for name, form in forms.items():
+        types = {"w_ptr": "*i32", "zero_ptr": "*bf16"} | ({"scale_ptr": "*u8"} if form["FP4"] else {})
+        kept = {key: form[key] for key in ("FP4", "GROUP", "ZERO")}
+        yield f"{name} dequantized", wide_again._dequantize, types, {"W": 4, **kept}
 
 
 def compile_all(variants: Iterable[Variant], kinds: dict[str, str], floats: Iterable[str]) -> int:
@@ -100,7 +107,8 @@ def compile_all(variants: Iterable[Variant], kinds: dict[str, str], floats: Iter
             )
         except Exception as error:  # any: the point is to see it
             failed += 1
-            print(f"{name}: {type(error).__name__} {error}"[-600:])
+            cause = error.__cause__ or error
+            print(f"{name}: {type(cause).__name__} {cause}"[-600:])
     print("failed:", failed)
     return failed
 

@@ -12,8 +12,10 @@ from headrace.kernels.norm import rms_norm
 from headrace.kernels.quantized_linear import quantize_rows
 from headrace.kernels.quantized_linear import triton as kernels
 from headrace.kernels.quantized_linear.formats import to_fp8
-from headrace.kernels.quantized_linear.triton_codes import dequantize_codes, four_bit_product
+from headrace.kernels.quantized_linear.triton_codes import four_bit_product
+from headrace.kernels.quantized_linear.triton_dequantize import dequantize_codes
 from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
+from headrace.quantization.native_fp4 import NativeFp4Weight, native_product
 from headrace.quantization.scaled import ScaledLinear
 from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
@@ -32,7 +34,7 @@ def has_kernel(linear: ScaledLinear) -> bool:
         return linear.activations.kind != "none" and (not blocks or weight.block[1] % _GROUP == 0)
     if isinstance(weight, GroupIntWeight):
         return weight.bits == 8 and weight.order is None and weight.group % 16 == 0
-    return isinstance(weight, TiledWeight)
+    return isinstance(weight, (TiledWeight, NativeFp4Weight))
 
 
 def fused(
@@ -69,11 +71,31 @@ def fused(
         )
     if norm is not None:
         x = rms_norm(x, *norm)
+    if isinstance(weight, NativeFp4Weight):
+        wide = native_product(x, weight)
+        wide = wide if linear.bias is None else wide + linear.bias.float()
+        if gate is not None:
+            return _gated(wide, gate, residual).to(x.dtype)
+        return (wide if residual is None else wide + residual.float()).to(x.dtype)
     if isinstance(weight, TiledWeight):
+        if gate is not None and weight.shape[0] % 32:  # halves do not end with a tile
+            common |= {"gate": None, "residual": None, "out_dtype": torch.float32}
+            both = four_bit_product(x, **_tiles(weight), rows=weight.shape[0], **common)
+            return _gated(both, gate, residual).to(x.dtype)
         return four_bit_product(x, **_tiles(weight), rows=weight.shape[0], **common)
     assert isinstance(weight, GroupIntWeight)
     parts: dict[str, Any] = {"form": kernels.INT8, "group": weight.group, "zero": weight.zero}
     return kernels.small_product(x, weight.codes, weight.scale, **parts, **common)
+
+
+def _gated(both: Tensor, gate: str, residual: Tensor | None) -> Tensor:
+    """``act(first half) * second half + residual`` of float32 [M, 2 N]."""
+    first, second = both.chunk(2, dim=1)
+    if gate == "silu":
+        out = F.silu(first) * second
+    else:
+        out = F.gelu(first, approximate="tanh" if gate == "gelu_tanh" else "none") * second
+    return out if residual is None else out + residual.float()
 
 
 def product(linear: ScaledLinear, x: Tensor) -> Tensor:
@@ -81,6 +103,8 @@ def product(linear: ScaledLinear, x: Tensor) -> Tensor:
     if x.shape[0] <= kernels.MAX_ROWS and has_kernel(linear):
         return fused(linear, x if x.stride(1) == 1 else x.contiguous())
     weight = linear.held
+    if isinstance(weight, NativeFp4Weight):
+        return fused(linear, x)
     if isinstance(weight, Fp8Weight):
         if _torch_multiplies(linear, x):
             codes, scale = quantize_rows(x.contiguous())
@@ -102,7 +126,7 @@ def _dense(linear: ScaledLinear, dtype: torch.dtype) -> Tensor:
         return dequantize_codes(**_tiles(weight), rows=rows, columns=columns, dtype=dtype)
     if isinstance(weight, GroupIntWeight) and has_kernel(linear):
         return kernels.dequantize(weight.codes, weight.scale, weight.zero, group=weight.group, dtype=dtype)
-    return weight.dequantize().to(dtype)
+    return linear.dequantize().to(dtype)
 
 
 def row_scales(linear: ScaledLinear) -> Tensor:
@@ -139,5 +163,5 @@ def _rounded(linear: ScaledLinear, x: Tensor, norm: tuple[Tensor, float] | None)
 def _tiles(weight: TiledWeight) -> dict[str, Any]:
     return {
         "words": weight.words, "scale": weight.scale, "zero": weight.zero, "row_scale": weight.row_scale,
-        "group": weight.group, "quarter": weight.quarter,
+        "group": weight.group,
     }  # fmt: skip

@@ -13,6 +13,7 @@ from headrace.config.quantization import QuantizationType
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.ggml import KEEPABLE
 from headrace.quantization.keep import keeps_quantized
+from headrace.quantization.native_fp4 import can_multiply
 from headrace.quantization.scaled import Activations, QuantizedWeight, joined_linear
 from headrace.quantization.schemes.fp4 import quantize_mxfp4, quantize_nvfp4
 from headrace.quantization.schemes.fp8 import quantize_fp8
@@ -104,6 +105,8 @@ _CPU: dict[str, Quantizer] = {
 def _quantizer(kind: QuantizationType, device: torch.device) -> Quantizer:
     if device.type == "cpu" and kind.weights in _CPU:
         return _CPU[kind.weights]
+    if kind.weights == "nvfp4" and can_multiply(device):
+        return _scaled(kind.weights, Activations("nvfp4"))
     rounds = kind.activations and (device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9))
     if not rounds:
         return _scaled(kind.weights, Activations())

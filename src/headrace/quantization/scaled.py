@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headrace.kernels.quantized_linear import round_activations
+from headrace.quantization.native_fp4 import NativeFp4Weight, can_multiply, native, round_rows
 from headrace.quantization.schemes.fp4 import Fp4Weight
 from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
@@ -29,23 +30,28 @@ class Activations:
 
     Attributes:
         kind: ``none`` (16 bits, weight-only), ``token`` (FP8, a scale a row, computed as it comes), ``group`` (FP8,
-            a scale for each 128 columns of a row) or ``static`` (FP8, one calibrated scale).
+            a scale for each 128 columns of a row), ``static`` (FP8, one calibrated scale) or ``nvfp4`` (a scale for 16
+            columns and one a row, where the device multiplies NVFP4; elsewhere ``to`` makes it ``none``).
         scale: float32 scalar, for ``static``.
     """
 
-    kind: Literal["none", "token", "group", "static"] = "none"
+    kind: Literal["none", "token", "group", "static", "nvfp4"] = "none"
     scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert (self.kind == "static") == (self.scale is not None)
 
     def to(self, device: torch.device) -> Activations:
+        if self.kind == "nvfp4" and not can_multiply(device):
+            return Activations()
         return Activations(self.kind, None if self.scale is None else self.scale.to(device))
 
     def rounded(self, x: Tensor) -> Tensor:
         """[M, K] as the product sees it, float32."""
         if self.kind == "none":
             return x.float()
+        if self.kind == "nvfp4":
+            return round_rows(x).dequantize()
         return round_activations(x, group=128 if self.kind == "group" else None, scale=self.scale)
 
 
@@ -75,9 +81,20 @@ class ScaledLinear(nn.Module):
         self.activations, self.bias = activations, bias
         self.row_scale: Tensor | None = None  # kept by quantization/device.py
         self._on_gpu = _device(weight).type == "cuda"
-        # On GPUs 4-bit weights are held as their kernels read them.
-        self.held: QuantizedWeight | TiledWeight = weight
-        if self._on_gpu and not isinstance(weight, Fp8Weight) and can_tile(weight):
+        self.held: QuantizedWeight | TiledWeight | NativeFp4Weight = weight
+        if self._on_gpu:
+            self.hold(weight)
+
+    def hold(self, weight: QuantizedWeight) -> None:
+        """Keep the weight as a GPU's products read it; activations that no product rounds stay in 16 bits."""
+        self.held = weight
+        if self.activations.kind == "nvfp4":
+            laid_out = native(weight)
+            if laid_out is not None:
+                self.held = laid_out
+                return
+            self.activations = Activations()
+        if not isinstance(weight, Fp8Weight) and can_tile(weight):
             self.held = tile(weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,8 +121,8 @@ class ScaledLinear(nn.Module):
 
     @property
     def quantized(self) -> QuantizedWeight:
-        """The weight; made anew from what is held, where that is a TiledWeight."""
-        return self.held.restore() if isinstance(self.held, TiledWeight) else self.held
+        """The weight; made anew from what is held, where that is laid out for a GPU."""
+        return self.held.restore() if isinstance(self.held, (TiledWeight, NativeFp4Weight)) else self.held
 
     @quantized.setter
     def quantized(self, weight: QuantizedWeight) -> None:

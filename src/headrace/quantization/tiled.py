@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels.quantized_linear.formats import pack_nibbles, unpack_nibbles
-from headrace.kernels.quantized_linear.tiling import decode_e5m3, encode_e5m3, tile_codes, untile_codes
+from headrace.kernels.quantized_linear.tiling import (
+    decode_e5m3,
+    encode_e5m3,
+    tile_codes,
+    tile_factors,
+    tile_scales,
+    untile_codes,
+    untile_factors,
+    untile_scales,
+)
 from headrace.quantization.schemes.fp4 import MXFP4_GROUP, NVFP4_GROUP, Fp4Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
 
@@ -20,14 +28,14 @@ _SYMMETRIC = 8.0
 
 @dataclass(frozen=True)
 class TiledWeight:
-    """An Fp4Weight or a 4-bit GroupIntWeight.
+    """An Fp4Weight or a 4-bit GroupIntWeight, laid out as kernels/quantized_linear/tiling.py says.
 
     Attributes:
-        words: int16 [rows, padded columns / 4], see kernels/quantized_linear/tiling.py.
-        scale: NVFP4: uint8 E5M3 [rows, padded columns / 16]; MXFP4: uint8 exponents [rows, padded columns / 32];
-            integers: float32 [groups, rows].
+        words: int32 [tiles of 16 rows, chunks of 64 columns, 128].
+        scale: FP4: int32 [tiles, blocks of 128 columns, 512 / group], four bytes each: E5M3 (NVFP4) or exponents;
+            integers: float32 [tiles, groups, 16].
         row_scale: float32 [rows], or None for integers.
-        zero: bfloat16 ``-128 - zero`` [groups, rows], or None where all are 8 or there are none.
+        zero: bfloat16 ``-128 - zero`` [tiles, groups, 16], or None where all are 8 or there are none.
     """
 
     words: Tensor
@@ -36,7 +44,6 @@ class TiledWeight:
     zero: Tensor | None
     shape: tuple[int, int]
     group: int
-    quarter: int
 
     @property
     def fp4(self) -> bool:
@@ -49,13 +56,14 @@ class TiledWeight:
 
     def restore(self) -> Fp4Weight | GroupIntWeight:
         """What was tiled: the same numbers (of zero scales and negative ones, the same products)."""
-        columns = self.shape[1]
-        codes = untile_codes(self.words, self.quarter, columns, fp4=self.fp4)
+        rows, columns = self.shape
+        codes = untile_codes(self.words, rows, columns, fp4=self.fp4)
         if self.row_scale is None:
-            scale = self.scale.t().contiguous()
-            zero = torch.full_like(scale, _SYMMETRIC) if self.zero is None else -128 - self.zero.t().float()
+            scale = untile_factors(self.scale, rows)
+            known = torch.full_like(scale, _SYMMETRIC)
+            zero = known if self.zero is None else -128 - untile_factors(self.zero, rows).float()
             return GroupIntWeight(pack_nibbles(codes), scale, zero.contiguous(), 4)
-        scale = self.scale[:, : columns // self.group].contiguous()
+        scale = untile_scales(self.scale, rows, columns // self.group, self.group)
         if self.group == NVFP4_GROUP:
             scale = decode_e5m3(scale).to(torch.float8_e4m3fn)
         return Fp4Weight(pack_nibbles(codes), scale, self.row_scale)
@@ -73,37 +81,19 @@ def can_tile(weight: object) -> bool:
     )
 
 
-def tile(weight: Fp4Weight | GroupIntWeight, quarter: int | None = None) -> TiledWeight:
-    """Lay a weight out anew, on its device.
-
-    Args:
-        quarter: columns of a quarter of a tile; None: by what the weight's shape and groups allow.
-    """
-    rows, columns = weight.shape
+def tile(weight: Fp4Weight | GroupIntWeight) -> TiledWeight:
+    """Lay a weight out anew, on its device."""
     if isinstance(weight, GroupIntWeight):
-        quarter = quarter or (64 if weight.group % 64 == 0 and columns % 256 == 0 else 32)
-        assert can_tile(weight) and weight.group % quarter == 0, (weight.group, quarter)
-        words = tile_codes(unpack_nibbles(weight.codes), quarter, fp4=False)
-        zero = None if bool((weight.zero == _SYMMETRIC).all()) else (-128 - weight.zero).t().bfloat16()
-        zero = None if zero is None else zero.contiguous()
-        return TiledWeight(
-            words, weight.scale.t().contiguous(), None, zero, (rows, columns), weight.group, quarter
-        )
-    quarter = quarter or (64 if columns % 256 == 0 else 32)
+        assert can_tile(weight), weight.group
+        words = tile_codes(unpack_nibbles(weight.codes), fp4=False)
+        symmetric = bool((weight.zero == _SYMMETRIC).all())
+        zero = None if symmetric else tile_factors((-128 - weight.zero).bfloat16())
+        return TiledWeight(words, tile_factors(weight.scale), None, zero, weight.shape, weight.group)
     codes, scale = unpack_nibbles(weight.packed), weight.scale
     if weight.group == NVFP4_GROUP:
         codes, scale = _positive(codes, scale)
-    padding = -columns % (4 * quarter) // weight.group
-    scale = F.pad(scale, (0, padding), value=127)
-    return TiledWeight(
-        tile_codes(codes, quarter, fp4=True),
-        scale,
-        weight.row_scale,
-        None,
-        (rows, columns),
-        weight.group,
-        quarter,
-    )
+    tiled = tile_scales(scale, weight.group)
+    return TiledWeight(tile_codes(codes, fp4=True), tiled, weight.row_scale, None, weight.shape, weight.group)
 
 
 def _positive(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

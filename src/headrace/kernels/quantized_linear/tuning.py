@@ -37,12 +37,12 @@ class PackedShape(NamedTuple):
 
 
 class CodesShape(NamedTuple):
-    """The same for 4-bit codes, whose steps are tiles (tiling.py)."""
+    """For 4-bit codes: ``tiles`` of 16 outputs a program (both halves of a gate counted), K over ``splits`` programs
+    and ``warps`` of each."""
 
-    bn: int
-    splits: int
+    tiles: int
     warps: int
-    stages: int
+    splits: int
 
 
 def padded_rows(rows: int) -> int:
@@ -76,9 +76,9 @@ def codes_shape(device: torch.device, rows: int, n: int, k: int, fp4: bool, gate
     found = _tuned(device).get(_key("fp4" if fp4 else "int4", bm, n, k, gated))
     if found is not None:
         return CodesShape(*found)
-    # Small programs, several on each multiprocessor: while one waits another decodes.
-    splits = _splits(-(-n // (128 if gated else 64)), k, 256, 2, 400 if bm <= 16 else 150)
-    return CodesShape(64, splits, 2 if bm <= 16 else 4, 3)
+    if bm <= 16:
+        return CodesShape(2, 4, 1) if gated else CodesShape(1, 8, 1)
+    return CodesShape(2, 8, 1)
 
 
 def _splits(tiles: int, k: int, bk: int, steps: int, programs: int = 150) -> int:

@@ -100,7 +100,8 @@ class CompressedTensors(Container):
             raise self.refuse("format", form, f"one of {sorted(_FORMATS)}")
         bits, kind = weights.get("num_bits"), weights.get("type", "int")
         if form in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
-            return self._fp4(base, nvfp4=form.startswith("nv"))
+            inputs = group.get("input_activations") or {}
+            return self._fp4(base, nvfp4=form.startswith("nv"), rounds=inputs.get("num_bits") == 4)
         if form == "pack-quantized":
             if kind != "int" or bits not in (4, 8):
                 raise self.refuse(
@@ -209,7 +210,7 @@ class CompressedTensors(Container):
         tensors = (packed, shape, scale, zero, order)
         return Module((rows, columns), tuple(part for part in tensors if part is not None), read)
 
-    def _fp4(self, base: str, *, nvfp4: bool) -> Module:
+    def _fp4(self, base: str, *, nvfp4: bool, rounds: bool) -> Module:
         """NVFP4's global scale divides here."""
         packed, scale = f"{base}.weight_packed", f"{base}.weight_scale"
         rows, half = self.need(packed, ("U8",)).shape
@@ -232,4 +233,5 @@ class CompressedTensors(Container):
             *([whole] if nvfp4 else []),
             *(name for name in extra if name in self.names),
         ]
-        return Module((rows, half * 2), tuple(tensors), read, Activations)
+        inputs = Activations("nvfp4") if nvfp4 and rounds else Activations()
+        return Module((rows, half * 2), tuple(tensors), read, lambda: inputs)

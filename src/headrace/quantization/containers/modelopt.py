@@ -6,6 +6,7 @@ import torch
 
 from headrace.quantization.containers.base import Container, Module
 from headrace.quantization.containers.fp8 import fp8_module
+from headrace.quantization.scaled import Activations
 from headrace.quantization.schemes.fp4 import NVFP4_GROUP, Fp4Weight
 
 __all__ = ["ModelOpt"]
@@ -80,4 +81,4 @@ class ModelOpt(Container):
         static = [extra for extra in (f"{base}input_scale", f"{base}pre_quant_scale") if extra in self.names]
         if f"{base}pre_quant_scale" in static:
             raise self.refuse(f"{base}pre_quant_scale", "set", "none (scaled inputs are not supported)")
-        return Module((rows, half * 2), (name, scale, whole, *static), read)
+        return Module((rows, half * 2), (name, scale, whole, *static), read, lambda: Activations("nvfp4"))
