@@ -160,3 +160,34 @@ def test_the_command(
 
     with pytest.raises(ConfigError, match="vectors have cosine"):
         build(resolve(str(config)).spec)
+
+
+def test_rerankers_get_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each sentence with its text."""
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "m"
+    encoders.make(folder, "bert", "ForSequenceClassification", **SHAPE, vocab_size=300, num_labels=1)
+    write_tokenizer(folder)
+    texts = tmp_path / "t.jsonl"
+    chat = [{"role": "user", "content": "Is it? It is."}, {"role": "assistant", "content": "So. It. Is."}]
+    texts.write_text(json.dumps({"messages": chat}))
+    command = [
+        "verify",
+        str(folder),
+        "--quantization",
+        "int8",
+        "--device",
+        "cpu",
+        "--texts",
+        str(texts),
+        "--json",
+    ]
+    assert main([*command, "--max-difference", "0.5"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["inputs"] == 5
+    (change,) = found["changes"]
+    assert (change["task"], change["results"], change["same_label"]) == ("score", 5, None)
+    assert 0 < change["max_difference"] < 0.5
+    assert main([*command, "--max-difference", "0"]) == 1
