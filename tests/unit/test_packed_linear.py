@@ -133,7 +133,7 @@ def test_chunks_of_rows_pack_as_the_whole_does() -> None:
     whole = Int4Weight.one_plane(values, scale, offset, low=-8)
     cuts = [slice(0, ROW_BLOCK), slice(ROW_BLOCK, 3 * ROW_BLOCK), slice(3 * ROW_BLOCK, None)]
     pieces = [Int4Weight.one_plane(values[c], scale[c], offset[c], low=-8) for c in cuts]
-    joined = Int4Weight.joined(pieces)
+    joined = Int4Weight.joined(pieces, sum(piece.rows for piece in pieces))
     assert torch.equal(joined.codes, whole.codes)
     assert torch.equal(joined.scales, whole.scales)
     assert joined.rows == whole.rows

@@ -172,7 +172,8 @@ def _build_generate(
     fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
     check_quality(spec, checkpoint, dtype, cache_dtype, changed=fewer)
     shape = read_shape(facts)
-    take_for_weights(device, facts, shape, dtype, spec.quantization)
+    if not (spec.quantization or isinstance(checkpoint, QuantizedCheckpoint)):
+        take_for_weights(device, facts, shape, dtype)
     stages.done("device")
     model = load_weights(spec, checkpoint, dtype, device, progress)
     stages.done("weights")

@@ -53,8 +53,8 @@ def build_encode(
         )
     facts = inspect(path)
     shape = read_shape(facts, encoder=True)
-    if not isinstance(checkpoint, QuantizedCheckpoint):  # which may be dequantized
-        take_for_weights(device, facts, shape, dtype, spec.quantization)
+    if not spec.quantization and not isinstance(checkpoint, QuantizedCheckpoint):
+        take_for_weights(device, facts, shape, dtype)
     stages.done("device")
     model = load_encode(spec, checkpoint, device, dtype)
     stages.done("weights")

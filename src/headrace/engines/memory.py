@@ -62,13 +62,10 @@ def kv_block_bytes(layout: list[tuple[int, int]], block_size: int, dtype: torch.
     return sum(2 * heads * cache_width(dim, dtype) for heads, dim in layout) * block_size * dtype.itemsize
 
 
-def take_for_weights(
-    device: torch.device, facts: Facts, shape: ModelShape, dtype: torch.dtype, scheme: str = ""
-) -> None:
-    """Take the bytes that weights will have in one piece. Tensors of their own are rounded up, and those that a
-    scheme makes while it loads would share segments with what it reads, which then cannot be given back."""
+def take_for_weights(device: torch.device, facts: Facts, shape: ModelShape, dtype: torch.dtype) -> None:
+    """Take the bytes of weights that are loaded as they are in one piece: tensors of their own are rounded up."""
     if device.type == "cuda":
-        grow(weigh(facts, shape, dtype.itemsize, scheme).total, device, 0)
+        grow(weigh(facts, shape, dtype.itemsize, "").total, device, 0)
 
 
 def give_back(device: torch.device) -> None:

@@ -6,7 +6,7 @@ than about what a bfloat16 copy of the dense weights would be; float32 needs the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -83,14 +83,19 @@ def _weight(ggml_type: str, raw: Tensor) -> Int4Weight:
     elements, size = BLOCKS[ggml_type]
     columns = raw.shape[1] // size * elements
     step = max(_CHUNK_ELEMENTS // (columns * ROW_BLOCK), 1) * ROW_BLOCK
-    pieces = []
-    for start in range(0, raw.shape[0], step):
-        groups = unpack(raw[start : start + step], ggml_type)
-        if ggml_type in _ONE_PLANE:
-            pieces.append(Int4Weight.one_plane(*groups, low=_ONE_PLANE[ggml_type]))
-        else:
-            pieces.append(Int4Weight.two_planes(*groups, center=_TWO_PLANES[ggml_type]))
-    return Int4Weight.joined(pieces)
+
+    def pieces() -> Iterator[Int4Weight]:
+        for start in range(0, raw.shape[0], step):
+            yield _piece(ggml_type, raw[start : start + step])
+
+    return Int4Weight.joined(pieces(), raw.shape[0])
+
+
+def _piece(ggml_type: str, raw: Tensor) -> Int4Weight:
+    groups = unpack(raw, ggml_type)
+    if ggml_type in _ONE_PLANE:
+        return Int4Weight.one_plane(*groups, low=_ONE_PLANE[ggml_type])
+    return Int4Weight.two_planes(*groups, center=_TWO_PLANES[ggml_type])
 
 
 class PackedEmbedding(nn.Module):

@@ -10,7 +10,7 @@ the low halves of its columns and after them the high ones, and meets ``[x, 16 x
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -95,16 +95,28 @@ class Int4Weight:
         return Int4Weight(codes, scale, zero / _ZERO_SHARE, halves=values.shape[-1])
 
     @staticmethod
-    def joined(pieces: Sequence[Int4Weight]) -> Int4Weight:
-        """Rows one after another. All pieces but the last have a multiple of ROW_BLOCK rows."""
-        if len(pieces) == 1:
-            return pieces[0]
-        assert all(piece.rows % ROW_BLOCK == 0 for piece in pieces[:-1])
+    def joined(pieces: Iterable[Int4Weight], rows: int) -> Int4Weight:
+        """Pieces of so many ``rows`` in all, one after another. All but the last have a multiple of ROW_BLOCK rows.
+
+        Their place is taken before the second is made, and each is let go once it is copied: pieces that live on
+        between the temporaries of making them keep the C library from using that memory again (2 GB for a head of
+        262,144 rows).
+        """
         whole = object.__new__(Int4Weight)
-        whole.rows = sum(piece.rows for piece in pieces)
-        whole.group, whole.halves = pieces[0].group, pieces[0].halves
-        whole.codes = torch.cat([piece.codes for piece in pieces])
-        whole.scales = torch.cat([piece.scales for piece in pieces], dim=1)
+        whole.rows, at, padded = rows, 0, rows + -rows % _ROW_MULTIPLE
+        for piece in pieces:
+            if piece.rows == rows:
+                return piece
+            if at == 0:
+                whole.group, whole.halves = piece.group, piece.halves
+                whole.codes = piece.codes.new_empty(padded, piece.codes.shape[1])
+                whole.scales = piece.scales.new_empty(len(piece.scales), padded, 2)
+            assert at % ROW_BLOCK == 0
+            end = at + len(piece.codes)
+            whole.codes[at:end], whole.scales[:, at:end] = piece.codes, piece.scales
+            at = end
+            del piece
+        assert at == padded, (at, padded)
         return whole
 
     @property
