@@ -201,6 +201,7 @@ def _build_generate(
     give_back(device)
     blocks = num_kv_blocks(spec, block_bytes, max_model_len, device, need)
     caches = allocate_caches(layout, blocks, spec.block_size, cache_dtype, device)
+    stages.done("memory")
     runner = _runner(spec, model, caches, device, max_model_len)
     runner.prompt_rows = prompt_rows(model.config.vocab_size, cuda=device.type == "cuda")
     if device.type == "cuda":
