@@ -1,4 +1,4 @@
-"""The FP8 cache: its words against PyTorch's reading of all codes, and attention over it against the reference."""
+"""The FP8 cache: attention that reads and writes it against the reference."""
 
 from __future__ import annotations
 
@@ -6,67 +6,16 @@ import math
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from test_triton_attention import make_batch
 
 from headrace.kernels.attention import reference
 from headrace.kernels.attention.cache import as_cached
 from headrace.kernels.attention.triton import attention
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
-from headrace.kernels.attention.triton_words import join_bytes, to_half_range, widen_fp8
-from headrace.kernels.launch import INTERPRETED
 from headrace.layers.packed import LayerCache
-from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
+from triton_device import DEVICE, DTYPES, ON_GPU, error, tolerance
 
 FP8 = torch.float8_e4m3fn
-
-
-@triton.jit
-def _widen(words_ptr, first_ptr, second_ptr, joined_ptr, PLAIN: tl.constexpr):
-    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    words = tl.load(words_ptr + at)
-    first, second = widen_fp8(words, tl.float16, PLAIN)
-    tl.store(first_ptr + at, first)
-    tl.store(second_ptr + at, second)
-    both = tl.join(first, second).reshape(16, 32).to(tl.float8e4nv)
-    tl.store(joined_ptr + at, join_bytes(both.to(tl.uint8, bitcast=True), 16, 16))
-
-
-def test_every_code() -> None:
-    codes = torch.arange(256, dtype=torch.int32)
-    words = (codes | (codes.flip(0) << 8)).to(torch.int16).to(DEVICE)
-    first, second = (torch.empty(256, dtype=torch.float16, device=DEVICE) for _ in range(2))
-    joined = torch.empty_like(words)
-    _widen[(1,)](words, first, second, joined, PLAIN=INTERPRETED)
-    wanted = codes.to(torch.uint8).view(FP8).half()
-    assert torch.equal(first.cpu().nan_to_num(9e3), wanted.nan_to_num(9e3))
-    assert torch.equal(second.cpu().nan_to_num(9e3), wanted.flip(0).nan_to_num(9e3))
-    finite = torch.isfinite(first) & torch.isfinite(second)
-    assert torch.equal(joined[finite], words[finite])
-
-
-@triton.jit
-def _half_range(q_ptr, out_ptr, power_ptr):
-    row = tl.arange(0, 16)
-    at = row[:, None] * 32 + tl.arange(0, 32)[None, :]
-    half, power = to_half_range(tl.load(q_ptr + at))
-    tl.store(out_ptr + at, half)
-    tl.store(power_ptr + row, power)
-
-
-def test_queries_of_any_size_fit_float16() -> None:
-    q = randn(16, 32, dtype=torch.float32, seed=1)
-    q *= 10.0 ** torch.arange(-8, 8, device=DEVICE)[:, None]
-    q[3] = 0.0
-    q[4, 7] = torch.nan
-    q[5, 9] = torch.inf
-    half, power = torch.empty_like(q, dtype=torch.float16), torch.empty_like(q[:, 0])
-    _half_range[(1,)](q, half, power)
-    back = half.float() * power[:, None]
-    assert back[4].isnan().any() and not back[5].isfinite().all()
-    fine = [row for row in range(16) if row not in (4, 5)]
-    assert ((back - q).abs()[fine] <= q.abs()[fine].amax(1, keepdim=True) * 2**-11).all()
 
 
 def make(*args):
@@ -129,6 +78,8 @@ def test_fused_step(dim: int) -> None:
     assert error(step(), expected) < 2 * tolerance(dtype)
     for pool, want in zip((cache.k, cache.v), wanted):
         assert torch.equal(pool.view(torch.uint8), want)
+    if not ON_GPU:  # the interpreter reads NaN as 480
+        return
     block = batch.block_tables[1, 2]
     cache.k.view(torch.uint8)[block, 1, 0, 5] = 127
     out = step()

@@ -24,17 +24,18 @@ def decode() -> Iterator[Variant]:
     """Every cache, as the fused step and on its own."""
     base = {
         **SHAPE, "GP": 16, "GM": 4, "R": 128, "TILE": 32, "FUSED": True, "NORM": True, "ROWS": True, "STARTS": False,
-        "WIDE": False, "MAX_SPLITS": 32, "MIN_SPLIT": 512, "CHUNK": 8, "PARTS": 1, "PLAIN": False,
+        "WIDE": False, "MAX_SPLITS": 32, "MIN_SPLIT": 512, "CHUNK": 8,
     }  # fmt: skip
     plain = {"FUSED": False, "NORM": False, "R": 0, "STARTS": True, "WINDOW": 100, "CAPPED": True}
-    caches = {"bf16": ("*bf16", {}), "fp8": ("*i16", {"PARTS": 2}), "fp4": ("*i16", {"PARTS": 4}),
-              "fp4, 80 dimensions": ("*u8", {"D": 80})}  # fmt: skip
+    caches = {
+        "bf16": ("*bf16", {}),
+        "fp8": ("*fp8e4nv", {}),
+        "fp4": ("*u8", {}),
+        "fp4, 80 dimensions": ("*u8", {"D": 80}),
+    }
     for (name, (kind, changes)), more in itertools.product(caches.items(), ({}, plain)):
         types: dict[str, str] = {"k_cache": kind, "v_cache": kind}
         yield f"decode {name} {more}", triton_decode._decode, types, {**base, **changes, **more}
-    half = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "gain_ptr"), "*fp16")
-    words = {"k_cache": "*i16", "v_cache": "*i16"}
-    yield "decode fp4, float16", triton_decode._decode, {**half, **words}, {**base, "PARTS": 4, "PLAIN": True}
 
 
 def prefill() -> Iterator[Variant]:

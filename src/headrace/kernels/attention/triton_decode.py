@@ -27,7 +27,6 @@ from headrace.kernels.attention.triton_pieces import (
     norm_rope,
     pieces,
 )
-from headrace.kernels.attention.triton_words import split_columns, store_words, to_half_range
 from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors, sequence_lanes
 
 __all__ = [
@@ -94,8 +93,7 @@ def _decode(
     G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, WIDE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, PLAIN: tl.constexpr,
-    PDL: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # Lengths, tables and older keys are written by no kernel that may still run (kernels/step), so a fused step
     # reads them before it waits for the projection. A program without work leaves at once, to make room for the
@@ -147,7 +145,7 @@ def _decode(
         tail = lo + tl.maximum(hi - lo - 1, 0) // TILE * TILE
         blocks = load_blocks(table_ptr, tail, hi, BLOCK, TILE)
         k, v = load_tile(k_cache, v_cache, blocks, tail, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                         TILE, D, DP, PARTS, WIDE, True, dtype)  # fmt: skip
+                          TILE, D, DP, WIDE, True, dtype)  # fmt: skip
         # Blocks are always read one tile ahead: were they read with their keys, the software pipeline would have
         # to empty itself for each tile.
         blocks = load_blocks(table_ptr, lo, tail, BLOCK, TILE)
@@ -203,9 +201,6 @@ def _decode(
                 store_fp4(k_cache, slot + tl.arange(0, 1), codes, scales, only, D, DP)
                 codes, scales, new_v = round_fp4(new_v.to(tl.float32), 1, DP)
                 store_fp4(v_cache, slot + tl.arange(0, 1), codes, scales, only, D, DP)
-            elif PARTS > 1:
-                new_k = store_words(k_cache + slot, new_k, newest, D, DP, PARTS)
-                new_v = store_words(v_cache + slot, new_v, newest, D, DP, PARTS)
             else:
                 new_k = new_k.to(k_cache.dtype.element_ty)
                 new_v = new_v.to(v_cache.dtype.element_ty)
@@ -219,41 +214,23 @@ def _decode(
             acc += new_v.to(tl.float32)
         else:
             q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
-        factor = tl.full([GP], 1.0, tl.float32) * scale
-        if PARTS == 2 and dtype != tl.float32:
-            q, power = to_half_range(q)
-            factor = factor * power
-        LOWERED: tl.constexpr = 65536.0 if PARTS == 4 and not PLAIN else 1.0  # see widen_fp4
-        factor = factor * LOWERED
-        acc = acc / LOWERED
-        q_parts = split_columns(q, GP, DP, PARTS)
-        acc = split_columns(acc, GP, DP, PARTS)
-        acc, peak, norm = add_tile(acc, peak, norm, q_parts, k, v, hi - tail, factor, soft_cap, TILE, DP, PARTS,
-                                   PLAIN, CAPPED, True)  # fmt: skip
+        acc, peak, norm = add_tile(acc, peak, norm, q, k, v, hi - tail, scale, soft_cap, CAPPED, True)
         for key in range(lo, tail, TILE):
             following = load_blocks(table_ptr, key + TILE, tail, BLOCK, TILE)
             k, v = load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                             TILE, D, DP, PARTS, WIDE, False, dtype)  # fmt: skip
+                              TILE, D, DP, WIDE, False, dtype)  # fmt: skip
             blocks = following
-            acc, peak, norm = add_tile(acc, peak, norm, q_parts, k, v, TILE, factor, soft_cap, TILE, DP, PARTS,
-                                       PLAIN, CAPPED, False)  # fmt: skip
+            acc, peak, norm = add_tile(acc, peak, norm, q, k, v, TILE, scale, soft_cap, CAPPED, False)
 
-        # Column j of part i is dimension PARTS j + i; split sums keep the parts one behind another.
-        c = tl.arange(0, DP // PARTS)[None, :]
         o_at = token * num_heads * D
         if count == 1:
-            for i in tl.static_range(PARTS):
-                o = (acc[i] * LOWERED / norm[:, None]).to(dtype)
-                ok = (g[:, None] < G) & (c * PARTS + i < D)
-                tl.store(out_ptr + o_at + (head * G + g)[:, None] * D + c * PARTS + i, o, mask=ok)
+            o = acc / norm[:, None]
+            tl.store(out_ptr + o_at + (head * G + g)[:, None] * D + d[None, :], o.to(dtype), mask=q_ok)
         else:
             W: tl.constexpr = DP + 2
             row = seq.to(tl.int64) * (MAX_SPLITS * num_heads * W)
             mine = partial_ptr + row + ((split - first) * num_heads + head * G + g) * W
-            for i in tl.static_range(PARTS):
-                tl.store(
-                    mine[:, None] + i * (DP // PARTS) + c, acc[i] * LOWERED, mask=(g[:, None] < G) & (c < DP)
-                )
+            tl.store(mine[:, None] + d[None, :], acc, mask=(g[:, None] < G) & (d[None, :] < DP))
             tl.store(mine + DP, peak, mask=g < G)
             tl.store(mine + DP + 1, norm, mask=g < G)
             tl.debug_barrier()
@@ -262,11 +239,8 @@ def _decode(
                 tl.debug_barrier()
                 o = merge(partial_ptr, row, count, head * G, num_heads, G, GM, DP, MAX_SPLITS, CHUNK)
                 gm = tl.arange(0, GM)
-                column = d % (DP // PARTS) * PARTS + d // (DP // PARTS)
-                o_ok = (gm[:, None] < G) & (column[None, :] < D)
-                tl.store(
-                    out_ptr + o_at + (head * G + gm)[:, None] * D + column[None, :], o.to(dtype), mask=o_ok
-                )
+                o_ok = (gm[:, None] < G) & (d[None, :] < D)
+                tl.store(out_ptr + o_at + (head * G + gm)[:, None] * D + d[None, :], o.to(dtype), mask=o_ok)
                 tl.store(arrivals_ptr + seq * num_kv_heads + head, 0)
 
 
@@ -306,13 +280,8 @@ def decode_attention(
     Returns:
         out.
     """
-    parts = 1
-    if k_cache.dtype is FP4 and q.shape[2] % 32 == 0:
-        k_cache, v_cache, parts = k_cache.view(torch.int16), v_cache.view(torch.int16), 4
-    elif k_cache.dtype is FP4:
+    if k_cache.dtype is FP4:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    elif k_cache.dtype is torch.float8_e4m3fn:
-        k_cache, v_cache, parts = k_cache.view(torch.int16), v_cache.view(torch.int16), 2
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
     num_seqs = seq_lens.shape[0]
@@ -350,8 +319,7 @@ def decode_attention(
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
         STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
         MIN_SPLIT=shape.min_split,
-        CHUNK=max(1, min(8, 2048 // (merged * padded))), PARTS=parts,
-        PLAIN=INTERPRETED or (parts == 4 and q.dtype is not torch.bfloat16), **options,
+        CHUNK=max(1, min(8, 2048 // (merged * padded))), **options,
     )  # fmt: skip
     return out
 
@@ -359,9 +327,7 @@ def decode_attention(
 def _shape(num_heads: int, padded: int, long: bool, cache: torch.dtype) -> DecodeShape:
     if INTERPRETED:
         return DecodeShape(16, 16, 2, 4, 1)
-    shape = decode_shape(num_heads, padded, long)
+    shape = decode_shape(num_heads, padded, long and cache.itemsize == 2)  # measured for those
     if cache is torch.uint8 and shape.tile > 32:  # decoding takes registers
         shape = shape._replace(tile=32)
-    elif cache is torch.int16 and shape.warps == 1:  # as many bytes a tile
-        shape = shape._replace(tile=2 * shape.tile)
     return shape

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.attention.triton_fp4 import load_fp4
-from headrace.kernels.attention.triton_words import widen_fp4, widen_fp8
 
 __all__ = ["add_tile", "load_blocks", "load_tile", "merge", "norm_rope", "pieces"]
 
@@ -33,104 +32,58 @@ def load_blocks(table_ptr, key, hi, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(base, slots, there, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
-    """[TILE, DP] at ``slots``; with MASKED zero where not ``there``."""
-    d = tl.arange(0, DP)[None, :]
-    at = base + slots[:, None] + d
-    if MASKED:
-        rows = tl.load(at, mask=there[:, None] & (d < D), other=0)
-    elif D == DP:
-        rows = tl.load(at)
-    else:
-        rows = tl.load(at, mask=d < D, other=0)
-    return rows
-
-
-@triton.jit
-def _load_words(base, slots, there, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
-    """Words of an FP4 cache [TILE, DP / 4], and of their scales [TILE, DP / 32]."""
-    words = _load_rows(base, slots, there, D // 4, DP // 4, MASKED)
-    return words, _load_rows(base + D // 4, slots, there, D // 32, DP // 32, MASKED)
-
-
-@triton.jit
 def load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head_offset, BLOCK: tl.constexpr,
-              TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
-              MASKED: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """Keys and values from ``key`` on; with MASKED zero from ``hi`` on. WIDE: 64-bit offsets.
+               TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+               dtype: tl.constexpr):  # fmt: skip
+    """Keys and values [TILE, DP] from ``key`` on; with MASKED zero from ``hi`` on. WIDE: 64-bit offsets.
 
-    Each is a tuple: [TILE, DP] as the cache has them (or in ``dtype`` from an FP4 cache of bytes), words [TILE, DP / 2]
-    of an FP8 cache, or words [TILE, DP / 4] of an FP4 cache and those of their scales, [TILE, DP / 32].
+    As the cache has them, or in ``dtype`` from an FP4 cache (bytes).
     """
     at = key + tl.arange(0, TILE)
-    there = at < hi
+    d = tl.arange(0, DP)[None, :]
     if WIDE:
         blocks = blocks.to(tl.int64)
-    slots = blocks * cache_block + (at.to(tl.uint32) % BLOCK).to(tl.int32) * cache_token + head_offset
+    slot = blocks * cache_block + (at.to(tl.uint32) % BLOCK).to(tl.int32) * cache_token + head_offset
+    at_k = k_cache + slot[:, None] + d
+    at_v = v_cache + slot[:, None] + d
     if k_cache.dtype.element_ty == tl.uint8:
-        k = (load_fp4(k_cache, slots, there, TILE, D, DP, dtype),)
-        v = (load_fp4(v_cache, slots, there, TILE, D, DP, dtype),)
-    elif PARTS == 4:
-        # Rows begin at multiples of their size: said so, as much as that allows is loaded at once.
-        WIDTH: tl.constexpr = D // 4 + D // 32
-        ALIGNED: tl.constexpr = 8 if WIDTH % 8 == 0 else 4 if WIDTH % 4 == 0 else 2 if WIDTH % 2 == 0 else 1
-        slots = slots // ALIGNED * ALIGNED
-        k = _load_words(k_cache, slots, there, D, DP, MASKED)
-        v = _load_words(v_cache, slots, there, D, DP, MASKED)
+        there = at < hi
+        k = load_fp4(k_cache, slot, there, TILE, D, DP, dtype)
+        v = load_fp4(v_cache, slot, there, TILE, D, DP, dtype)
+    elif MASKED:
+        full = (at < hi)[:, None] & (d < D)
+        k = tl.load(at_k, mask=full, other=0.0)
+        v = tl.load(at_v, mask=full, other=0.0)
+    elif D == DP:
+        k = tl.load(at_k)
+        v = tl.load(at_v)
     else:
-        k = (_load_rows(k_cache, slots, there, D // PARTS, DP // PARTS, MASKED),)
-        v = (_load_rows(v_cache, slots, there, D // PARTS, DP // PARTS, MASKED),)
+        k = tl.load(at_k, mask=d < D, other=0.0)
+        v = tl.load(at_v, mask=d < D, other=0.0)
     return k, v
 
 
 @triton.jit
-def _widened(
-    tile, TILE: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, PLAIN: tl.constexpr, dtype: tl.constexpr
-):
-    """A tuple of PARTS tiles [TILE, DP / PARTS] of ``dtype``."""
-    if PARTS == 1:
-        parts = (tile[0].to(dtype),)
-    elif PARTS == 2:
-        parts = widen_fp8(tile[0], dtype, PLAIN)
-    else:
-        parts = widen_fp4(tile[0], tile[1], TILE, DP // 4, dtype, PLAIN)
-    return parts
-
-
-@triton.jit
-def add_tile(acc, peak, norm, q, k, v, left, factor, soft_cap, TILE: tl.constexpr, DP: tl.constexpr,
-             PARTS: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """One step of the online softmax, in powers of 2; with MASKED only the first ``left`` keys count.
-
-    ``q`` and ``acc`` are tuples of PARTS tiles, k and v as load_tile has them; ``factor`` float32 [H] is that of each
-    head's scores.
-    """
-    dtype: tl.constexpr = q[0].dtype
-    keys = _widened(k, TILE, DP, PARTS, PLAIN, dtype)
-    score = tl.dot(q[0], tl.trans(keys[0]), out_dtype=tl.float32, input_precision="ieee")
-    for i in tl.static_range(1, PARTS):
-        score = tl.dot(q[i], tl.trans(keys[i]), score, out_dtype=tl.float32, input_precision="ieee")
+def add_tile(acc, peak, norm, q, k, v, left, scale, soft_cap, CAPPED: tl.constexpr, MASKED: tl.constexpr):
+    """One step of the online softmax, in powers of 2; with MASKED only the first ``left`` keys count."""
+    dtype: tl.constexpr = q.dtype
+    score = tl.dot(q, tl.trans(k.to(dtype)), out_dtype=tl.float32, input_precision="ieee")
+    factor = scale * 1.4426950408889634
     if CAPPED:
-        score = soft_cap * (2.0 * tl.sigmoid(2.0 * score * factor[:, None] / soft_cap) - 1.0)
-        factor = factor * 0.0 + 1.0
-    factor = factor * 1.4426950408889634
+        score = soft_cap * (2.0 * tl.sigmoid(2.0 * score * scale / soft_cap) - 1.0)
+        factor = 1.4426950408889634
     if MASKED:
-        score = tl.where((tl.arange(0, TILE) < left)[None, :], score, float("-inf"))
+        score = tl.where((tl.arange(0, k.shape[0]) < left)[None, :], score, float("-inf"))
     top = tl.maximum(peak, tl.max(score, 1) * factor)
     safe = top
     if MASKED:
         safe = tl.where(top == float("-inf"), 0.0, top)
-    p = tl.exp2(score * factor[:, None] - safe[:, None])
+    p = tl.exp2(score * factor - safe[:, None])
     alpha = tl.exp2(peak - safe)
     norm = norm * alpha + tl.sum(p, 1)
-    p = p.to(dtype)
-    values = _widened(v, TILE, DP, PARTS, PLAIN, dtype)
-    sums = ()
-    for i in tl.static_range(PARTS):
-        scaled = acc[i] * alpha[:, None]
-        total = tl.dot(p, values[i], scaled, out_dtype=tl.float32, input_precision="ieee")
-        sums = sums + (total,)  # type: ignore[assignment]  # noqa: RUF005  (Triton 3.6 knows no star)
-    return sums, top, norm
+    acc = acc * alpha[:, None]
+    acc = tl.dot(p.to(dtype), v.to(dtype), acc, out_dtype=tl.float32, input_precision="ieee")
+    return acc, top, norm
 
 
 @triton.jit
