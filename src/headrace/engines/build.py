@@ -165,24 +165,13 @@ def _build_generate(
     beside = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
     reading = beside.submit(_tokenizer, checkpoint)
     beside.shutdown(wait=False)
-    # What is refused is refused before gigabytes are read.
-    declared = read_config(checkpoint.config)
-    cache_dtype = kv_dtype(spec, checkpoint, declared, dtype)
-    _tell_harm(spec, declared.num_layers, declared.hidden_size, encodes=False)
-    fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
-    check_quality(spec, checkpoint, dtype, cache_dtype, changed=fewer)
+    cache_dtype = _refuse_early(spec, checkpoint, dtype)
     shape = read_shape(facts)
     if not (spec.quantization or isinstance(checkpoint, QuantizedCheckpoint)):
         take_for_weights(device, facts, shape, dtype)
     stages.done("device")
-    model = load_weights(spec, checkpoint, dtype, device, progress)
+    model = _load(spec, checkpoint, dtype, device, progress)
     stages.done("weights")
-    if model.config.headless:
-        raise UnsupportedCheckpoint(
-            f"{spec.model}: {checkpoint.config.get('architectures')} has no language-model head; "
-            "serve it as an embedder, or give a *ForCausalLM checkpoint",
-            param="engine",
-        )
     max_model_len = _max_model_len(spec, model)
     step_tokens = spec.max_num_batched_tokens or (
         CUDA_STEP_TOKENS if device.type == "cuda" else CPU_STEP_TOKENS
@@ -248,6 +237,34 @@ def _build_generate(
         summary=summary,
     )
     return GenerateCore(runner, scheduler, overlap=overlap, compiler=compiler), ready
+
+
+def _refuse_early(spec: EngineSpec, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.dtype:
+    """The cache's type; what a configuration alone shows to be wrong is refused before gigabytes are read."""
+    declared = read_config(checkpoint.config)
+    cache_dtype = kv_dtype(spec, checkpoint, declared, dtype)
+    _tell_harm(spec, declared.num_layers, declared.hidden_size, encodes=False)
+    fewer = isinstance(checkpoint, QuantizedCheckpoint) or bool(spec.quantization) or cache_dtype.itemsize < 2
+    check_quality(spec, checkpoint, dtype, cache_dtype, changed=fewer)
+    return cache_dtype
+
+
+def _load(
+    spec: EngineSpec,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None,
+) -> DecoderModel:
+    """The model with its weights; one without a language-model head is refused."""
+    model = load_weights(spec, checkpoint, dtype, device, progress)
+    if model.config.headless:
+        raise UnsupportedCheckpoint(
+            f"{spec.model}: {checkpoint.config.get('architectures')} has no language-model head; "
+            "serve it as an embedder, or give a *ForCausalLM checkpoint",
+            param="engine",
+        )
+    return model
 
 
 def _runner(
