@@ -12,8 +12,9 @@ from headrace.kernels.attention import reference
 from headrace.kernels.attention.cache import as_cached
 from headrace.kernels.attention.triton import attention
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
+from headrace.kernels.rotary.reference import qk_norm_rope
 from headrace.layers.packed import LayerCache
-from triton_device import DEVICE, DTYPES, ON_GPU, error, tolerance
+from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
 
 FP8 = torch.float8_e4m3fn
 
@@ -85,3 +86,38 @@ def test_fused_step(dim: int) -> None:
     out = step()
     assert out[1, : heads // 2].isnan().all()
     assert out[1, heads // 2 :].isfinite().all() and out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_step_with_norm_and_rotation(dtype: torch.dtype, long: bool) -> None:
+    """As engines run it: heads of 128, and on a GPU sequences of many pieces in both cuts."""
+    heads, kv_heads, dim = 4, 2, 128
+    lens = [1, 9003, 65, 700] if ON_GPU else [1, 140, 65]
+    (q, k, v), batch = make([1] * len(lens), lens, heads, kv_heads, dim, dtype)
+    weight = (1 + randn(2, dim, dtype=dtype, seed=3) / 4)[[0] * heads + [1] * kv_heads]
+    angle = torch.arange(max(lens))[:, None] * 1e4 ** -(torch.arange(dim // 2) / (dim // 2))
+    cos = torch.cat([angle.cos()] * 2, 1).to(DEVICE)
+    sin = torch.cat([-angle.sin(), angle.sin()], 1).to(DEVICE)
+    positions = batch.seq_lens.long() - 1
+    qk = qk_norm_rope(torch.cat([q, k], 1), weight, 1e-6, cos[positions][:, None], sin[positions][:, None])
+    expected = reference.attention(qk[:, :heads], qk[:, heads:], v, batch, 0, scale=0.1)
+    cache = batch.caches[0]
+    for pool in (cache.k, cache.v):
+        pool.view(torch.uint8).view(-1, kv_heads, dim)[batch.slots] = 127
+    out = decode_attention(
+        q, cache.k, cache.v, batch.block_tables, batch.seq_lens,
+        DecodeWorkspace.allocate(len(lens), heads, kv_heads, dim, DEVICE), scale=0.1, new_k=k, new_v=v,
+        fused=QKNormRope(weight, 1e-6, cos, sin), long=long,
+    )  # fmt: skip
+    # The interpreter rounds the new key otherwise, see make.
+    assert error(out, expected) < (2 * tolerance(dtype) if ON_GPU else 0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prompts_with_heads_of_128(dtype: torch.dtype) -> None:
+    """Two short prompts, and a long one whose beginning is in the cache, in tiles of either size."""
+    for query_lens, seq_lens in (([23, 27], [23, 27]), ([808], [9000]) if ON_GPU else ([40], [90])):
+        (q, k, v), batch = make(query_lens, seq_lens, 4, 2, 128, dtype)
+        expected = reference.attention(q, k, v, batch, 0, scale=0.09)
+        assert error(attention(q, k, v, batch, 0, scale=0.09), expected) < 2 * tolerance(dtype)
