@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from headrace.kernels.launch import supports_gluon
 from headrace.kernels.linear import reference, tuning
 from headrace.kernels.linear.tuning import RingShape
-from triton_device import ON_GPU, error, randn, tolerance
+from triton_device import DEVICE, error, randn, tolerance
 
-if not ON_GPU or torch.cuda.get_device_capability()[0] != 9:
-    pytest.skip("needs a Hopper GPU", allow_module_level=True)
-pytest.importorskip("triton.experimental.gluon")
+if not supports_gluon(torch.device(DEVICE)):
+    pytest.skip("needs a Hopper GPU, and the Triton that Gluon is used in", allow_module_level=True)
 
 from headrace.kernels.linear import triton_stream as fast
 from headrace.kernels.linear.triton_stream import add_linear, begin_stream, stream_argmax, stream_linear

@@ -13,6 +13,7 @@ from headrace.kernels.attention.decode_shapes import DecodeShape
 from headrace.kernels.attention.triton import attention
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
 from headrace.kernels.attention.triton_fresh import fresh_attention, fresh_covers
+from headrace.kernels.launch import supports_gluon
 from headrace.kernels.rotary.reference import qk_norm_rope, rope
 from headrace.layers.packed import AttentionBatch, LayerCache
 from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
@@ -137,8 +138,8 @@ def test_whole_prompts(heads: int, dim: int, window: int | None, cap: float | No
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    not ON_GPU or torch.cuda.get_device_capability()[0] != 9,
-    reason="needs a Hopper GPU: Gluon is not interpreted",
+    not supports_gluon(torch.device(DEVICE)),
+    reason="needs a Hopper GPU, and the Triton that Gluon is used in",
 )
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 128), (8, 2, 128), (3, 3, 64), (7, 1, 128)])
 def test_whole_prompts_specialized_by_warps(heads: int, kv_heads: int, dim: int) -> None:

@@ -101,9 +101,8 @@ class AttachedClient(SocketClient):
 
     def _death(self) -> str | None:
         try:
-            os.kill(
-                self._pid, 0
-            )  # its parent takes notice of its end within 0.2 s, so the id is not another's
+            # The core's parent takes notice of its end within 0.2 s, so the id is not another's.
+            os.kill(self._pid, 0)
         except ProcessLookupError:
             return "(see the log of the server's first process)"
         return None

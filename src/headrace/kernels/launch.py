@@ -28,6 +28,7 @@ __all__ = [
     "perform_stores",
     "prefetch_l2",
     "sequence_lanes",
+    "supports_gluon",
     "supports_pdl",
 ]
 
@@ -40,6 +41,14 @@ def supports_pdl(device: torch.device) -> bool:
     if device.type != "cuda" or INTERPRETED:
         return False
     return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.cache
+def supports_gluon(device: torch.device) -> bool:
+    """Whether kernels in Gluon are used: Hopper, and the Triton that they were measured in, since Gluon is in flux."""
+    if device.type != "cuda" or INTERPRETED or not triton.__version__.startswith("3.6."):
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 class Scratch:

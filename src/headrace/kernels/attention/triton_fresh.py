@@ -6,7 +6,6 @@ in registers, which leaves room for the scores of two tiles at a time.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headrace.kernels.attention.triton_tiles import find_tile, query_rows, scores, soften
-from headrace.kernels.launch import INTERPRETED, launch_options, sequence_lanes, supports_pdl
+from headrace.kernels.launch import INTERPRETED, launch_options, sequence_lanes, supports_gluon, supports_pdl
 
 __all__ = ["FreshShape", "fresh_attention", "fresh_covers", "fresh_shape"]
 
@@ -134,17 +133,9 @@ def _specializes(q: Tensor, num_seqs: int) -> bool:
     """Whether warps are specialized: it pays for long prompts (of one H200's measurements, from 1,024 tokens on).
 
     How many of the sequences are there the host does not know in a captured step: the rest of them has no tokens.
-    Gluon is in flux: it is used in the version that it was measured in.
     """
     long = q.shape[0] >= 2048 and q.shape[0] >= 256 * num_seqs
-    return long and q.shape[2] == 128 and q.element_size() == 2 and _has_gluon(q.device)
-
-
-@functools.cache
-def _has_gluon(device: torch.device) -> bool:
-    if INTERPRETED or device.type != "cuda" or not triton.__version__.startswith("3.6."):
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+    return long and q.shape[2] == 128 and q.element_size() == 2 and supports_gluon(q.device)
 
 
 def fresh_attention(

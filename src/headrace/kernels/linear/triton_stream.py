@@ -19,15 +19,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headrace.kernels.launch import INTERPRETED, launch_options, supports_pdl
+from headrace.kernels.launch import INTERPRETED, launch_options, supports_gluon, supports_pdl
 from headrace.kernels.linear.triton_parts import GATES, SCRATCH, ask_l2, finish, gather_parts, tell_largest
 from headrace.kernels.linear.tuning import RingShape, StreamShape, ring_shape, stream_shape
 from headrace.kernels.step.triton import reduce_best
-
-try:
-    from headrace.kernels.linear import gluon_ring
-except ImportError:  # a Triton without Gluon, or with another one
-    gluon_ring = None  # type: ignore[assignment]
 
 __all__ = [
     "Stream",
@@ -195,6 +190,8 @@ def _launch(
         "ARGMAX": best is not None,
     }  # fmt: skip
     if isinstance(shape, RingShape):
+        from headrace.kernels.linear import gluon_ring
+
         gluon_ring.launch(x, weight, shape, tiles * shape.splits, *tensors, *numbers, **flags)
         return
     w_desc = TensorDescriptor(weight, list(weight.shape), [k, 1], [shape.bn, shape.bk])
@@ -209,14 +206,17 @@ def _launch(
 def stream_takes_one_row(weight: Tensor, gated: bool) -> bool:
     """Whether one row was measured to be faster here than in small_linear."""
     n, k = weight.shape
-    return gluon_ring is not None and ring_shape(weight.device, 1, n, k, gated) is not None
+    return supports_gluon(weight.device) and ring_shape(weight.device, 1, n, k, gated) is not None
 
 
 def _shape(x: Tensor, weight: Tensor, gated: bool) -> StreamShape | RingShape:
     (n, k), rows = weight.shape, x.shape[0]
-    ring = None if gluon_ring is None else ring_shape(x.device, rows, n, k, gated)
-    if ring is not None and gluon_ring.covers(x, weight, ring):
-        return ring
+    if supports_gluon(x.device):
+        from headrace.kernels.linear import gluon_ring
+
+        ring = ring_shape(x.device, rows, n, k, gated)
+        if ring is not None and gluon_ring.covers(x, weight, ring):
+            return ring
     return stream_shape(x.device, rows, n, k, gated)
 
 
