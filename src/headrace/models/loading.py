@@ -135,7 +135,7 @@ def _parts(module: nn.Module, full: Tensor, count: int) -> Sequence[Tensor]:
     """Where ``count`` tensors of a checkpoint go: the parts of a projection, or all of it in one."""
     if count > 1:
         assert isinstance(module, Linear)
-        return tuple(full.split(module.parts))  # type: ignore[no-untyped-call]
+        return tuple(full.split(module.parts))
     if isinstance(module, ExpertLinear):
         full = full.view(module.num_experts, -1, *full.shape[1:])
     return (full,)
