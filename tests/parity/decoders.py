@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
@@ -50,15 +52,26 @@ class Pair:
     model: DecoderModel
 
 
-def make_pair(hf_config: Any, model_class: Any, seed: int = 0) -> Pair:
-    """Build both, through `config.json` as transformers writes it."""
+def stored(reference: Any) -> dict[str, Tensor]:
+    """A transformers model's tensors by the names of its files, which differ from those in memory for experts."""
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        return load_file(f"{folder}/model.safetensors")
+
+
+def make_pair(hf_config: Any, model_class: Any, seed: int = 0, *, from_files: bool = False) -> Pair:
+    """Build both, through `config.json` as transformers writes it.
+
+    Args:
+        from_files: names and shapes of tensors are those of saved files, not those in memory.
+    """
     torch.manual_seed(seed)
     hf_config._attn_implementation = "eager"
     reference = model_class(hf_config).eval()
     randomize(reference, seed)
     reference.tie_weights()
     reference.config.architectures = [model_class.__name__]
-    tensors = dict(reference.state_dict())
+    tensors = stored(reference) if from_files else dict(reference.state_dict())
     config = reference.config.to_dict()
     if config.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)

@@ -34,6 +34,15 @@ TINY = {
 CONFIGS = {
     "llama": {**TINY, "architectures": ["LlamaForCausalLM"], "rope_theta": 10000.0},
     "qwen3": {**TINY, "architectures": ["Qwen3ForCausalLM"], "rope_theta": 10000.0},
+    "qwen2-moe": {
+        **TINY,
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "rope_theta": 10000.0,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+    },
     "gemma2": {
         **TINY,
         "architectures": ["Gemma2ForCausalLM"],

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 
-from parity.decoders import make_pair, max_difference, our_logits, random_prompts, reference_logits
+from parity.decoders import make_pair, max_difference, our_logits, random_prompts, reference_logits, stored
 
 TOLERANCE = 2e-4
 VOCAB = 97
@@ -41,6 +41,10 @@ LONGROPE = {
     "long_factor": [1.5, 2.5, 4.0],
     "partial_rotary_factor": 0.75,
 }
+
+MOE = {"moe_intermediate_size": 40, "num_experts": 6, "num_experts_per_tok": 2}
+# Names of experts' tensors in files differ from those in memory; Mixtral's layers, too.
+IN_FILES = ("mixtral",)
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("Llama", "LlamaForCausalLM", {}),
@@ -139,6 +143,40 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2", "Olmo2ForCausalLM", {"rms_norm_eps": 1e-5}),
+    "qwen3-moe": ("Qwen3Moe", "Qwen3MoeForCausalLM", {**MOE, "head_dim": 12}),
+    "qwen3-moe-renormalized-dense-layer": (
+        "Qwen3Moe",
+        "Qwen3MoeForCausalLM",
+        {**MOE, "norm_topk_prob": True, "mlp_only_layers": [1], "attention_bias": True},
+    ),
+    "qwen3-moe-every-second-window": (
+        "Qwen3Moe",
+        "Qwen3MoeForCausalLM",
+        {
+            **MOE,
+            "num_experts_per_tok": 6,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+    ),
+    "qwen2-moe": ("Qwen2Moe", "Qwen2MoeForCausalLM", {**MOE, "shared_expert_intermediate_size": 24}),
+    "qwen2-moe-no-bias": (
+        "Qwen2Moe",
+        "Qwen2MoeForCausalLM",
+        {**MOE, "shared_expert_intermediate_size": 60, "norm_topk_prob": True, "qkv_bias": False},
+    ),
+    "mixtral": ("Mixtral", "MixtralForCausalLM", {"num_local_experts": 5}),
+    "mixtral-window": (
+        "Mixtral",
+        "MixtralForCausalLM",
+        {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 7},
+    ),
+    "olmoe": (
+        "Olmoe",
+        "OlmoeForCausalLM",
+        {"num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ),
     "smollm3": (
         "SmolLM3",
         "SmolLM3ForCausalLM",
@@ -156,7 +194,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 def test_logits_equal_transformers(name: str) -> None:
     config_name, class_name, fields = CASES[name]
     config = getattr(hf, f"{config_name}Config")(**{**SIZES, **fields})
-    pair = make_pair(config, getattr(hf, class_name), seed=len(name))
+    pair = make_pair(config, getattr(hf, class_name), seed=len(name), from_files=name.startswith(IN_FILES))
     prompts = random_prompts(VOCAB, [33, 1, 12, 26, 12], seed=len(name))
     expected = reference_logits(pair, prompts)
     spread = float(torch.cat(expected).std())
@@ -165,3 +203,13 @@ def test_logits_equal_transformers(name: str) -> None:
     for chunk in chunks:
         difference = max_difference(our_logits(pair.model, prompts, chunk), expected)
         assert difference <= TOLERANCE, f"chunk {chunk}: {difference}"
+
+
+def test_experts_by_one_and_in_one() -> None:
+    """Checkpoints hold an expert's matrices alone, or those of all in one tensor."""
+    config = hf.Qwen3MoeConfig(**{**SIZES, **MOE})
+    together = make_pair(config, hf.Qwen3MoeForCausalLM, seed=4)
+    apart = make_pair(config, hf.Qwen3MoeForCausalLM, seed=4, from_files=True)
+    assert "model.layers.0.mlp.experts.5.up_proj.weight" in stored(apart.reference)
+    for (path, mine), other in zip(together.model.named_parameters(), apart.model.parameters(), strict=True):
+        assert torch.equal(mine, other), path

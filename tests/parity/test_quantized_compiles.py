@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["quantized", "attention"])
+@pytest.mark.parametrize("kernels", ["quantized", "attention", "experts"])
 def test_every_variant_compiles(kernels: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -190,7 +191,7 @@ def is_fitted(checkpoint: Checkpoint) -> bool:
 
 def _bits_on_disk(checkpoint: QuantizedCheckpoint, name: str) -> int:
     info = checkpoint.info(name)
-    return 4 if info.nbytes * 8 < 6.5 * info.shape[0] * info.shape[1] else 8
+    return 4 if info.nbytes * 8 < 6.5 * math.prod(info.shape) else 8
 
 
 def _weights(model: nn.Module) -> dict[str, _Held]:

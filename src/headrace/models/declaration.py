@@ -8,7 +8,7 @@ import msgspec
 
 from headrace.layers.rotary import RopeConfig
 
-__all__ = ["DecoderConfig", "KVLayer"]
+__all__ = ["DecoderConfig", "ExpertsConfig", "KVLayer"]
 
 
 class KVLayer(NamedTuple):
@@ -20,6 +20,33 @@ class KVLayer(NamedTuple):
     num_kv_heads: int
     head_dim: int
     sliding_window: int | None
+
+
+class ExpertsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The mixture that stands where dense models have an MLP (layers/experts.py).
+
+    Attributes:
+        num_experts, experts_per_token: how many there are in a layer, and how many a token meets.
+        intermediate_size: of one expert.
+        renormalize: the chosen experts' weights add up to 1 (a softmax over their logits alone); else they are their
+            shares of the softmax over all.
+        router_bias, bias: whether the router and the experts' projections have one.
+        activation: a gate of kernels.experts.EXPERT_GATES.
+        dense_layers: layers with a plain MLP of DecoderConfig.intermediate_size instead.
+        shared_size: intermediate size of the expert that every token meets; 0: there is none.
+        shared_gate: its output is multiplied by the sigmoid of a projection to one number.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    renormalize: bool
+    router_bias: bool = False
+    bias: bool = False
+    activation: str = "silu"
+    dense_layers: frozenset[int] = frozenset()
+    shared_size: int = 0
+    shared_gate: bool = False
 
 
 class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +65,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
         attention_soft_cap, logit_soft_cap: ``cap * tanh(x / cap)`` on scores and logits (Gemma 2).
         embedding_scale, residual_multiplier: factors of the embeddings and of each block's output.
         logits_divisor: logits are divided by it.
+        experts: None for models with an MLP in every layer.
         tied: the head is the embedding table.
         causal: False for embedders that let every token see all others.
         headless: the checkpoint has no language-model head (an embedder).
@@ -70,6 +98,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     embedding_scale: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    experts: ExpertsConfig | None = None
     tied: bool = False
     causal: bool = True
     headless: bool = False

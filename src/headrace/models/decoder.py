@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from headrace.layers.attention import Attention, CosSin, FullNorm, HeadNorm
+from headrace.layers.experts import ExpertLinear, Experts, MixtureOfExperts
 from headrace.layers.linear import Embedding, Linear
 from headrace.layers.mlp import MLP, GatedMLP
 from headrace.layers.norm import LayerNorm, NoNorm, RMSNorm
 from headrace.layers.packed import AttentionBatch, PackedBatch
 from headrace.layers.rotary import Rotary
-from headrace.models.declaration import DecoderConfig, KVLayer
+from headrace.models.declaration import DecoderConfig, ExpertsConfig, KVLayer
 
 __all__ = ["DecoderLayer", "DecoderModel"]
 
@@ -73,11 +74,40 @@ class _Builder:
 
     def mlp(self, layer: int) -> nn.Module:
         config = self.config
+        if config.experts is not None and layer not in config.experts.dense_layers:
+            return self.mixture(config.experts)
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         down = self.linear(inner, hidden, bias=bias)
         if config.gated_mlp:
             return GatedMLP(self.linear(hidden, inner, inner, bias=bias), down, config.activation)
         return MLP(self.linear(hidden, inner, bias=bias), down, config.activation)
+
+    def mixture(self, config: ExpertsConfig) -> MixtureOfExperts:
+        hidden, inner, shared_size = self.config.hidden_size, config.intermediate_size, config.shared_size
+        shared = None
+        if shared_size:
+            up = self.linear(hidden, shared_size, shared_size, bias=False)
+            shared = GatedMLP(up, self.linear(shared_size, hidden, bias=False), self.config.activation)
+        return MixtureOfExperts(
+            self.linear(hidden, config.num_experts, bias=config.router_bias),
+            Experts(self.experts(config, hidden, inner, inner), self.experts(config, inner, hidden)),
+            num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+            activation=config.activation,
+            renormalize=config.renormalize,
+            shared=shared,
+            shared_gate=self.linear(hidden, 1, bias=False) if config.shared_gate else None,
+        )
+
+    def experts(self, config: ExpertsConfig, inputs: int, *parts: int) -> ExpertLinear:
+        return ExpertLinear(
+            inputs,
+            *parts,
+            num_experts=config.num_experts,
+            bias=config.bias,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
 
 class DecoderLayer(nn.Module):

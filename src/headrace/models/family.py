@@ -7,14 +7,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.layers.rotary import RopeConfig
-from headrace.models.declaration import DecoderConfig
+from headrace.models.declaration import DecoderConfig, ExpertsConfig
 from headrace.models.reading import ConfigReader
 from headrace.models.rope import read_ropes
 
-__all__ = ["Family", "WeightNames", "layer_windows", "standard", "standard_names"]
+__all__ = [
+    "FUSED_EXPERTS",
+    "Family",
+    "WeightNames",
+    "expert_names",
+    "experts",
+    "layer_windows",
+    "qwen_experts",
+    "standard",
+    "standard_names",
+]
 
 # Module of the decoder -> modules of the checkpoint whose weights lie in it one after another, without the
-# checkpoint's prefix. ``{}`` is the layer.
+# checkpoint's prefix. ``{}`` is the layer; ``{expert}`` stands for all experts, the first one's modules first.
 WeightNames = Mapping[str, tuple[str, ...]]
 
 
@@ -29,6 +39,8 @@ class Family:
         defaults: what the family assumes for fields that `config.json` leaves out.
         text_config: the decoder's fields lie in this sub-object, if the file has it (multimodal checkpoints).
         ignored: prefixes of tensors that do not belong to the decoder (towers for other media).
+        fused: tensors that hold a module of ``names`` whole, [experts, out, in], in checkpoints that have them
+            instead; its bias has the same name and ``_bias``.
     """
 
     architectures: tuple[str, ...]
@@ -37,6 +49,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     text_config: str | None = None
     ignored: tuple[str, ...] = ()
+    fused: Mapping[str, str] = field(default_factory=dict)
 
 
 def standard_names(**changes: tuple[str, ...]) -> WeightNames:
@@ -59,6 +72,79 @@ def standard_names(**changes: tuple[str, ...]) -> WeightNames:
     names |= {keys[key]: tuple(f"layers.{{}}.{source}" for source in value) for key, value in changes.items()}
     table = {f"layers.{{}}.{name}": sources for name, sources in names.items()}
     return {"embed": ("embed_tokens",), "norm": ("norm",), **table}
+
+
+# As transformers holds them in memory, and some checkpoints on disk.
+FUSED_EXPERTS = {
+    "layers.{}.mlp.experts.gate_up": "layers.{}.mlp.experts.gate_up_proj",
+    "layers.{}.mlp.experts.down": "layers.{}.mlp.experts.down_proj",
+}
+
+
+def expert_names(
+    block: str = "mlp",
+    *,
+    router: str = "gate",
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> WeightNames:
+    """Names of layers with experts, beside those of ``standard_names``.
+
+    Args:
+        block: of the mixture within a layer of the checkpoint.
+        router: its name there.
+        parts: gate, up and down of one expert.
+    """
+    mine, theirs = "layers.{}.mlp.", f"layers.{{}}.{block}."
+    gate, up, down = (f"{theirs}experts.{{expert}}.{part}" for part in parts)
+    return {
+        mine + "router": (theirs + router,),
+        mine + "experts.gate_up": (gate, up),
+        mine + "experts.down": (down,),
+        mine + "shared.gate_up": (theirs + "shared_expert.gate_proj", theirs + "shared_expert.up_proj"),
+        mine + "shared.down": (theirs + "shared_expert.down_proj",),
+        mine + "shared_gate": (theirs + "shared_expert_gate",),
+    }
+
+
+def qwen_experts(config: ConfigReader, **choices: Any) -> ExpertsConfig:
+    """The fields of Qwen 2's and 3's mixtures; ``choices`` are fields of ExpertsConfig."""
+    layers = config.integer("num_hidden_layers")
+    every = config.integer("decoder_sparse_step", 1)
+    plain = config.get("mlp_only_layers", [])
+    if not isinstance(plain, list) or not all(isinstance(i, int) and 0 <= i < layers for i in plain):
+        raise config.refuse("mlp_only_layers", plain, f"a list of layers below {layers}")
+    dense = frozenset(i for i in range(layers) if i in plain or (i + 1) % every)
+    return experts(
+        config, "num_experts", config.integer("moe_intermediate_size"), dense_layers=dense, **choices
+    )
+
+
+def experts(config: ConfigReader, count: str, size: int, **choices: Any) -> ExpertsConfig:
+    """What all mixtures state.
+
+    Args:
+        count: the field with the number of experts.
+        size: intermediate size of one.
+        choices: fields of ExpertsConfig; ``renormalize`` is ``norm_topk_prob`` by default.
+    """
+    other = config.get(
+        "num_local_experts" if count == "num_experts" else "num_experts"
+    )  # both words are in use
+    number = config.integer(count, other)
+    chosen = config.integer("num_experts_per_tok")
+    if chosen > number:
+        raise config.refuse("num_experts_per_tok", chosen, f"at most {count} ({number})")
+    if "renormalize" not in choices:
+        choices["renormalize"] = config.flag("norm_topk_prob")
+    for training in ("router_aux_loss_coef", "output_router_logits", "router_jitter_noise"):
+        config.get(training)
+    return ExpertsConfig(
+        num_experts=number,
+        experts_per_token=chosen,
+        intermediate_size=size,
+        activation=config.activation("hidden_act", default="silu"),
+        **choices,
+    )
 
 
 def layer_windows(config: ConfigReader, layers: int, window: int | None) -> tuple[int | None, ...] | None:

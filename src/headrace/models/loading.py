@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from headrace.checkpoints.upload import InFiles, Upload, Uploader, uploader_for
 from headrace.errors import UnsupportedCheckpoint
+from headrace.layers.experts import ExpertLinear
 from headrace.layers.linear import Embedding, Linear, parameter
 from headrace.models.declaration import DecoderConfig
 from headrace.models.decoder import DecoderModel
-from headrace.models.family import WeightNames
+from headrace.models.family import Family
 from headrace.models.registry import family_of, read_config
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.ggml import PackedEmbedding, PackedHead, packed_linear
@@ -77,7 +79,7 @@ def load_decoder(
     family, architecture = family_of(config)
     declared = read_config(config)
     model = DecoderModel(declared, dtype=dtype, device="meta")
-    loader = _Loader(model, weights, family.names, architecture, torch.device(device))
+    loader = _Loader(model, weights, family, architecture, torch.device(device))
     loader.check_names(family.ignored)
     if keep_packed:
         if isinstance(weights, QuantizedCheckpoint):
@@ -94,7 +96,7 @@ def linear_sources(config: Mapping[str, Any], weights: WeightSource) -> dict[str
     """Path of each linear within the decoder -> the checkpoint's tensors that make up its weight, in order."""
     family, architecture = family_of(config)
     model = DecoderModel(read_config(config), dtype=torch.float32, device="meta")
-    loader = _Loader(model, weights, family.names, architecture, torch.device("meta"))
+    loader = _Loader(model, weights, family, architecture, torch.device("meta"))
     return {
         path: loader.sources[f"{path}.weight"]
         for path, module in model.named_modules()
@@ -129,6 +131,16 @@ def _finish(model: DecoderModel) -> None:
     model.eval()
 
 
+def _parts(module: nn.Module, full: Tensor, count: int) -> Sequence[Tensor]:
+    """Where ``count`` tensors of a checkpoint go: the parts of a projection, or all of it in one."""
+    if count > 1:
+        assert isinstance(module, Linear)
+        return tuple(full.split(module.parts))
+    if isinstance(module, ExpertLinear):
+        full = full.view(module.num_experts, -1, *full.shape[1:])
+    return (full,)
+
+
 class _Loader:
     """Moves one checkpoint into one model on the meta device."""
 
@@ -136,11 +148,11 @@ class _Loader:
         self,
         model: DecoderModel,
         weights: WeightSource,
-        names: WeightNames,
+        family: Family,
         architecture: str,
         device: torch.device,
     ) -> None:
-        self.model, self.weights, self.table = model, weights, names
+        self.model, self.weights, self.family = model, weights, family
         self.architecture, self.device = architecture, device
         self.names = set(weights.names())
         self.prefix = self._find_prefix()
@@ -165,7 +177,16 @@ class _Loader:
         words = module.split(".")
         layer = words[1] if words[0] == "layers" else ""
         key = ".".join(["layers", "{}", *words[2:]]) if layer else module
-        return tuple(f"{self.prefix}{name.format(layer)}.{parameter_name}" for name in self.table[key])
+        found = self.model.get_submodule(module)
+        count = found.num_experts if isinstance(found, ExpertLinear) else 1
+        names = [name.format(layer, expert=i) for i in range(count) for name in self.family.names[key]]
+        each = tuple(f"{self.prefix}{name}.{parameter_name}" for name in names)
+        if key in self.family.fused and each[0] not in self.names:
+            ending = "" if parameter_name == "weight" else f"_{parameter_name}"
+            whole = f"{self.prefix}{self.family.fused[key].format(layer)}{ending}"
+            if whole in self.names:
+                return (whole,)
+        return each
 
     def _head(self) -> str:
         candidates = ("lm_head.weight", self.prefix.removesuffix("model.") + "lm_head.weight")
@@ -229,15 +250,19 @@ class _Loader:
                 continue
             names = self.sources[f"{path}.weight"]
             shapes = [weights.info(name).shape for name in names]
-            rows = sum(shape[0] for shape in shapes)
+            rows = sum(math.prod(shape[:-1]) for shape in shapes)
             if any(name in weights.modules for name in names) and (
-                rows != module.out_features or any(shape[1:] != (module.in_features,) for shape in shapes)
+                rows != module.out_features or any(shape[-1] != module.in_features for shape in shapes)
             ):
                 raise UnsupportedCheckpoint(
                     f"tensors {', '.join(names)} have shapes {[list(shape) for shape in shapes]}; "
                     f"{[module.out_features, module.in_features]} is expected by config.json of "
                     f"{self.architecture}",
                     param=names[0],
+                )
+            if isinstance(module, ExpertLinear) and all(name in weights.modules for name in names):
+                raise UnsupportedCheckpoint(
+                    f"{names[0]}: experts in {weights.label} are not read", param=names[0]
                 )
             biases = [self.weights.load(name) for name in self.sources.get(f"{path}.bias", ())]
             bias = torch.cat(biases) if biases else None
@@ -262,12 +287,8 @@ class _Loader:
             for path, module in list(self.model.named_modules()):
                 for name, shell in list(module.named_parameters(recurse=False)):
                     full = parameter(*shell.shape, dtype=shell.dtype, device=self.device)
-                    parts = full.data.split(module.parts) if isinstance(module, Linear) else (full.data,)
                     sources = self.sources[f"{path}.{name}"]
-                    # A checkpoint may hold the fused projection whole.
-                    for source, part in zip(
-                        sources, parts if len(sources) > 1 else (full.data,), strict=True
-                    ):
+                    for source, part in zip(sources, _parts(module, full.data, len(sources)), strict=True):
                         self._place(source, part, placed, uploader)
                     setattr(module, name, full)
                 if transform is not None and isinstance(module, Linear):

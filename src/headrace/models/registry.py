@@ -7,7 +7,18 @@ from typing import Any
 
 from headrace.errors import UnknownArchitecture, UnsupportedCheckpoint, nearest
 from headrace.models.declaration import DecoderConfig
-from headrace.models.families import gemma, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
+from headrace.models.families import (
+    gemma,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from headrace.models.family import Family
 from headrace.models.reading import ConfigReader
 
@@ -16,13 +27,17 @@ __all__ = ["FAMILIES", "family_of", "read_config"]
 _ALL = (
     llama.FAMILY,
     mistral.FAMILY,
+    mistral.MIXTRAL,
     qwen2.FAMILY,
+    qwen2.MOE,
     qwen3.FAMILY,
+    qwen3.MOE,
     gemma.GEMMA2,
     gemma.GEMMA3,
     phi3.FAMILY,
     granite.FAMILY,
     olmo2.FAMILY,
+    olmoe.FAMILY,
     smollm3.FAMILY,
 )
 FAMILIES: dict[str, Family] = {name: family for family in _ALL for name in family.architectures}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from headrace.checkpoints.base import PackedTensor, TensorInfo
 from headrace.config.quantization import QuantizationType
+from headrace.errors import UnsupportedCheckpoint
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.ggml import KEEPABLE
 from headrace.quantization.keep import keeps_quantized
@@ -123,6 +124,13 @@ def load_time(kind: QuantizationType, device: torch.device) -> Callable[[str, An
     floats = not kind.weights.startswith("int")
 
     def transform(path: str, linear: Any) -> nn.Module:  # a layers.linear.Linear, which lies above this room
+        if path.endswith((".router", ".shared_gate")):  # they decide between experts
+            assert isinstance(linear, nn.Module)
+            return linear
+        if hasattr(linear, "num_experts"):
+            raise UnsupportedCheckpoint(
+                f"{path}: experts are not quantized while loading", param="quantization"
+            )
         if (floats and path == "head") or (kind.layers == "mlp" and ".mlp." not in path):
             assert isinstance(linear, nn.Module)
             return linear

@@ -157,7 +157,7 @@ def test_bookkeeping_is_not_refused(architecture: str) -> None:
 
 def test_unknown_architecture_names_the_nearest() -> None:
     with pytest.raises(UnknownArchitecture, match="Qwen3ForCausalLM"):
-        read_config({"architectures": ["Qwen3MoeForCausalLM"]})
+        read_config({"architectures": ["Qwen3NextForCausalLM"]})
     with pytest.raises(UnknownArchitecture, match="LlamaForCausalLM"):
         read_config({"architectures": ["Zzz"]})
     with pytest.raises(UnknownArchitecture, match="architectures"):

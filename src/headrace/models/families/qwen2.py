@@ -1,9 +1,17 @@
-"""Qwen 2 and 2.5: Llama with biases on queries, keys and values; upper layers may slide."""
+"""Qwen 2 and 2.5: Llama with biases on queries, keys and values; upper layers may slide. Dense, and with experts."""
 
 from __future__ import annotations
 
 from headrace.models.declaration import DecoderConfig
-from headrace.models.family import Family, layer_windows, standard, standard_names
+from headrace.models.family import (
+    FUSED_EXPERTS,
+    Family,
+    expert_names,
+    layer_windows,
+    qwen_experts,
+    standard,
+    standard_names,
+)
 from headrace.models.reading import ConfigReader
 
 
@@ -22,4 +30,19 @@ def read(config: ConfigReader) -> DecoderConfig:
     return standard(config, qkv_bias=True, windows=windows(config))
 
 
+def read_moe(config: ConfigReader) -> DecoderConfig:
+    if config.get("layer_types") is None:  # which layers slide differs between what wrote such files
+        config.only("use_sliding_window", [False])
+    bias = config.flag("qkv_bias", True)
+    shared = config.integer("shared_expert_intermediate_size")
+    experts = qwen_experts(config, shared_size=shared, shared_gate=True)
+    return standard(config, qkv_bias=bias, windows=windows(config), experts=experts)
+
+
 FAMILY = Family(architectures=("Qwen2ForCausalLM", "Qwen2Model"), read=read, names=standard_names())
+MOE = Family(
+    architectures=("Qwen2MoeForCausalLM", "Qwen2MoeModel"),
+    read=read_moe,
+    names={**standard_names(), **expert_names()},
+    fused=FUSED_EXPERTS,
+)

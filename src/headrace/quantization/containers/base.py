@@ -35,7 +35,7 @@ class Module:
     """One quantized matrix.
 
     Attributes:
-        shape: logical [rows, columns].
+        shape: logical [..., rows, columns]; ``read`` gives it with all rows one after another.
         tensors: the raw tensors that it takes.
         read: them as one weight.
         activations: how its input is rounded.
@@ -173,7 +173,7 @@ class QuantizedCheckpoint:
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         if name in self.modules:
-            tensor = self.quantized(name).dequantize()
+            tensor = self.quantized(name).dequantize().view(self.modules[name].shape)
         else:
             tensor = self.raw.load(name)
         return tensor if dtype is None else tensor.to(dtype)

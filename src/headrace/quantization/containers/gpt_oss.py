@@ -11,9 +11,10 @@ __all__ = ["Mxfp4Experts"]
 
 
 class Mxfp4Experts(Container):
-    """``quant_method: mxfp4``. The logical tensor ``NAME`` is [experts * outputs, inputs] of ``NAME_blocks``.
+    """``quant_method: mxfp4``. The logical tensor ``NAME`` is [experts, outputs, inputs] of ``NAME_blocks``.
 
-    ``NAME_blocks`` is uint8 [experts, outputs, inputs / 32, 16]; an expert's rows follow those of the one before.
+    ``NAME_blocks`` is uint8 [experts, outputs, inputs / 32, 16]. Read as one weight, an expert's rows follow those of
+    the one before.
     """
 
     @property
@@ -36,4 +37,4 @@ class Mxfp4Experts(Container):
             packed = self.raw.load(blocks).reshape(rows, -1).contiguous()
             return Fp4Weight(packed, self.raw.load(scales).reshape(rows, -1).contiguous(), torch.ones(rows))
 
-        return Module((rows, shape[-2] * MXFP4_GROUP), (blocks, scales), read)
+        return Module((*shape[:-2], shape[-2] * MXFP4_GROUP), (blocks, scales), read)

@@ -1,0 +1,32 @@
+"""Which rows each expert gets: pairs of a token and one of its experts, sorted by expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["ExpertPlan"]
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """Pair ``p`` is token ``p // k`` and its expert number ``p % k``.
+
+    Attributes:
+        chosen: int32 [T, k].
+        num_experts: E.
+        block: rows of a block on a GPU, of one expert each; 0: none are made.
+        pairs: int32 [blocks * block], the pair of each row; T * k where there is none.
+        experts: int32 [blocks], the expert of each block; E where there is none.
+    """
+
+    chosen: Tensor
+    num_experts: int
+    block: int = 0
+    pairs: Tensor | None = None
+    experts: Tensor | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        return self.chosen.numel()

@@ -1,0 +1,139 @@
+"""Kernels of mixtures of experts against their reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headrace.kernels.experts import reference
+from headrace.kernels.experts import triton as fast
+from headrace.kernels.experts.plan import ExpertPlan
+from headrace.kernels.experts.tuning import ProductShape
+from triton_device import DEVICE, DTYPES, error, randn, tolerance
+
+
+def choose(tokens: int, experts: int, top: int, seed: int = 0, skew: float = 1.0) -> torch.Tensor:
+    """Random experts; ``skew`` above 1 makes some of them far likelier."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(tokens, experts, generator=generator) + skew * torch.randn(
+        experts, generator=generator
+    )
+    return logits.topk(top).indices.to(torch.int32).to(DEVICE)
+
+
+def check_plan(plan: ExpertPlan) -> None:
+    """Every pair in one block of its expert, in order."""
+    pairs, experts, by_pair = plan.pairs.cpu(), plan.experts.cpu(), plan.chosen.flatten().cpu()
+    seen = []
+    for block, expert in enumerate(experts.tolist()):
+        assert 0 <= expert <= plan.num_experts
+        if expert == plan.num_experts:
+            continue
+        rows = pairs[block * plan.block : (block + 1) * plan.block]
+        real = rows[rows < plan.num_pairs]
+        assert (rows[len(real) :] == plan.num_pairs).all() and len(real)
+        assert (by_pair[real.long()] == expert).all()
+        seen += [(expert, int(p)) for p in real]
+    assert seen == sorted(seen) and len(seen) == plan.num_pairs == len(set(seen))
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "top"), [(1, 8, 2), (5, 60, 4), (70, 128, 8), (3, 3, 3)])
+def test_route(tokens: int, experts: int, top: int, renormalize: bool) -> None:
+    logits = randn(tokens, experts, dtype=DTYPES[-1], seed=tokens) * 3
+    logits[0, 1:] = logits[0, 1]  # equal ones
+    got, want = (m.route(logits, top, renormalize=renormalize) for m in (fast, reference))
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-7)
+
+
+def test_routes_of_wrong_numbers_stay_apart() -> None:
+    logits = randn(6, 10, dtype=torch.float32, seed=1)
+    clean = fast.route(logits, 4, renormalize=True)
+    logits[1], logits[3, 2], logits[4, 5] = torch.nan, torch.nan, torch.inf
+    weights, chosen = fast.route(logits, 4, renormalize=True)
+    for row in (0, 2, 5):
+        assert torch.equal(weights[row], clean[0][row]) and torch.equal(chosen[row], clean[1][row])
+    assert not weights[1].isfinite().any() and not weights[3].isfinite().any()
+    assert not weights[4].isfinite().all()
+    assert all(len(set(row)) == 4 and max(row) < 10 for row in chosen.tolist())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top", "skew"),
+    [
+        (1, 8, 2, 1),
+        (7, 128, 8, 1),
+        (64, 60, 4, 3),
+        (65, 5, 2, 3),
+        (300, 16, 3, 5),
+        (150, 3, 3, 1),
+        (33, 2, 1, 0),
+    ],
+)
+def test_plan(tokens: int, experts: int, top: int, skew: float) -> None:
+    check_plan(fast.plan_experts(choose(tokens, experts, top, tokens, skew), experts))
+
+
+def test_plan_of_one_expert_for_all() -> None:
+    for tokens in (3, 64, 200):
+        check_plan(fast.plan_experts(torch.full((tokens, 1), 6, dtype=torch.int32, device=DEVICE), 7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", [None, "silu", "clamped_swiglu", "gelu"])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top", "n", "k"), [(1, 6, 2, 40, 72), (9, 5, 3, 24, 64), (90, 3, 2, 72, 40)]
+)
+def test_products(
+    tokens: int, experts: int, top: int, n: int, k: int, gate: str | None, dtype: torch.dtype
+) -> None:
+    plan = fast.plan_experts(choose(tokens, experts, top), experts)
+    x = randn(tokens, k, dtype=dtype, seed=1)
+    weight = randn(experts * n, k, dtype=dtype, seed=2, scale=2 * k**-0.5)
+    bias = randn(experts * n, dtype=dtype, seed=3)
+    for given in (None, bias):
+        out = fast.expert_linear(x, weight, plan, bias=given, gate=gate)
+        wide = reference.expert_linear(
+            x.float(), weight.float(), plan, bias=None if given is None else given.float(), gate=gate
+        )
+        assert error(out, wide) < 2 * tolerance(dtype)
+    back = randn(experts * 24, out.shape[1], dtype=dtype, seed=4, scale=0.2)
+    by_pair = fast.expert_linear(out, back, plan)
+    assert error(by_pair, reference.expert_linear(out.float(), back.float(), plan)) < 2 * tolerance(dtype)
+
+
+def test_rows_are_the_same_in_any_company() -> None:
+    dtype, experts, n, k = DTYPES[-1], 4, 72, 96
+    x, weight = randn(80, k, dtype=dtype, seed=1), randn(experts * n, k, dtype=dtype, seed=2)
+    chosen = choose(80, experts, 2, skew=3)
+    together = fast.expert_linear(x, weight, fast.plan_experts(chosen, experts), gate="silu")
+    for t in (0, 41, 79):
+        alone = fast.expert_linear(
+            x[t : t + 1], weight, fast.plan_experts(chosen[t : t + 1], experts), gate="silu"
+        )
+        assert torch.equal(alone, together[2 * t : 2 * t + 2])
+    poisoned = x.clone()
+    poisoned[3] = torch.nan
+    out = fast.expert_linear(poisoned, weight, fast.plan_experts(chosen, experts), gate="silu")
+    assert out[6:8].isnan().all()
+    assert torch.equal(out[:6], together[:6]) and torch.equal(out[8:], together[8:])
+
+
+@pytest.mark.parametrize("shape", [ProductShape(16, 16, 1, 1), ProductShape(128, 64, 4, 2)])
+def test_shapes(shape: ProductShape) -> None:
+    dtype = DTYPES[0]
+    plan = fast.plan_experts(choose(21, 4, 2), 4)
+    x, weight = randn(21, 80, dtype=dtype, seed=1), randn(4 * 48, 80, dtype=dtype, seed=2, scale=0.1)
+    out = fast.expert_linear(x, weight, plan, gate="silu", shape=shape)
+    assert error(out, reference.expert_linear(x, weight, plan, gate="silu")) < 2 * tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_combine(dtype: torch.dtype) -> None:
+    parts, residual = randn(5 * 3, 1100, dtype=dtype, seed=1), randn(5, 1100, dtype=dtype, seed=2)
+    weights = torch.rand(5, 3, device=DEVICE)
+    for given in (None, residual):
+        assert error(
+            fast.combine(parts, weights, given), reference.combine(parts.float(), weights, given)
+        ) < tolerance(dtype)
