@@ -1,6 +1,6 @@
 """Further processes for huge embedding jobs: parsing numbers out of JSON is bound to one core in each.
 
-A child is ``python -c`` with ``main`` of this module; frames of MessagePack go over its pipes. So the caller's main
+A child is ``python -c`` with ``main`` of helper.py; frames of MessagePack go over its pipes. So the caller's main
 module is not imported again, and a child ends when its parent does.
 """
 
@@ -12,8 +12,8 @@ import os
 import pickle
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -26,13 +26,15 @@ from headrace.client.vectors import Vectors
 if TYPE_CHECKING:
     from headrace.client.core import Core
 
-__all__ = ["Helpers", "embed_blocks"]
+__all__ = ["Done", "Helpers", "Work", "embed_blocks", "encoder", "work_decoder"]
 
 _BLOCK = 512  # requests in one frame at most
 _LOCAL = ("cancel_token", "total_timeout_s", "trace_context")  # what stays with the parent, or is not plain
 
 
-class _Work(msgspec.Struct, array_like=True):
+class Work(msgspec.Struct, array_like=True):
+    """Groups of texts to embed, and how."""
+
     base_url: str
     api_key: str
     proxy: str | None
@@ -42,7 +44,7 @@ class _Work(msgspec.Struct, array_like=True):
     groups: list[list[str]]
 
 
-class _Done(msgspec.Struct, array_like=True):
+class Done(msgspec.Struct, array_like=True):
     """The fields of Vectors; seconds and heads of the replies; or a pickled error."""
 
     count: int = 0
@@ -59,9 +61,9 @@ class _Done(msgspec.Struct, array_like=True):
     error: bytes = b""
 
 
-_encoder = msgspec.msgpack.Encoder()
-_work = msgspec.msgpack.Decoder(_Work)
-_done = msgspec.msgpack.Decoder(_Done)
+encoder = msgspec.msgpack.Encoder()
+work_decoder = msgspec.msgpack.Decoder(Work)
+_done = msgspec.msgpack.Decoder(Done)
 
 
 class Helpers:
@@ -81,7 +83,7 @@ class Helpers:
         return await asyncio.create_subprocess_exec(
             sys.executable,
             "-c",
-            f"from {__name__} import main; main()",
+            "from headrace.client.helper import main; main()",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
@@ -117,7 +119,7 @@ async def embed_blocks(
     replies: list[list[Reply]] = [[]] * len(blocks)
     turns = iter(range(len(blocks)))
     share = _share(preference, helpers.count + 1)
-    frame = _Work(
+    frame = Work(
         core.base_url,
         core.api_key,
         core.get_client_wrapper().proxy,
@@ -206,10 +208,10 @@ def _trace(preference: RequestProcessingPreference) -> tuple[str, str | None] | 
     return None if context is None else (context.traceparent, context.tracestate)
 
 
-async def _ask(child: asyncio.subprocess.Process, work: _Work, into: Vectors, offset: int) -> list[Reply]:
+async def _ask(child: asyncio.subprocess.Process, work: Work, into: Vectors, offset: int) -> list[Reply]:
     assert child.stdin is not None and child.stdout is not None
     try:
-        data = _encoder.encode(work)
+        data = encoder.encode(work)
         child.stdin.write(len(data).to_bytes(8, "little") + data)
         await child.stdin.drain()
         size = int.from_bytes(await child.stdout.readexactly(8), "little")
@@ -227,66 +229,3 @@ async def _ask(child: asyncio.subprocess.Process, work: _Work, into: Vectors, of
     found.table = memoryview(done.table)
     into.merge(offset, found)
     return replies
-
-
-# -- the child ---------------------------------------------------------------------------------------------
-
-
-def _frames(source: BinaryIO) -> Iterator[bytes]:
-    while len(head := source.read(8)) == 8:
-        size = int.from_bytes(head, "little")
-        data = source.read(size)
-        if len(data) < size:
-            return
-        yield data
-
-
-def _answer(work: _Work) -> _Done:
-    from headrace.client import PerformanceClient, TraceContext
-    from headrace.client.background import run
-
-    preference = RequestProcessingPreference(**work.preference)
-    if work.trace is not None:
-        preference.trace_context = TraceContext(*work.trace)
-    client = _clients.get((work.base_url, work.api_key, work.proxy))
-    if client is None:
-        client = PerformanceClient(work.base_url, work.api_key, proxy=work.proxy)
-        _clients[work.base_url, work.api_key, work.proxy] = client
-    found = Vectors(sum(map(len, work.groups)))
-    try:
-        replies = run(client.embed_block(work.groups, work.fields, preference, found))
-    except Exception as error:
-        return _Done(error=_pickled(error))
-    return _Done(
-        found.count,
-        found.size,
-        found.as_text,
-        found.table,
-        found.odd,
-        found.named,
-        found.model,
-        found.object,
-        found.usage,
-        [reply.seconds for reply in replies],
-        [reply.head for reply in replies],
-    )
-
-
-_clients: dict[tuple[str, str, str | None], Any] = {}
-
-
-def _pickled(error: Exception) -> bytes:
-    try:
-        return pickle.dumps(error)
-    except Exception:
-        return pickle.dumps(ConnectionFailed(f"{type(error).__name__}: {error}"))
-
-
-def main() -> None:
-    """Answer frames until the parent closes the pipe."""
-    out = sys.stdout.buffer
-    for frame in _frames(sys.stdin.buffer):
-        data = _encoder.encode(_answer(_work.decode(frame)))
-        out.write(len(data).to_bytes(8, "little"))
-        out.write(data)
-        out.flush()

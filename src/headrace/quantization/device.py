@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,12 @@ from headrace.kernels.quantized_linear.triton_codes import four_bit_product
 from headrace.kernels.quantized_linear.triton_dequantize import dequantize_codes
 from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
 from headrace.quantization.native_fp4 import NativeFp4Weight, native_product
-from headrace.quantization.scaled import ScaledLinear
 from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
 from headrace.quantization.tiled import TiledWeight
+
+if TYPE_CHECKING:
+    from headrace.quantization.scaled import ScaledLinear
 
 __all__ = ["fused", "has_kernel", "product"]
 

@@ -101,7 +101,7 @@ class ScaledLinear(nn.Module):
         """[..., in] -> [..., out], in the type of x."""
         rows = x.reshape(-1, self.in_features)
         if self._on_gpu:
-            from headrace.quantization.device import product
+            from headrace.quantization.device import product  # only here: it needs Triton
 
             return product(self, rows).view(*x.shape[:-1], self.out_features)
         out = self._reference(rows)

@@ -1,6 +1,6 @@
 """A further HTTP process of a server, run as ``python -m headrace.serving.front_process``.
 
-It reads its Plan (pickled by the first process) from standard input, attaches to the engine cores, listens on the
+It reads its FrontPlan (pickled by the first process) from standard input, attaches to the engine cores, listens on the
 server's port beside the others, says so with a line on standard output, and ends with SIGTERM or its parent.
 """
 
@@ -19,41 +19,19 @@ from aiohttp import web
 
 from headrace.config import env
 from headrace.config.spec import EngineSpec
-from headrace.engines.attached import Attachment
 from headrace.llm import AsyncEngine
 from headrace.serving import logs
+from headrace.serving.front_plan import COUNTS, UP, FrontPlan
 from headrace.serving.places import SharedPlaces
 from headrace.serving.server import Server
-from headrace.serving.state import Model, ServerOptions
+from headrace.serving.state import Model
 
-__all__ = ["COUNTS", "UP", "Plan", "main"]
+__all__ = ["main"]
 
-UP = b"up\n"
-COUNTS = "/counts"
 _PARENT = 0.25  # seconds between looks at the parent
 
 
-class Plan(msgspec.Struct, frozen=True):
-    """What a further process is to serve.
-
-    Attributes:
-        options: with the port that the first process has.
-        attachments: the cores, in the order of the models.
-        row: its row of the file of places; 0 is the first process's.
-        parent: the first process's id.
-        first, own, places: paths of the first process's socket, of its own (for its counts), and of that file.
-    """
-
-    options: ServerOptions
-    attachments: tuple[Attachment, ...]
-    row: int
-    parent: int
-    first: str
-    own: str
-    places: str
-
-
-async def _serve(plan: Plan) -> None:
+async def _serve(plan: FrontPlan) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

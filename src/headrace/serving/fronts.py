@@ -24,6 +24,7 @@ import msgspec
 
 from headrace.engines.process import ProcessClient
 from headrace.errors import ConfigError, EngineError
+from headrace.serving.front_plan import COUNTS, UP, FrontPlan
 from headrace.serving.metrics import Counts
 from headrace.serving.places import SharedPlaces
 from headrace.serving.state import Model, ServerOptions
@@ -128,13 +129,11 @@ class Fronts:
 
     async def _open(self, front: _Front) -> None:
         """Hand it its plan and wait until it listens. Raises EngineError when it ends instead."""
-        from headrace.serving.front_process import UP, Plan
-
         self._made += 1
         front.name = f"front-{front.row}-{self._made}".encode()
         front.socket = str(self._folder / f"{front.name.decode()}.sock")
         attachments = tuple(core.share(front.name) for core in self._cores())
-        plan = Plan(
+        plan = FrontPlan(
             self._options, attachments, front.row, os.getpid(), self.socket, front.socket, str(self._file)
         )
         stdin, stdout = front.process.stdin, front.process.stdout
@@ -180,8 +179,6 @@ class Fronts:
 
     async def _ask(self, front: _Front) -> None:
         """Learn its counts; what does not answer keeps those it told last."""
-        from headrace.serving.front_process import COUNTS
-
         name = front.name
         if not front.socket:  # it waits for its plan
             return

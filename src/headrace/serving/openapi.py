@@ -1,22 +1,20 @@
-"""The API described: /openapi.json, /docs, and the tables of fields in docs/api.md."""
+"""The API described: /openapi.json and /docs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from aiohttp import web
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from headrace import __version__
 from headrace.serving.route import Route
 
-__all__ = ["DOCUMENT", "build", "description", "fields_table", "page"]
+__all__ = ["DOCUMENT", "build", "description", "page"]
 
 DOCUMENT: web.AppKey[bytes] = web.AppKey("openapi", bytes)
 _ERROR = {
@@ -89,53 +87,3 @@ def _page() -> bytes:
 async def page(request: web.Request) -> web.Response:
     """GET /docs: one file, nothing from elsewhere."""
     return web.Response(body=_page(), content_type="text/html", charset="utf-8")
-
-
-def fields_table(schema: type[BaseModel]) -> str:
-    """A Markdown table of a request's fields."""
-    properties = schema.model_json_schema()["properties"]
-    lines = ["| Field | Type | Effect | What it does |", "|---|---|---|---|"]
-    for name, row in properties.items():
-        allowed = list(row.get("allowed", []))
-        effect = row.get("effect", "acted on")
-        if effect == "refused":
-            same = list(
-                dict.fromkeys(
-                    f"{value:g}" if isinstance(value, float) else str(value).lower() for value in allowed
-                )
-            )
-            effect = "refused unless null" + "".join(f" or `{value}`" for value in same if value)
-        lines.append(f"| `{name}` | {_type(row)} | {effect} | {row.get('description', '')} |")
-    return "\n".join(lines) + "\n"
-
-
-def _type(row: dict[str, Any]) -> str:
-    if "$ref" in row:
-        return "object"
-    if "enum" in row:
-        return " ".join(f"`{value}`" for value in row["enum"])
-    if "anyOf" in row:
-        parts = [_type(one) for one in row["anyOf"] if one.get("type") != "null"]
-        return " or ".join(dict.fromkeys(parts)) or "any"
-    if row.get("type") == "array":
-        return f"list of {_type(row['items'])}"
-    return str(row.get("type", "any"))
-
-
-def write_tables(file: Path) -> None:
-    """Put the tables of fields between their marks in a Markdown file; schemas without a mark are left out."""
-    from headrace.serving.app import TABLE  # which is made with this module
-
-    text = file.read_text(encoding="utf-8")
-    for schema in dict.fromkeys(route.body for route in TABLE if route.body is not None):
-        begin, end = f"<!-- {schema.__name__} -->\n", "<!-- end -->"
-        if begin in text:
-            before, _, rest = text.partition(begin)
-            text = before + begin + fields_table(schema) + end + rest.partition(end)[2]
-    file.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    import sys
-
-    write_tables(Path(sys.argv[1]))

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import signal
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -15,11 +14,9 @@ from headrace.errors import ConfigError, EngineDead
 from headrace.llm import AsyncEngine
 from headrace.serving.app import make_app
 from headrace.serving.faults import Runner
+from headrace.serving.fronts import Fronts
 from headrace.serving.places import Places
 from headrace.serving.state import Model, Models, ServerOptions, State
-
-if TYPE_CHECKING:
-    from headrace.serving.fronts import Fronts
 
 __all__ = ["Server", "serve"]
 
@@ -53,8 +50,6 @@ class Server:
         known = Models(models)
         self._fronts: Fronts | None = None
         if options.api_server_count > 1 and first is None:
-            from headrace.serving.fronts import Fronts
-
             self._fronts = Fronts(models, options)
             places = self._fronts.places
         self.state = State(known, options, places, jobs=first is None)

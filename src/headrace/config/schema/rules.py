@@ -7,7 +7,7 @@ import re
 from headrace.config.accelerators import parse_accelerator
 from headrace.config.schema.common import FP4_TYPES, FP8_TYPES, hf_repo_id
 from headrace.config.schema.fields import Section
-from headrace.config.schema.top import memory_bytes
+from headrace.config.schema.top_types import memory_bytes
 from headrace.config.schema.trt_llm import BUILD
 from headrace.config.schema.view import Rule, View, rule
 from headrace.config.spec import lookahead_draft_length

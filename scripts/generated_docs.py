@@ -1,18 +1,21 @@
-"""Write the generated parts of docs/config.md and docs/migration.md from the schema.
+"""Write the generated parts of docs/api.md, docs/config.md and docs/migration.md from the schemas.
 
-python scripts/config_docs.py          rewrite them
-python scripts/config_docs.py --check  exit 1 when they lag
+python scripts/generated_docs.py          rewrite them
+python scripts/generated_docs.py --check  exit 1 when they lag
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -27,8 +30,9 @@ from headrace.config.schema.own import OWN  # noqa: E402
 from headrace.config.schema.top import TOP  # noqa: E402
 from headrace.config.schema.types import REQUIRED  # noqa: E402
 from headrace.config.support import GAPS  # noqa: E402
+from headrace.serving.app import TABLE  # noqa: E402
 
-FILES = ("docs/config.md", "docs/migration.md")
+FILES = ("docs/api.md", "docs/config.md", "docs/migration.md")
 _MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -145,6 +149,37 @@ def accelerators() -> str:
     return table(("name", "GiB", "GB/s", "compute", "fp16 TFLOP/s", "bf16", "fp8", "fp4"), rows)
 
 
+def request(schema: type[BaseModel]) -> str:
+    """The fields of a request's body."""
+    properties = schema.model_json_schema()["properties"]
+    rows = []
+    for name, row in properties.items():
+        allowed = list(row.get("allowed", []))
+        effect = row.get("effect", "acted on")
+        if effect == "refused":
+            same = list(
+                dict.fromkeys(
+                    f"{value:g}" if isinstance(value, float) else str(value).lower() for value in allowed
+                )
+            )
+            effect = "refused unless null" + "".join(f" or `{value}`" for value in same if value)
+        rows.append((f"`{name}`", json_type(row), effect, row.get("description", "")))
+    return table(("Field", "Type", "Effect", "What it does"), rows)
+
+
+def json_type(row: dict[str, Any]) -> str:
+    if "$ref" in row:
+        return "object"
+    if "enum" in row:
+        return " ".join(f"`{value}`" for value in row["enum"])
+    if "anyOf" in row:
+        parts = [json_type(one) for one in row["anyOf"] if one.get("type") != "null"]
+        return " or ".join(dict.fromkeys(parts)) or "any"
+    if row.get("type") == "array":
+        return f"list of {json_type(row['items'])}"
+    return str(row.get("type", "any"))
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "hosted": hosted,
     "own": own,
@@ -155,6 +190,11 @@ PARTS: dict[str, Callable[[], str]] = {
     "gaps": gaps,
     "variables": variables,
     "accelerators": accelerators,
+    **{
+        route.body.__name__: functools.partial(request, route.body)
+        for route in TABLE
+        if route.body is not None
+    },
 }
 
 
