@@ -42,7 +42,7 @@ class Family:
         ignored: prefixes of tensors that do not belong to the decoder (towers for other media).
         fused: tensors that hold a module of ``names`` whole, [experts, out, in], in checkpoints that have them
             instead; its bias has the same name and ``_bias``.
-        stacked: how these tensors lie, where it is not so; keys are those of ``fused``.
+        stacked: how these tensors lie in 16 bits, and the biases, where it is not so; keys are those of ``fused``.
     """
 
     architectures: tuple[str, ...]

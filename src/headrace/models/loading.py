@@ -309,8 +309,12 @@ class _Loader:
                 uploader.close()
 
     def stacked(self, path: str, sources: Sequence[str]) -> Stacked | None:
-        """How the one tensor of all experts lies in the file, where it must be arranged."""
-        return self.family.stacked.get(_key(path)[0]) if len(sources) == 1 else None
+        """How the one tensor of all experts lies in the file, where it must be arranged (packed ones are)."""
+        if len(sources) != 1 or (
+            isinstance(self.weights, QuantizedCheckpoint) and sources[0] in self.weights.modules
+        ):
+            return None
+        return self.family.stacked.get(_key(path)[0])
 
     def _place(
         self,
@@ -329,16 +333,13 @@ class _Loader:
             self._check_shape(name, region.shape, tuple(destination.shape))
             uploader.add(Upload(region, destination, lambda: placed(size)))
             return
-        tensor = self.weights.load(name)
-        if stacked is not None:
-            packed = isinstance(self.weights, QuantizedCheckpoint) and name in self.weights.modules
-            wanted = stacked.shape(tuple(destination.shape), packed=packed)
-            self._check_shape(name, tuple(tensor.shape), wanted)
-            tensor = stacked.arranged(tensor.to(destination.device), packed=packed)
-        else:
-            self._check_shape(name, tuple(tensor.shape), tuple(destination.shape))
-        destination.copy_(tensor)
+        destination.copy_(self._load(name, tuple(destination.shape), stacked))
         placed(size)
+
+    def _load(self, name: str, wanted: tuple[int, ...], stacked: Stacked | None) -> Tensor:
+        tensor = self.weights.load(name)
+        self._check_shape(name, tuple(tensor.shape), wanted if stacked is None else stacked.shape(wanted))
+        return tensor if stacked is None else stacked.arranged(tensor.to(self.device))
 
     def _check_shape(self, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if shape != wanted:
