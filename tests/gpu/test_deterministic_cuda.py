@@ -79,6 +79,29 @@ CONFIGS = {
         "rope_scaling": {"rope_type": "dynamic", "factor": 16.0},
         "tie_word_embeddings": False,
     },
+    "qwen3-moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "moe_intermediate_size": 192,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "tie_word_embeddings": False,
+    },
+    "gpt-oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "intermediate_size": 320,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": 50,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 128,
+            "truncate": False,
+        },
+        "tie_word_embeddings": False,
+    },
 }
 SETUPS: dict[str, dict[str, Any]] = {
     "together": {},

@@ -177,6 +177,29 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "OlmoeForCausalLM",
         {"num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True},
     ),
+    "gpt-oss": (
+        "GptOss",
+        "GptOssForCausalLM",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "head_dim": 12,
+            "sliding_window": 7,
+            "rope_parameters": {**YARN, "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0},
+        },
+    ),
+    "gpt-oss-no-bias-full-attention": (
+        "GptOss",
+        "GptOssForCausalLM",
+        {
+            "num_local_experts": 3,
+            "num_experts_per_tok": 3,
+            "attention_bias": False,
+            "head_dim": 8,
+            "layer_types": ["full_attention"] * 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+    ),
     "smollm3": (
         "SmolLM3",
         "SmolLM3ForCausalLM",

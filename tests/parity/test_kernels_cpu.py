@@ -69,10 +69,15 @@ LENGTHS = {
 @pytest.mark.parametrize("lengths", list(LENGTHS))
 @pytest.mark.parametrize("scattered", [False, True], ids=["consecutive", "scattered"])
 @pytest.mark.parametrize("window", [None, 1, 11, 1000])
-@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize(("soft_cap", "sinks"), [(None, False), (2.0, False), (None, True), (2.0, True)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_paged_attention(
-    lengths: str, scattered: bool, window: int | None, soft_cap: float | None, dtype: torch.dtype
+    lengths: str,
+    scattered: bool,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: bool,
+    dtype: torch.dtype,
 ) -> None:
     rng = random.Random(f"{lengths}{scattered}{window}{soft_cap}")
     torch.manual_seed(rng.randrange(1000))
@@ -84,12 +89,15 @@ def test_paged_attention(
     heads = kv_heads * (group + 2)
     qkv = torch.randn(tokens, heads, dim).to(dtype)
     q, k, v = qkv.split([kv_heads * group, kv_heads, kv_heads], dim=1)
+    sink = 3 * torch.randn(q.shape[1]) if sinks else None
     results = []
     caches = fill_caches(batch, LENGTHS[lengths], block, kv_heads, dim, dtype)
     for implementation in (attention_cpu.attention, attention_reference.attention):
         batch.caches = [LayerCache(caches.k.clone(), caches.v.clone())]
         batch.plan = None
-        results.append(implementation(q, k, v, batch, 0, scale=0.3, window=window, soft_cap=soft_cap))
+        results.append(
+            implementation(q, k, v, batch, 0, scale=0.3, window=window, soft_cap=soft_cap, sinks=sink)
+        )
         results.append(batch.caches[0].k.nan_to_num(7.0))
     assert results[0].is_contiguous()
     close(results[0], results[2])
@@ -206,9 +214,9 @@ def test_activations(name: str) -> None:
     close(activation_cpu.activate(x.clone(), name), activation_reference.activate(x, name))
 
 
-@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize(("soft_cap", "sinks"), [(None, False), (3.0, False), (None, True)])
 @pytest.mark.parametrize("window", [None, 40, 5000])
-def test_long_prompts(window: int | None, soft_cap: float | None) -> None:
+def test_long_prompts(window: int | None, soft_cap: float | None, sinks: bool) -> None:
     lens = [1100, 3]
     starts = torch.tensor([0, *lens]).cumsum(0).int()
     batch = AttentionBatch(
@@ -216,8 +224,9 @@ def test_long_prompts(window: int | None, soft_cap: float | None) -> None:
     )
     torch.manual_seed(0)
     q, k, v = torch.randn(sum(lens), 4, 8).split([2, 1, 1], dim=1)
+    sink = torch.tensor([2.0, -1.0]) if sinks else None
     ours, theirs = (
-        module.attention(q, k, v, batch, 0, scale=0.5, window=window, soft_cap=soft_cap)
+        module.attention(q, k, v, batch, 0, scale=0.5, window=window, soft_cap=soft_cap, sinks=sink)
         for module in (attention_cpu, attention_reference)
     )
     close(ours, theirs)

@@ -14,10 +14,12 @@ from headrace.kernels.attention import triton_decode, triton_fresh, triton_prefi
 KINDS = {
     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "gain_ptr", "k_cache", "v_cache"), "*bf16"),
     **dict.fromkeys(("arrivals_ptr", "tables_ptr", "rows_ptr", "starts_ptr", "lens_ptr"), "*i32"),
-    **dict.fromkeys(("partial_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
+    **dict.fromkeys(("partial_ptr", "cos_ptr", "sin_ptr", "sinks_ptr"), "*fp32"),
 }
 FLOATS = ("scale", "soft_cap", "eps")
-SHAPE = {"G": 4, "D": 128, "DP": 128, "BLOCK": 16, "SEQS": 16, "WINDOW": 0, "CAPPED": False, "PDL": True}
+SHAPE = {"G": 4, "D": 128, "DP": 128, "BLOCK": 16, "SEQS": 16, "WINDOW": 0, "CAPPED": False, "SINKS": False,
+    "PDL": True,
+}  # fmt: skip
 
 
 def decode() -> Iterator[Variant]:
@@ -36,6 +38,9 @@ def decode() -> Iterator[Variant]:
     for (name, (kind, changes)), more in itertools.product(caches.items(), ({}, plain)):
         types: dict[str, str] = {"k_cache": kind, "v_cache": kind}
         yield f"decode {name} {more}", triton_decode._decode, types, {**base, **changes, **more}
+    sinks = {"D": 64, "DP": 64, "R": 64, "G": 8, "GM": 8, "NORM": False, "SINKS": True}
+    for more in ({}, {"WINDOW": 128}):
+        yield f"decode sinks {more}", triton_decode._decode, {}, {**base, **sinks, **more}
 
 
 def prefill() -> Iterator[Variant]:
@@ -51,7 +56,7 @@ def prefill() -> Iterator[Variant]:
         yield f"prefill {kind}", triton_prefill._prefill, {"k_ptr": kind, "v_ptr": kind}, {**paged, **changes}
     fresh = {key: value for key, value in tiles.items() if key not in ("DP", "BLOCK")}
     keys = dict.fromkeys(("k_desc", "v_desc"), "tensordesc<bf16[64,128]>")
-    for more in ({}, {"WINDOW": 100}, {"CAPPED": True}):
+    for more in ({}, {"WINDOW": 100}, {"CAPPED": True}, {"SINKS": True, "WINDOW": 128}):
         yield f"fresh {more}", triton_fresh._fresh, keys, {**fresh, **more}
         yield f"prefill {more}", triton_prefill._prefill, {}, {**paged, **more}
 

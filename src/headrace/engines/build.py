@@ -230,7 +230,7 @@ def _build_generate(
         "max_num_batched_tokens": step_tokens,
     }
     ready = Ready(
-        engine="dense",
+        engine="dense" if model.config.experts is None else "moe",
         max_model_len=scheduler.max_model_len,
         max_num_seqs=spec.max_num_seqs,
         vocab_size=model.config.vocab_size,

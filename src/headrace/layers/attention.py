@@ -59,6 +59,7 @@ class Attention(nn.Module):
         qkv: D -> (Hq + 2 Hkv) * head_dim; o: Hq * head_dim -> D.
         norm: HeadNorm or FullNorm, or None.
         layer: index of this layer's cache.
+        sinks: float32 [Hq], a learned score for each head that joins the softmax and has no value (gpt-oss).
     """
 
     def __init__(
@@ -74,11 +75,13 @@ class Attention(nn.Module):
         scale: float,
         window: int | None,
         soft_cap: float | None,
+        sinks: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.qkv, self.o, self.qk_norm = qkv, o, norm
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.layer, self.scale, self.window, self.soft_cap = layer, scale, window, soft_cap
+        self.sinks = sinks
 
     def forward(self, x: Tensor, cos_sin: CosSin | None, batch: AttentionBatch) -> Tensor:
         """x [T, D] -> [T, D]. ``cos_sin`` None: no rotary embedding in this layer."""
@@ -98,5 +101,6 @@ class Attention(nn.Module):
             scale=self.scale,
             window=self.window,
             soft_cap=self.soft_cap,
+            sinks=self.sinks,
         )
         return self.o(out.flatten(1))  # type: ignore[no-any-return]

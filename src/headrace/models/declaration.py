@@ -63,6 +63,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
         windows: sliding window of each layer, None for full attention.
         attention_scale: factor of q . k.
         attention_soft_cap, logit_soft_cap: ``cap * tanh(x / cap)`` on scores and logits (Gemma 2).
+        sinks: a learned score for each query head joins the softmax and has no value (gpt-oss).
         embedding_scale, residual_multiplier: factors of the embeddings and of each block's output.
         logits_divisor: logits are divided by it.
         experts: None for models with an MLP in every layer.
@@ -94,6 +95,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     activation: str = "silu"
     gated_mlp: bool = True
     attention_soft_cap: float | None = None
+    sinks: bool = False
     logit_soft_cap: float | None = None
     embedding_scale: float = 1.0
     residual_multiplier: float = 1.0

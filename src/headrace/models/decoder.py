@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from headrace.layers.attention import Attention, CosSin, FullNorm, HeadNorm
 from headrace.layers.experts import ExpertLinear, Experts, MixtureOfExperts
-from headrace.layers.linear import Embedding, Linear
+from headrace.layers.linear import Embedding, Linear, parameter
 from headrace.layers.mlp import MLP, GatedMLP
 from headrace.layers.norm import LayerNorm, NoNorm, RMSNorm
 from headrace.layers.packed import AttentionBatch, PackedBatch
@@ -70,6 +70,7 @@ class _Builder:
             scale=config.attention_scale,
             window=config.windows[layer],
             soft_cap=config.attention_soft_cap,
+            sinks=parameter(heads, dtype=torch.float32, device=self.device) if config.sinks else None,
         )
 
     def mlp(self, layer: int) -> nn.Module:

@@ -115,6 +115,7 @@ class _Layer:
     down: Linear | ScaledLinear
     scale: float
     window: int | None
+    sinks: Tensor | None
 
 
 class FastDecoder:
@@ -189,7 +190,7 @@ class FastDecoder:
         cache = batch.caches[index]
         out = decode_attention(
             q, cache.k, cache.v, batch.tables, batch.seq_lens, batch.workspace,
-            scale=layer.scale, window=layer.window, soft_cap=c.attention_soft_cap,
+            scale=layer.scale, window=layer.window, soft_cap=c.attention_soft_cap, sinks=layer.sinks,
             rows=batch.rows, new_k=k, new_v=v, fused=layer.heads, long=batch.long,
         )  # fmt: skip
         return out.flatten(1)
@@ -271,6 +272,7 @@ def _read_layer(layer: DecoderLayer, tables: tuple[Tensor, Tensor] | None) -> _L
         down=down,
         scale=attention.scale,
         window=attention.window,
+        sinks=attention.sinks,
     )
 
 

@@ -10,6 +10,7 @@ from headrace.layers.rotary import RopeConfig
 from headrace.models.declaration import DecoderConfig, ExpertsConfig
 from headrace.models.reading import ConfigReader
 from headrace.models.rope import read_ropes
+from headrace.models.stacked import Stacked
 
 __all__ = [
     "FUSED_EXPERTS",
@@ -41,6 +42,7 @@ class Family:
         ignored: prefixes of tensors that do not belong to the decoder (towers for other media).
         fused: tensors that hold a module of ``names`` whole, [experts, out, in], in checkpoints that have them
             instead; its bias has the same name and ``_bias``.
+        stacked: how these tensors lie in 16 bits, and the biases, where it is not so; keys are those of ``fused``.
     """
 
     architectures: tuple[str, ...]
@@ -50,6 +52,7 @@ class Family:
     text_config: str | None = None
     ignored: tuple[str, ...] = ()
     fused: Mapping[str, str] = field(default_factory=dict)
+    stacked: Mapping[str, Stacked] = field(default_factory=dict)
 
 
 def standard_names(**changes: tuple[str, ...]) -> WeightNames:

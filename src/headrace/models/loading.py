@@ -17,6 +17,7 @@ from headrace.models.declaration import DecoderConfig
 from headrace.models.decoder import DecoderModel
 from headrace.models.family import Family
 from headrace.models.registry import family_of, read_config
+from headrace.models.stacked import Stacked
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.ggml import PackedEmbedding, PackedHead, packed_linear
 from headrace.quantization.keep import quantized_linear
@@ -141,6 +142,12 @@ def _parts(module: nn.Module, full: Tensor, count: int) -> Sequence[Tensor]:
     return (full,)
 
 
+def _key(module: str) -> tuple[str, str]:
+    """A module's name in WeightNames, and its layer."""
+    words = module.split(".")
+    return (".".join(["layers", "{}", *words[2:]]), words[1]) if words[0] == "layers" else (module, "")
+
+
 class _Loader:
     """Moves one checkpoint into one model on the meta device."""
 
@@ -174,9 +181,7 @@ class _Loader:
         module, _, parameter_name = path.rpartition(".")
         if module == "head":
             return (self._head(),)
-        words = module.split(".")
-        layer = words[1] if words[0] == "layers" else ""
-        key = ".".join(["layers", "{}", *words[2:]]) if layer else module
+        key, layer = _key(module)
         found = self.model.get_submodule(module)
         count = found.num_experts if isinstance(found, ExpertLinear) else 1
         names = [name.format(layer, expert=i) for i in range(count) for name in self.family.names[key]]
@@ -288,8 +293,10 @@ class _Loader:
                 for name, shell in list(module.named_parameters(recurse=False)):
                     full = parameter(*shell.shape, dtype=shell.dtype, device=self.device)
                     sources = self.sources[f"{path}.{name}"]
-                    for source, part in zip(sources, _parts(module, full.data, len(sources)), strict=True):
-                        self._place(source, part, placed, uploader)
+                    parts = _parts(module, full.data, len(sources))
+                    stacked = self.stacked(path, sources)
+                    for source, part in zip(sources, parts, strict=True):
+                        self._place(source, part, placed, uploader, stacked)
                     setattr(module, name, full)
                 if transform is not None and isinstance(module, Linear):
                     if uploader is not None:
@@ -301,25 +308,43 @@ class _Loader:
             if uploader is not None:
                 uploader.close()
 
+    def stacked(self, path: str, sources: Sequence[str]) -> Stacked | None:
+        """How the one tensor of all experts lies in the file, where it must be arranged (packed ones are)."""
+        if len(sources) != 1 or (
+            isinstance(self.weights, QuantizedCheckpoint) and sources[0] in self.weights.modules
+        ):
+            return None
+        return self.family.stacked.get(_key(path)[0])
+
     def _place(
-        self, name: str, destination: Tensor, placed: Callable[[int], None], uploader: Uploader | None
+        self,
+        name: str,
+        destination: Tensor,
+        placed: Callable[[int], None],
+        uploader: Uploader | None,
+        stacked: Stacked | None,
     ) -> None:
         """Copy a tensor, or have it copied, and say how large it was when it is there."""
         size = destination.numel() * destination.element_size()
-        region = self.weights.region(name) if uploader and isinstance(self.weights, InFiles) else None
+        region = None
+        if uploader is not None and stacked is None and isinstance(self.weights, InFiles):
+            region = self.weights.region(name)
         if uploader is not None and region is not None:
-            self._check_shape(name, region.shape, destination)
+            self._check_shape(name, region.shape, tuple(destination.shape))
             uploader.add(Upload(region, destination, lambda: placed(size)))
             return
-        tensor = self.weights.load(name)
-        self._check_shape(name, tuple(tensor.shape), destination)
-        destination.copy_(tensor)
+        destination.copy_(self._load(name, tuple(destination.shape), stacked))
         placed(size)
 
-    def _check_shape(self, name: str, shape: tuple[int, ...], destination: Tensor) -> None:
-        if shape != tuple(destination.shape):
+    def _load(self, name: str, wanted: tuple[int, ...], stacked: Stacked | None) -> Tensor:
+        tensor = self.weights.load(name)
+        self._check_shape(name, tuple(tensor.shape), wanted if stacked is None else stacked.shape(wanted))
+        return tensor if stacked is None else stacked.arranged(tensor.to(self.device))
+
+    def _check_shape(self, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if shape != wanted:
             raise UnsupportedCheckpoint(
-                f"tensor {name!r} has shape {list(shape)}; expected {list(destination.shape)} "
+                f"tensor {name!r} has shape {list(shape)}; expected {list(wanted)} "
                 f"by config.json of {self.architecture}",
                 param=name,
             )

@@ -9,6 +9,7 @@ from headrace.errors import UnknownArchitecture, UnsupportedCheckpoint, nearest
 from headrace.models.declaration import DecoderConfig
 from headrace.models.families import (
     gemma,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -39,6 +40,7 @@ _ALL = (
     olmo2.FAMILY,
     olmoe.FAMILY,
     smollm3.FAMILY,
+    gpt_oss.FAMILY,
 )
 FAMILIES: dict[str, Family] = {name: family for family in _ALL for name in family.architectures}
 

@@ -285,23 +285,27 @@ def test_scales_must_be_finite(tmp_path: Path) -> None:
         checkpoint.load(name.removesuffix("_scale"))
 
 
-def test_gpt_oss_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "order"), [("m.down_proj", [0, 1, 2, 3, 4, 5]), ("m.gate_up_proj", [0, 2, 4, 1, 3, 5])]
+)
+def test_gpt_oss_experts(name: str, order: list[int], tmp_path: Path) -> None:
+    """Gates and ups alternate in the file."""
     folder, _ = make(tmp_path, "awq")
     experts, outputs, groups = 2, 6, 3
     blocks = torch.randint(0, 256, (experts, outputs, groups, 16), dtype=torch.uint8)
     scales = torch.randint(120, 130, (experts, outputs, groups), dtype=torch.uint8)
-    save_file({"m.down_proj_blocks": blocks, "m.down_proj_scales": scales}, folder / "model.safetensors")
+    save_file({f"{name}_blocks": blocks, f"{name}_scales": scales}, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4"}
     (folder / "config.json").write_text(json.dumps(config))
-    got = open_quantized(FolderCheckpoint(folder)).load("m.down_proj")
+    got = open_quantized(FolderCheckpoint(folder)).load(name)
     values = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
     for e in range(experts):
-        for o in range(outputs):
+        for at, o in enumerate(order):
             for j in range(groups * 32):
                 code = int(blocks[e, o, j // 32, j % 32 // 2]) >> 4 * (j % 2) & 15
                 value = values[code & 7] * (-1 if code > 7 else 1) * 2.0 ** (int(scales[e, o, j // 32]) - 127)
-                assert got[e, o, j].item() == value
+                assert got[e, at, j].item() == value
 
 
 def test_modelopt_asks_for_its_cache(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Write k and v to the layer's cache slots, then attend every query to its sequence's keys.
 
@@ -36,9 +37,11 @@ def attention(
         scale: factor of q . k.
         window: a query sees keys less than this far from it (before it, when causal); None: all.
         soft_cap: scores become ``cap * tanh(score / cap)`` before the mask (Gemma 2).
+        sinks: float32 [Hq], a score for each head that joins the softmax and has no value (gpt-oss); it is neither
+            scaled nor capped.
 
     Returns:
         [T, Hq, D], contiguous.
     """
     run = kernel("attention", "attention", q.device.type)
-    return run(q, k, v, batch, layer, scale=scale, window=window, soft_cap=soft_cap)  # type: ignore[no-any-return]
+    return run(q, k, v, batch, layer, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)  # type: ignore[no-any-return]

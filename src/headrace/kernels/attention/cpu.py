@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,25 @@ from torch import Tensor
 from headrace.kernels.attention import reference
 from headrace.kernels.attention.cache import gather, store
 from headrace.kernels.attention.fp4 import FP4
-from headrace.kernels.attention.plan import Gather, Plan, Span, additive, make_plan
+from headrace.kernels.attention.plan import Gather, Plan, Span, make_plan
 
 if TYPE_CHECKING:
     from headrace.layers.packed import AttentionBatch
 
 __all__ = ["attention"]
+
+
+class Softmax(NamedTuple):
+    """What is done to scores: see kernels.attention."""
+
+    scale: float
+    soft_cap: float | None
+    sinks: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """PyTorch's own attention does it."""
+        return self.soft_cap is None and self.sinks is None
 
 
 def attention(
@@ -29,42 +42,46 @@ def attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     cache_k = cache_v = None
     if batch.caches:
         cache = batch.caches[layer]
         if cache.k.dtype is FP4:  # for looking at accuracy, not for serving
-            return reference.attention(q, k, v, batch, layer, scale=scale, window=window, soft_cap=soft_cap)
+            return reference.attention(
+                q, k, v, batch, layer, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
+            )
         cache_k, cache_v = cache.k.flatten(0, 1), cache.v.flatten(0, 1)
         assert batch.slots is not None
         store(cache_k, batch.slots, k)
         store(cache_v, batch.slots, v)
-    plan = _plan_of(batch, window, layer, q.dtype)
+    rule = Softmax(scale, soft_cap, sinks)
+    plan = _plan_of(batch, window, layer, q.dtype, rule.plain)
     whole = plan.pieces[0] if len(plan.pieces) == 1 else None
     if isinstance(whole, Span) and whole.query_len * whole.count == q.shape[0]:  # else padding
-        return _run_span(whole, q, k, v, cache_k, cache_v, scale, soft_cap)
+        return _run_span(whole, q, k, v, cache_k, cache_v, rule)
     out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype)
     for piece in plan.pieces:
         if isinstance(piece, Span):
             end = piece.query + piece.query_len * piece.count
-            out[piece.query : end] = _run_span(piece, q, k, v, cache_k, cache_v, scale, soft_cap)
+            out[piece.query : end] = _run_span(piece, q, k, v, cache_k, cache_v, rule)
         else:
             assert cache_k is not None
             assert cache_v is not None
-            rows = _run_gather(piece, plan, q, cache_k, cache_v, scale, soft_cap)
+            rows = _run_gather(piece, plan, q, cache_k, cache_v, rule)
             out.index_copy_(0, piece.queries, rows)
     return out
 
 
-def _plan_of(batch: AttentionBatch, window: int | None, layer: int, dtype: torch.dtype) -> Plan:
+def _plan_of(batch: AttentionBatch, window: int | None, layer: int, dtype: torch.dtype, plain: bool) -> Plan:
     """The step's plan for this window, made by the first layer that has it."""
     if batch.plan is None:
         batch.plan = {}
-    key = (window, dtype)
+    key = (window, dtype, plain)
     plan: Plan | None = batch.plan.get(key)
     if plan is None:
         block_size = batch.caches[layer].k.shape[1] if batch.caches else 0
-        plan = batch.plan[key] = make_plan(batch, window, block_size, dtype)
+        plan = batch.plan[key] = make_plan(batch, window, block_size, dtype, whole=plain)
     return plan
 
 
@@ -82,8 +99,7 @@ def _run_span(
     v: Tensor,
     cache_k: Tensor | None,
     cache_v: Tensor | None,
-    scale: float,
-    soft_cap: float | None,
+    rule: Softmax,
 ) -> Tensor:
     """Output rows [count * query_len, Hq, D] of one span."""
     if not work.fresh:
@@ -95,10 +111,7 @@ def _run_span(
     rows = work.count * work.query_len
     if rows != q.shape[0]:
         q = q[work.query : work.query + rows]
-    if work.causal and soft_cap is not None:
-        seen = torch.ones(work.query_len, work.key_len, dtype=torch.bool).tril_()
-        return _attend(q, work.query_len, keys, values, additive(seen, torch.float32), scale, soft_cap)
-    return _attend(q, work.query_len, keys, values, work.mask, scale, soft_cap, causal=work.causal)
+    return _attend(q, work.query_len, keys, values, work.mask, rule, causal=work.causal)
 
 
 def _run_gather(
@@ -107,8 +120,7 @@ def _run_gather(
     q: Tensor,
     cache_k: Tensor,
     cache_v: Tensor,
-    scale: float,
-    soft_cap: float | None,
+    rule: Softmax,
 ) -> Tensor:
     """Output rows [count * query_len, Hq, D] of gathered sequences."""
     rows = work.index.shape[0]
@@ -117,7 +129,7 @@ def _run_gather(
     values = gather(cache_v, work.index, plan.buffer("v", cache_v, rows))
     keys, values = _sequences(keys, 0, work.count, length), _sequences(values, 0, work.count, length)
     queries = q.index_select(0, work.queries)
-    return _attend(queries, work.query_len, keys, values, work.mask, scale, soft_cap)
+    return _attend(queries, work.query_len, keys, values, work.mask, rule)
 
 
 def _attend(
@@ -126,8 +138,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    scale: float,
-    soft_cap: float | None,
+    rule: Softmax,
     *,
     causal: bool = False,
 ) -> Tensor:
@@ -140,37 +151,37 @@ def _attend(
     if query_len == 1:
         # The heads of a group read the same keys: they are the rows of one small matrix product.
         q = q.view(rows, kv_heads, group, dim)
-        out = _softmax(q, k, v, mask, scale, soft_cap)
+        out = _softmax(q, k, v, mask, rule, (kv_heads, group))
         return out.reshape(rows, heads, v.shape[-1])
     q = _sequences(q, 0, count, query_len)
+    lie: tuple[int, ...] = (heads, 1)
     if group > 1:
         if count == 1:  # views: a key head is a batch entry, seen by the heads of its group
             q = q.view(kv_heads, group, query_len, dim)
+            lie = (kv_heads, group, 1)
             k, v = (x.transpose(0, 1).expand(-1, group, -1, -1) for x in (k, v))
         else:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     if causal:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=rule.scale)
     else:
-        out = _softmax(q, k, v, mask, scale, soft_cap)
+        out = _softmax(q, k, v, mask, rule, lie)
     out = out.reshape(count, heads, query_len, v.shape[-1])
     return out.transpose(1, 2).reshape(rows, heads, v.shape[-1])
 
 
 def _softmax(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Softmax, heads: tuple[int, ...]
 ) -> Tensor:
-    """Attention of q [N, H, Q, D] over k and v [N, H, L, D]."""
-    if soft_cap is not None:
-        return _capped(q, k, v, mask, scale, soft_cap)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float) -> Tensor:
-    """The same with soft-capped scores; scores and weights are float32."""
-    scores = (
-        torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale / soft_cap).tanh_().mul_(soft_cap)
-    )
+    """Attention of q [N, H, Q, D] over k and v [N, H, L, D]; ``heads`` is how sinks lie along N, H and Q."""
+    if rule.plain:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scale)
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(rule.scale)
+    if rule.soft_cap is not None:
+        scores.div_(rule.soft_cap).tanh_().mul_(rule.soft_cap)
     if mask is not None:
         scores += mask
-    return torch.matmul(scores.softmax(-1), v.float()).to(q.dtype)
+    norm = scores.logsumexp(-1, keepdim=True)
+    if rule.sinks is not None:
+        norm = norm.logaddexp(rule.sinks.float().view(*heads, 1))
+    return torch.matmul(scores.sub_(norm).exp_(), v.float()).to(q.dtype)

@@ -243,7 +243,7 @@ def specialized_attention(
     skip_single: bool,
     out: Tensor,
 ) -> Tensor:
-    """As fresh_attention, without window and soft cap."""
+    """As fresh_attention, without window, soft cap and sinks."""
     num_tokens, num_heads, dim = q.shape
     num_seqs, kv_heads = query_starts.shape[0] - 1, k.shape[1]
     group = num_heads // kv_heads

@@ -85,16 +85,22 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
 
 
-def make_plan(batch: AttentionBatch, window: int | None, block_size: int, dtype: torch.dtype) -> Plan:
-    """Decide for every sequence; ``dtype`` is that of masks, ``block_size`` 0 without a cache."""
-    return _Planner(batch, window, block_size, dtype).plan()
+def make_plan(
+    batch: AttentionBatch, window: int | None, block_size: int, dtype: torch.dtype, *, whole: bool = True
+) -> Plan:
+    """Decide for every sequence; ``dtype`` is that of masks, ``block_size`` 0 without a cache.
+
+    ``whole``: long prompts may go in one call.
+    """
+    return _Planner(batch, window, block_size, dtype, whole).plan()
 
 
 class _Planner:
     def __init__(
-        self, batch: AttentionBatch, window: int | None, block_size: int, dtype: torch.dtype
+        self, batch: AttentionBatch, window: int | None, block_size: int, dtype: torch.dtype, whole: bool
     ) -> None:
         self.window, self.block_size, self.dtype, self.causal = window, block_size, dtype, batch.causal
+        self.whole = whole
         self.query_lens = batch.host_query_lens or batch.query_starts.diff().tolist()
         self.seq_lens = batch.host_seq_lens or batch.seq_lens.tolist()
         self.blocks = batch.host_blocks or []
@@ -143,7 +149,8 @@ class _Planner:
         sequence, row, first, _ = member
         query_len, key_len = self.query_lens[sequence], self.seq_lens[sequence]
         past, fresh = key_len - query_len, query_len == key_len
-        if self.causal and fresh and query_len > LONG and (self.window is None or self.window >= key_len):
+        all_seen = self.window is None or self.window >= key_len
+        if self.whole and self.causal and fresh and query_len > LONG and all_seen:
             pieces.append(Span(row, query_len, start, key_len, 1, True, None, causal=True))
             return
         step = QUERY_SLICE if self.causal or self.window is not None else query_len

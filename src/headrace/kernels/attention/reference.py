@@ -37,6 +37,7 @@ def attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     starts, lens = batch.query_starts.tolist(), batch.seq_lens.tolist()
     cache = batch.caches[layer] if batch.caches else None
@@ -54,12 +55,19 @@ def attention(
             keys, values = (
                 readable(take(pool, blocks)).flatten(0, 1)[:length] for pool in (cache.k, cache.v)
             )
-        out[rows] = _one(q[rows], keys, values, batch.causal, scale, window, soft_cap)
+        out[rows] = _one(q[rows], keys, values, batch.causal, scale, window, soft_cap, sinks)
     return out
 
 
 def _one(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention of q [Q, Hq, D] over k and v [L, Hkv, D]."""
     group = q.shape[1] // k.shape[1]
@@ -69,5 +77,9 @@ def _one(
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     allowed = visible(q.shape[0], k.shape[0], causal=causal, window=window, device=q.device)
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if sinks is not None:
+        sink = sinks.float()[:, None, None].expand(-1, q.shape[0], 1)
+        scores = torch.cat((scores, sink), dim=-1)
+    weights = scores.softmax(dim=-1)[..., : k.shape[0]]
     return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)

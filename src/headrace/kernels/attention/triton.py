@@ -78,9 +78,10 @@ def attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     if not batch.caches:
-        return packed_attention(q, k, v, batch, scale=scale, window=window, soft_cap=soft_cap)
+        return packed_attention(q, k, v, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
     cache = batch.caches[layer]
     assert batch.slots is not None and batch.block_tables is not None
     write_cache(k, v, cache.k, cache.v, batch.slots)
@@ -92,20 +93,21 @@ def attention(
         if whole:
             fresh_attention(
                 q, k, v, batch.query_starts, batch.seq_lens, scale=scale, window=window, soft_cap=soft_cap,
-                skip_single=True, out=out,
+                sinks=sinks, skip_single=True, out=out,
             )  # fmt: skip
         if not (whole and batch.fresh):
             # Not in a fixed order: lone new tokens, whose earlier keys are in the cache, come here too then.
             here = here and batch.fresh and not batch.fixed
             prefill_attention(
                 q, k if here else cache.k, v if here else cache.v, batch.query_starts, batch.seq_lens, scale=scale,
-                causal=batch.causal, window=window, soft_cap=soft_cap, tables=None if here else batch.block_tables,
+                causal=batch.causal, window=window, soft_cap=soft_cap, sinks=sinks,
+                tables=None if here else batch.block_tables,
                 skip_single=not batch.fixed, skip_fresh=whole, fixed=batch.fixed, out=out,
             )  # fmt: skip
     if not batch.fixed and (batch.decode_only or batch.some_single):
         decode_attention(
             q, cache.k, cache.v, batch.block_tables, batch.seq_lens, _workspace(batch, q, k), scale=scale,
-            window=window, soft_cap=soft_cap, out=out,
+            window=window, soft_cap=soft_cap, sinks=sinks, out=out,
             query_starts=None if batch.decode_only else batch.query_starts,
         )  # fmt: skip
     return out

@@ -20,6 +20,7 @@ from headrace.kernels.attention.decode_shapes import DecodeShape, decode_shape
 from headrace.kernels.attention.fp4 import FP4
 from headrace.kernels.attention.triton_fp4 import round_fp4, store_fp4
 from headrace.kernels.attention.triton_pieces import (
+    add_sink,
     add_tile,
     load_blocks,
     load_tile,
@@ -89,11 +90,12 @@ def _decode(
     q_ptr, q_row, q_head, k_ptr, v_ptr, kv_row, kv_head, out_ptr,
     k_cache, v_cache, cache_block, cache_token, cache_head,
     partial_ptr, arrivals_ptr, tables_ptr, table_row, rows_ptr, starts_ptr, lens_ptr,
-    gain_ptr, eps, cos_ptr, sin_ptr, num_seqs, num_kv_heads, scale, soft_cap,
+    gain_ptr, eps, cos_ptr, sin_ptr, sinks_ptr, num_seqs, num_kv_heads, scale, soft_cap,
     G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, WIDE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, SINKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # Lengths, tables and older keys are written by no kernel that may still run (kernels/step), so a fused step
     # reads them before it waits for the projection. A program without work leaves at once, to make room for the
@@ -224,6 +226,8 @@ def _decode(
 
         o_at = token * num_heads * D
         if count == 1:
+            if SINKS:
+                norm = add_sink(norm, peak, sinks_ptr, head * G + g, g < G)
             o = acc / norm[:, None]
             tl.store(out_ptr + o_at + (head * G + g)[:, None] * D + d[None, :], o.to(dtype), mask=q_ok)
         else:
@@ -237,7 +241,8 @@ def _decode(
             arrived = tl.atomic_add(arrivals_ptr + seq * num_kv_heads + head, 1, sem="acq_rel", scope="gpu")
             if arrived == count - 1:
                 tl.debug_barrier()
-                o = merge(partial_ptr, row, count, head * G, num_heads, G, GM, DP, MAX_SPLITS, CHUNK)
+                o = merge(partial_ptr, row, count, head * G, num_heads, sinks_ptr, G, GM, DP, MAX_SPLITS, CHUNK,
+                          SINKS)  # fmt: skip
                 gm = tl.arange(0, GM)
                 o_ok = (gm[:, None] < G) & (d[None, :] < D)
                 tl.store(out_ptr + o_at + (head * G + gm)[:, None] * D + d[None, :], o.to(dtype), mask=o_ok)
@@ -255,6 +260,7 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
     query_starts: Tensor | None = None,
     rows: Tensor | None = None,
     new_k: Tensor | None = None,
@@ -271,6 +277,7 @@ def decode_attention(
         tables: int32 [*, B]; sequence s uses row ``rows[s]`` if rows is given, else row s.
         seq_lens: int32 [S]; 0: no sequence.
         workspace: of at least S sequences.
+        sinks: float32 [Hq], see kernels.attention.
         query_starts: int32 [S + 1]; sequences with other than one new token are skipped. None: token s is s's.
         new_k, new_v: [T, Hkv, D], raw; with ``fused``: norm and rotation are applied to q and new_k, and new_k
             and new_v are written to the cache, here.
@@ -312,14 +319,14 @@ def decode_attention(
         workspace.partial, workspace.arrivals, tables, tables.stride(0), seq_lens if rows is None else rows,
         seq_lens if query_starts is None else query_starts, seq_lens,
         q if gains is None else gains, eps, workspace.partial if cos is None else cos,
-        workspace.partial if sin is None else sin,
+        workspace.partial if sin is None else sin, q if sinks is None else sinks,
         num_seqs, num_kv_heads, scale, soft_cap or 0.0,
         G=group, GP=max(16, merged), GM=merged, D=head_dim, DP=padded, R=0 if cos is None else cos.shape[-1],
         BLOCK=block_size, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
         STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
         MIN_SPLIT=shape.min_split,
-        CHUNK=max(1, min(8, 2048 // (merged * padded))), **options,
+        CHUNK=max(1, min(8, 2048 // (merged * padded))), SINKS=sinks is not None, **options,
     )  # fmt: skip
     return out
 

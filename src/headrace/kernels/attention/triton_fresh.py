@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headrace.kernels.attention.triton_tiles import find_tile, query_rows, scores, soften
+from headrace.kernels.attention.triton_tiles import find_tile, query_rows, scores, soften, weigh
 from headrace.kernels.launch import INTERPRETED, launch_options, sequence_lanes, supports_gluon, supports_pdl
 
 __all__ = ["FreshShape", "fresh_attention", "fresh_covers", "fresh_shape"]
@@ -73,9 +73,10 @@ def _add_masked(acc, peak, norm, score, v, at, last, length, scale, soft_cap, WI
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def _fresh(
-    q_ptr, q_row, q_head, k_desc, v_desc, out_ptr, starts_ptr, lens_ptr, num_seqs, num_heads, scale, soft_cap,
+    q_ptr, q_row, q_head, k_desc, v_desc, out_ptr, starts_ptr, lens_ptr, sinks_ptr, num_seqs, num_heads, scale,
+    soft_cap,
     G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SKIP_SINGLE: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SKIP_SINGLE: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -125,7 +126,7 @@ def _fresh(
             acc, peak, norm = _add_masked(
                 acc, peak, norm, score, v, key + n, last, length, scales, soft_cap, WINDOW, CAPPED
             )
-        acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
+        acc = weigh(acc, peak, norm, tile, head, sinks_ptr, G, ROWS, SINKS)
         tl.store(out_ptr + out, acc.to(q.dtype), mask=ok)
 
 
@@ -148,6 +149,7 @@ def fresh_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
     skip_single: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -157,6 +159,7 @@ def fresh_attention(
         q: [T, Hq, D]; k, v: [T, Hkv, D], see fresh_covers.
         query_starts: int32 [S + 1].
         seq_lens: int32 [S], keys of each sequence.
+        sinks: float32 [Hq], see kernels.attention.
         skip_single: leave sequences of one token alone.
         out: [T, Hq, D] contiguous.
 
@@ -169,7 +172,7 @@ def fresh_attention(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     assert q.stride(2) == 1
-    if window is None and soft_cap is None and _specializes(q, num_seqs):
+    if window is None and soft_cap is None and sinks is None and _specializes(q, num_seqs):
         from headrace.kernels.attention.gluon_fresh import specialized_attention
 
         return specialized_attention(
@@ -181,10 +184,10 @@ def fresh_attention(
     ]
     tiles = num_tokens * group // shape.rows + num_seqs
     _fresh[(tiles * kv_heads,)](
-        q, q.stride(0), q.stride(1), *described, out, query_starts, seq_lens, num_seqs, num_heads, scale,
-        soft_cap or 0.0,
+        q, q.stride(0), q.stride(1), *described, out, query_starts, seq_lens,
+        q if sinks is None else sinks, num_seqs, num_heads, scale, soft_cap or 0.0,
         G=group, D=dim, ROWS=shape.rows, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
-        CAPPED=soft_cap is not None, SKIP_SINGLE=skip_single,
+        CAPPED=soft_cap is not None, SKIP_SINGLE=skip_single, SINKS=sinks is not None,
         **launch_options(q.device, shape.warps, shape.stages),
     )  # fmt: skip
     return out

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from headrace.kernels.attention.triton_tiles import weigh
 from headrace.kernels.launch import INTERPRETED, launch_options, supports_pdl
 
 if TYPE_CHECKING:
@@ -107,9 +108,9 @@ def _keys(acc, peak, norm, q, k_ptr, v_ptr, k_desc, v_desc, row, column, key_row
 
 @triton.jit
 def _packed(q_ptr, q_row, q_head, k_ptr, v_ptr, k_desc, v_desc, key_row, kv_head, out_ptr, map_ptr, bias_ptr,
-            reach, num_heads, scale, soft_cap, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-            TILE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr,
-            BIAS: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            sinks_ptr, reach, num_heads, scale, soft_cap, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+            ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr,
+            BIAS: tl.constexpr, SINKS: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -153,7 +154,7 @@ def _packed(q_ptr, q_row, q_head, k_ptr, v_ptr, k_desc, v_desc, key_row, kv_head
         acc, peak, norm = _keys(acc, peak, norm, q, k_at, v_at, k_desc, v_desc, start.to(tl.int32), head * D,
                                     key_row, bias_at, reach, full, hi, length, position,
                                 scale, soft_cap, D, DP, TILE, WINDOW, CAPPED, CAUSAL, BIAS, True, TMA)  # fmt: skip
-        acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
+        acc = weigh(acc, peak, norm, tile, head, sinks_ptr, G, ROWS, SINKS)
         tl.store(out_ptr + (at * num_heads + heads[:, None]) * D + d[None, :], acc.to(q.dtype), mask=ok)
 
 
@@ -166,6 +167,7 @@ def packed_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Attend each query of a cache-less batch to its own sequence's keys.
@@ -198,9 +200,10 @@ def packed_attention(
     descriptors = [_descriptor(x, tile) if tma else x for x in (k, v)]
     _packed[(tiles.shape[0] * k.shape[1],)](
         q, q.stride(0), q.stride(1), k, v, *descriptors, k.stride(0), k.stride(1), out, tiles,
-        tiles if bias is None else bias, 0 if bias is None else bias.shape[1] // 2, num_heads, scale, soft_cap or 0.0,
+        tiles if bias is None else bias, tiles if sinks is None else sinks, 0 if bias is None else bias.shape[1] // 2,
+        num_heads, scale, soft_cap or 0.0,
         G=group, D=dim, DP=padded, ROWS=rows, TILE=tile, WINDOW=window or 0, CAPPED=soft_cap is not None,
-        CAUSAL=batch.causal, BIAS=bias is not None, TMA=tma,
+        CAUSAL=batch.causal, BIAS=bias is not None, SINKS=sinks is not None, TMA=tma,
         **launch_options(q.device, warps, stages),
     )  # fmt: skip
     return out

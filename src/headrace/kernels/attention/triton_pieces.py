@@ -7,7 +7,7 @@ import triton.language as tl
 
 from headrace.kernels.attention.triton_fp4 import load_fp4
 
-__all__ = ["add_tile", "load_blocks", "load_tile", "merge", "norm_rope", "pieces"]
+__all__ = ["add_sink", "add_tile", "load_blocks", "load_tile", "merge", "norm_rope", "pieces"]
 
 
 @triton.jit
@@ -87,6 +87,16 @@ def add_tile(acc, peak, norm, q, k, v, left, scale, soft_cap, CAPPED: tl.constex
 
 
 @triton.jit
+def add_sink(norm, peak, sinks_ptr, heads, ok):
+    """Denominators [N] of softmaxes whose maxima are ``peak``, in powers of 2, with the sinks of ``heads`` [N].
+
+    Right for any sink: where it is far above the keys, the denominator is infinite and they count nothing.
+    """
+    sink = tl.load(sinks_ptr + heads, mask=ok, other=float("-inf")).to(tl.float32)
+    return norm + tl.exp2(sink * 1.4426950408889634 - peak)
+
+
+@triton.jit
 def pieces(length, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
     """(first piece, number of pieces, keys a piece) of sequences of ``length`` keys.
 
@@ -114,11 +124,13 @@ def merge(
     count,
     head,
     num_heads,
+    sinks_ptr,
     G: tl.constexpr,
     GM: tl.constexpr,
     DP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """Sum of ``count`` pieces of G heads, normalized: float32 [GM, DP]."""
     W: tl.constexpr = DP + 2
@@ -140,6 +152,8 @@ def merge(
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     norm = tl.load(partial_ptr + rows + DP + 1, mask=live, other=0.0, cache_modifier=".cg")
     total = tl.sum(norm * tl.exp2(top - peak[None, :]), 0)
+    if SINKS:
+        total = add_sink(total, peak, sinks_ptr, head + g, g < G)
     acc = tl.sum(part * tl.exp2(m - peak[None, :])[:, :, None], 0)
     for start in range(CHUNK, count, CHUNK):
         at = base + ((start + c)[:, None] * num_heads + head + g[None, :]) * W

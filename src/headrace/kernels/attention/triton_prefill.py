@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from headrace.kernels.attention.fp4 import FP4
 from headrace.kernels.attention.triton_decode import padded_dim
 from headrace.kernels.attention.triton_fp4 import load_fp4
-from headrace.kernels.attention.triton_tiles import find_tile, query_rows, scores, soften
+from headrace.kernels.attention.triton_tiles import find_tile, query_rows, scores, soften, weigh
 from headrace.kernels.launch import INTERPRETED, launch_options, sequence_lanes
 
 __all__ = ["prefill_attention"]
@@ -72,10 +72,10 @@ def _span(acc, peak, norm, q, k_ptr, v_ptr, table_ptr, key_row, first_key, kv_bl
 @triton.jit(do_not_specialize=["num_seqs"])
 def _prefill(
     q_ptr, q_row, q_head, k_ptr, v_ptr, key_row, kv_block, kv_token, kv_head, out_ptr,
-    tables_ptr, table_row, starts_ptr, lens_ptr, num_seqs, num_heads, scale, soft_cap,
+    tables_ptr, table_row, starts_ptr, lens_ptr, sinks_ptr, num_seqs, num_heads, scale, soft_cap,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr,
-    PAGED: tl.constexpr, SKIP_SINGLE: tl.constexpr, SKIP_FRESH: tl.constexpr, PDL: tl.constexpr,
+    PAGED: tl.constexpr, SKIP_SINGLE: tl.constexpr, SKIP_FRESH: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -120,7 +120,7 @@ def _prefill(
         acc, peak, norm = _span(acc, peak, norm, q, k_at, v_at, table_ptr, key_row, start, kv_block, kv_token,
                                 full, hi, length, last, scales, soft_cap, D, DP, BLOCK, TILE, WINDOW, CAPPED, CAUSAL,
                                 PAGED, True)  # fmt: skip
-        acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
+        acc = weigh(acc, peak, norm, tile, head, sinks_ptr, G, ROWS, SINKS)
         tl.store(out_ptr + out, acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
@@ -135,6 +135,7 @@ def prefill_attention(
     causal: bool,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
     tables: Tensor | None = None,
     skip_single: bool = False,
     skip_fresh: bool = False,
@@ -149,6 +150,7 @@ def prefill_attention(
             [T, Hkv, D].
         query_starts: int32 [S + 1].
         seq_lens: int32 [S], keys of each sequence.
+        sinks: float32 [Hq], see kernels.attention.
         tables: int32 [S, B].
         skip_single: leave sequences of one new token to decode_attention.
         skip_fresh: leave sequences without earlier keys to fresh_attention.
@@ -174,10 +176,11 @@ def prefill_attention(
     _prefill[grid](
         q, q.stride(0), q.stride(1), k, v, 0 if paged else k.stride(0), k.stride(0), k.stride(-3), k.stride(-2), out,
         seq_lens if tables is None else tables, 0 if tables is None else tables.stride(0), query_starts, seq_lens,
-        num_seqs, num_heads, scale, soft_cap or 0.0,
+        q if sinks is None else sinks, num_seqs, num_heads, scale, soft_cap or 0.0,
         G=group, D=head_dim, DP=padded, BLOCK=k.shape[1] if paged else 1, ROWS=rows, TILE=tile,
         SEQS=sequence_lanes(num_seqs), WINDOW=window or 0, CAPPED=soft_cap is not None,
         CAUSAL=causal, PAGED=paged, SKIP_SINGLE=skip_single, SKIP_FRESH=skip_fresh,
+        SINKS=sinks is not None,
         **launch_options(q.device, warps, stages),
     )  # fmt: skip
     return out

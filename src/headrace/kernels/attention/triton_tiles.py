@@ -9,7 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["find_tile", "query_rows", "scores", "soften"]
+from headrace.kernels.attention.triton_pieces import add_sink
+
+__all__ = ["find_tile", "query_rows", "scores", "soften", "weigh"]
 
 
 @triton.jit
@@ -69,3 +71,12 @@ def soften(acc, peak, norm, score, seen, scale, soft_cap, CAPPED: tl.constexpr, 
     p = tl.exp2(score * factor[:, None] - safe[:, None])
     alpha = tl.exp2(peak - safe)
     return p, acc * alpha[:, None], top, norm * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def weigh(acc, peak, norm, tile, head, sinks_ptr, G: tl.constexpr, ROWS: tl.constexpr, SINKS: tl.constexpr):
+    """The sums of query_rows' rows over their denominators, which sinks join."""
+    if SINKS:
+        heads = head * G + (tile * ROWS + tl.arange(0, ROWS)) % G
+        norm = add_sink(norm, peak, sinks_ptr, heads, norm > 0.0)
+    return acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
