@@ -99,7 +99,7 @@ def _plain_capture() -> None:
 def generate(args: argparse.Namespace, meter: Meter) -> None:
     from headrace.engines.bench.cases import Case, measure
     from headrace.engines.bench.cores import build_core, quantize
-    from headrace.execution.graph_input import DECODE, MIXED_TOKENS, GraphKey
+    from headrace.execution.graph_keys import MIXED_TOKENS, GraphKey
     from headrace.execution.graphs import GraphRunner
     from headrace.models.loading import random_weights
     from headrace.models.registry import read_config
@@ -129,7 +129,7 @@ def generate(args: argparse.Namespace, meter: Meter) -> None:
     del plain
     torch.cuda.empty_cache()
     meter.mark("empty_cache")
-    sizes = [size for size in DECODE if size < rows] + [rows]
+    sizes = runner.ladders.decode_sizes
     try:
         runner.warm_up([rows])
     except Exception:
@@ -148,7 +148,7 @@ def generate(args: argparse.Namespace, meter: Meter) -> None:
         meter.mark(f"logits graph {size}")
     for size in (MIXED_TOKENS[-1], 4096, 1024, 512, 256, 128, 64, 32, 16):
         with torch.inference_mode():
-            runner._graph(GraphKey(size, runner._seq_sizes[-1], "mixed"))
+            runner._graph(GraphKey(size, runner.ladders.seq_sizes[-1], "mixed"))
         meter.mark(f"mixed graph {size}")
     measure(core, Case(2, 8000, 2), vocab, seed=3)
     meter.mark("run 2x8000/2")

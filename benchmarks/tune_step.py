@@ -22,7 +22,7 @@ from benchmarks.common import arguments, device_name, model_config
 from benchmarks.kernels import Case, _some, cases_of, compile_all, graph_seconds
 from headrace.engines.bench.cases import Case as Load
 from headrace.engines.bench.cores import build_core, random_model
-from headrace.execution.graph_input import GraphKey
+from headrace.execution.graph_keys import GraphKey
 from headrace.execution.graphs import GraphRunner
 from headrace.kernels.linear import triton_stream, tuning
 from headrace.kernels.linear.tuning import RingShape
@@ -89,7 +89,7 @@ class StepTimer:
 
         def step(_: int) -> None:
             given.copy_(self.packed)
-            self.runner._compute_decode(self.given, given, key)
+            self.runner.functions.compute(self.given, key)
 
         with torch.inference_mode():
             return graph_seconds(step, 1, replays)

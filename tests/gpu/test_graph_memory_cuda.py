@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from headrace.engines.generate import GenerateCore
-from headrace.execution import graphs
+from headrace.execution import graph_functions
 from headrace.execution.capture import _Lent
-from headrace.execution.graph_input import GraphKey
+from headrace.execution.graph_keys import GraphKey
 from headrace.execution.graphs import GraphRunner, GraphStep
 from headrace.kernels.step import StepInputs, begin_step
 from headrace.kvcache.blocks import BlockPool
@@ -75,7 +75,7 @@ def test_a_step_sees_its_own_lengths_and_tables(batch: int, monkeypatch: pytest.
         recorded.append(begin_step(*args))
         return recorded[-1]
 
-    monkeypatch.setattr(graphs, "begin_step", record)
+    monkeypatch.setattr(graph_functions, "begin_step", record)
     model = build_model("qwen3")
     assert reason_against(model) is None
     runner = build_runner(model, batch, batch * LENGTH // BLOCK + 1)

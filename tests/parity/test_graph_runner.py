@@ -15,7 +15,7 @@ from msgspec import structs
 from headrace.config.plan.scratch import DECODE_GRAPHS, Load, decode_graphs
 from headrace.config.plan.shape import ModelShape
 from headrace.engines.generate import GenerateCore
-from headrace.execution.graph_input import ladder
+from headrace.execution.graph_keys import ladder
 from headrace.execution.graphs import GraphRunner
 from headrace.execution.runner import Runner
 from headrace.kernels import dispatch
@@ -179,7 +179,7 @@ def test_long_sequences_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch
         lengths.append(longest)
         return longest > (30 if ON_GPU else 14)
 
-    monkeypatch.setattr("headrace.execution.graphs.is_long", is_long)
+    monkeypatch.setattr("headrace.execution.graph_keys.is_long", is_long)
     work = requests(9, 40, True) if ON_GPU else requests(3, 7, False)
     expected = drain(build_core(model, graphs=False), work)
     core = build_core(model, graphs=True)

@@ -60,7 +60,7 @@ def test_generating(graphs: bool, rehearsed: list[str], monkeypatch: pytest.Monk
         assert not runner._graphs
         with runner.rehearsing():
             assert len(model.layers) == 2
-        foreseen = set(runner.keys(24))
+        foreseen = set(runner.ladders.all(24))
     assert len(model.layers) == layers
     monkeypatch.setattr(warm_up, "GRAPH_SECONDS", 0.0)
     warm_up.warm_up(runner, **SIZES)

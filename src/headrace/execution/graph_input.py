@@ -1,82 +1,23 @@
-"""What the host sends to a captured step: its size on a ladder, and four integers a token and three a sequence."""
+"""What the host sends to a captured step: four integers a token and three a sequence."""
 
 from __future__ import annotations
 
-import bisect
 from typing import NamedTuple
 
 import numpy as np
 
+from headrace.execution.graph_keys import GraphKey
 from headrace.scheduling.plan import Chunk
 
 __all__ = [
-    "MIXED_SEQS",
-    "MIXED_TOKENS",
     "REPEATS",
-    "GraphKey",
     "StepArrays",
     "draws_size",
     "fill",
     "fill_draws",
-    "ladder",
-    "up",
 ]
 
-MIXED_TOKENS = (
-    *(16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512),
-    *range(640, 1025, 128),
-    *range(1280, 2049, 256),
-    *range(2560, 4097, 512),
-    *range(5120, 8193, 1024),
-)
 REPEATS = 8  # of a decode step without the host, at most
-MIXED_SEQS = (16, 64, 256, 1024)
-
-
-def ladder(sizes: tuple[int, ...], largest: int) -> list[int]:
-    """The sizes below ``largest``, and it."""
-    return [size for size in sizes if size < largest] + [largest]
-
-
-def up(sizes: list[int] | tuple[int, ...], size: int) -> int:
-    """The smallest step of a ladder that holds ``size``."""
-    return sizes[bisect.bisect_left(sizes, size)]
-
-
-class GraphKey(NamedTuple):
-    """Which graph.
-
-    Attributes:
-        tokens, seqs: sizes that the step is padded to.
-        kind: decode to ``tokens`` (greedy), to ``drawn`` tokens, to ``filtered`` ones (drawn behind top-k, top-p and
-            min-p), or to ``logits``; or ``mixed``.
-        some_single, fresh: of a mixed step, see AttentionBatch.
-        long: of a decode step with a sequence that asks for another cut of attention (is_long).
-    """
-
-    tokens: int
-    seqs: int
-    kind: str
-    some_single: bool = True
-    fresh: bool = False
-    long: bool = False
-
-    @property
-    def lanes(self) -> int:
-        """Sequences, rounded up so that tensors are aligned to 16 bytes: Triton compiles anew for others."""
-        return -(-self.seqs // 4) * 4
-
-    @property
-    def size(self) -> int:
-        """int32 values that the host sends: packed [4, tokens]; query_starts, seq_lens, rows and places to sample of
-        a mixed step; the tensors of Draws in ``lanes``."""
-        size = 4 * self.tokens + (4 * self.seqs + 1 if self.kind == "mixed" else 0)
-        return size + (6 * self.lanes if self.draws else 0)
-
-    @property
-    def draws(self) -> bool:
-        """The graph draws random tokens."""
-        return self.kind in ("drawn", "filtered")
 
 
 class StepArrays(NamedTuple):

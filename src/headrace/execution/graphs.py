@@ -9,51 +9,29 @@ Longer steps take the Runner's plain way, which is also the specification of the
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.config.plan.scratch import DECODE_GRAPHS
 from headrace.execution.capture import GraphMemory, borrowed
-from headrace.execution.graph_input import (
-    MIXED_SEQS,
-    MIXED_TOKENS,
-    REPEATS,
-    GraphKey,
-    StepArrays,
-    draws_size,
-    fill,
-    fill_draws,
-    ladder,
-    up,
-)
+from headrace.execution.graph_functions import StepFunctions, StepState
+from headrace.execution.graph_input import REPEATS, StepArrays, draws_size, fill, fill_draws
+from headrace.execution.graph_keys import MIXED_TOKENS, GraphKey, GraphLadders, up
 from headrace.execution.runner import Runner, Step, StepResult
 from headrace.execution.sampler import Masks, Sampled, race_keys
-from headrace.kernels.attention.decode_shapes import is_long
-from headrace.kernels.sampling import Draws, draw_rows
-from headrace.kernels.step import argmax_rows, begin_step
-from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
+from headrace.layers.packed import LayerCache, PackedBatch
 from headrace.models.decoder import DecoderModel
 from headrace.scheduling.plan import StepPlan
 
-if TYPE_CHECKING:
-    from headrace.models.decoder_fast import DecodeBatch, FastDecoder
-
 __all__ = ["GraphRunner", "GraphStep"]
 
-_FORESEEN_TOKENS = 1024  # of a step whose graph is made before it is needed
 logger = logging.getLogger("headrace.core")
-
 _STAGES = 4  # pinned buffers in turn; the overlapped loop has two steps in flight
-
-
 _NO_GRAPH = GraphKey(0, 0, "")
 
 
@@ -108,7 +86,8 @@ class GraphRunner(Runner):
     """A Runner whose steps are graphs.
 
     Attributes:
-        decode_sizes: batches that decode steps are padded to.
+        ladders: the graphs that there can be.
+        functions: what they compute.
 
     Args:
         model: a DecoderModel without length-dependent rotary embeddings.
@@ -139,18 +118,27 @@ class GraphRunner(Runner):
             max_model_len=max_model_len,
             fixed=fixed,
         )
-        self.decoder = model
-        self.max_model_len = max_model_len
         # One more row, for padding: its table is the null block.
         self._padding = max_num_seqs
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         width = self._tables.shape[1]
         self._device_tables = torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=device)
-        self.decode_sizes = ladder(DECODE_GRAPHS, max_num_seqs)
-        self._seq_sizes = ladder(MIXED_SEQS, max_num_seqs)
+        self._log = torch.zeros(max_num_seqs, REPEATS, dtype=torch.int64, device=device)
         self._graphs: dict[GraphKey, _Graph] = {}
         self._memory = GraphMemory(device) if capture and device.type == "cuda" else None
-        self._log = torch.zeros(max_num_seqs, REPEATS, dtype=torch.int64, device=device)
+        self.functions = StepFunctions(
+            model,
+            caches,
+            StepState(self._device_tables, self._last_tokens, self._log),
+            block_size=block_size,
+            max_model_len=max_model_len,
+            fast=fast,
+            fixed=fixed,
+        )
+        config = model.config
+        cuts = None if self.functions.fast is None else (config.num_kv_heads, config.head_dim)
+        self.ladders = GraphLadders(max_num_seqs, max_model_len, cuts, fixed=fixed)
+        self._ahead: deque[GraphKey] = deque()
         drawn = GraphKey(max_num_seqs, max_num_seqs, "drawn")
         largest = max(
             drawn.size + (REPEATS - 1) * draws_size(drawn),
@@ -161,9 +149,6 @@ class GraphRunner(Runner):
         # Recorded behind the copy of each buffer: it is not written again before.
         self._copied = [torch.cuda.Event() for _ in self._stages] if pinned else []
         self._turn = 0
-        self._ahead: deque[GraphKey] = deque()
-        self._fast = _fast_decoder(model, max_model_len) if fast and not fixed else None
-        self._workspace = None if self._fast is None else self._fast.workspace(max_num_seqs)
 
     # --- preparing -------------------------------------------------------------------------------
 
@@ -184,26 +169,11 @@ class GraphRunner(Runner):
         chunks = plan.sampling
         arrays = StepArrays.of(plan.chunks)
         if len(chunks) == plan.num_tokens:
-            size = up(self.decode_sizes, len(chunks))
-            long = self._is_long(size, int(arrays.starts.max()) + plan.repeats)
-            key = GraphKey(size, size, self._decode_kind(arrays.rows), long=long)
-            return self._stage(GraphStep(plan, chunks, None, key=key), arrays)
-        key = GraphKey(
-            up(MIXED_TOKENS, plan.num_tokens),
-            up(self._seq_sizes, len(plan.chunks)),
-            "mixed",
-            # In a fixed order all sequences are attended to in one way.
-            some_single=self.fixed or plan.chunks[0].count == 1,
-            fresh=not self.fixed and all(chunk.start == 0 or chunk.count == 1 for chunk in plan.chunks),
-        )
+            longest = int(arrays.starts.max()) + plan.repeats
+            key = self.ladders.decode(len(chunks), longest, self._decode_kind(arrays.rows))
+        else:
+            key = self.ladders.mixed(plan)
         return self._stage(GraphStep(plan, chunks, None, key=key), arrays)
-
-    def _is_long(self, num_seqs: int, longest: int) -> bool:
-        """Whether a decode step of so many sequences takes the graph for long ones."""
-        if self._fast is None:
-            return False
-        config = self.decoder.config
-        return is_long(num_seqs * config.num_kv_heads, config.head_dim, longest)
 
     def _decode_kind(self, rows: np.ndarray) -> str:
         """Where a decode step's graph ends: where nothing else is asked for, in tokens."""
@@ -342,43 +312,13 @@ class GraphRunner(Runner):
     def warm_up(self, sizes: list[int]) -> None:
         """Capture the graphs of greedy decode steps of these batch sizes now, for sequences of any length."""
         with torch.inference_mode():
-            for size in sorted({up(self.decode_sizes, size) for size in sizes}, reverse=True):
-                for key in self._decode_keys(size, "tokens"):
+            for size in sorted({up(self.ladders.decode_sizes, size) for size in sizes}, reverse=True):
+                for key in self.ladders.of_decode(size, "tokens"):
                     self._graph(key)
 
-    def _decode_keys(self, size: int, kind: str) -> list[GraphKey]:
-        """Of decode steps of short sequences, and of long ones where they have a graph of their own."""
-        long = self._is_long(size, self.max_model_len)
-        return [GraphKey(size, size, kind, long=cut) for cut in (False, True)[: 1 + long]]
-
-    def keys(self, tokens: int) -> Iterator[GraphKey]:
-        """Of every graph that steps of up to ``tokens`` tokens can need."""
-        for size, kind in itertools.product(self.decode_sizes, ("tokens", "drawn", "filtered", "logits")):
-            yield from self._decode_keys(size, kind)
-        flags = [(True, False)] if self.fixed else list(itertools.product((True, False), repeat=2))
-        for size in ladder(MIXED_TOKENS, up(MIXED_TOKENS, min(tokens, MIXED_TOKENS[-1]))):
-            for below, seqs in zip((0, *self._seq_sizes), self._seq_sizes):
-                if below < size:
-                    yield from (GraphKey(size, seqs, "mixed", *flag) for flag in flags)
-
     def foresee(self, tokens: int) -> None:
-        """Have `prepare_next` make the graphs that traffic is likely to need, one by one: single requests first."""
-        drawn = [
-            GraphKey(size, size, kind) for size in self.decode_sizes[:5] for kind in ("drawn", "filtered")
-        ]
-        prompts = [size for size in MIXED_TOKENS if size <= min(tokens, _FORESEEN_TOKENS)]
-        seqs = self._seq_sizes[0]
-        kinds = [(True, False)] if self.fixed else [(False, True), (True, True)]
-        self._ahead = deque(
-            [
-                *drawn[:2],
-                *(GraphKey(size, seqs, "mixed", *kinds[0]) for size in prompts),
-                *(GraphKey(size, size, "tokens") for size in self.decode_sizes),
-                *drawn[2:],
-                *(GraphKey(size, seqs, "mixed", *kind) for kind in kinds[1:] for size in prompts),
-                *(key for size in self.decode_sizes for key in self._decode_keys(size, "tokens")[1:]),
-            ]
-        )
+        """Have `prepare_next` make the graphs that traffic is likely to need, one by one."""
+        self._ahead = deque(self.ladders.likely(tokens))
 
     def prepare_next(self) -> bool:
         """Capture one of the graphs that are foreseen; see Runner."""
@@ -409,18 +349,13 @@ class GraphRunner(Runner):
     @contextlib.contextmanager
     def rehearsing(self) -> Iterator[None]:
         """Within, graphs are not captured but run as they are, over the first layers, and forgotten afterwards."""
-        memory, graphs, fast = self._memory, self._graphs, self._fast
-        layers = [] if fast is None else fast.layers
+        memory, graphs = self._memory, self._graphs
         self._memory, self._graphs = None, {}
         try:
-            with self.decoder.shortened() as count:
-                if fast is not None:
-                    fast.layers = layers[:count]
+            with self.functions.shortened():
                 yield
         finally:
             self._memory, self._graphs = memory, graphs
-            if fast is not None:
-                fast.layers = layers
 
     def _graph(self, key: GraphKey) -> _Graph:
         found = self._graphs.get(key)
@@ -435,96 +370,14 @@ class GraphRunner(Runner):
         packed[0], packed[3] = self._padding, -1
         if key.kind == "mixed":
             given[4 * key.tokens + 2 * key.seqs + 1 : -key.seqs] = self._padding
-        compute = self._compute_mixed if key.kind == "mixed" else self._compute_decode
         output: list[Tensor] = []
 
         def work() -> None:
             output.clear()
-            output[:] = [compute(given, packed, key)]
+            output[:] = [self.functions.compute(given, key)]
 
         if self._memory is None:
             return _Graph(given, work, output)
         replay = self._memory.capture(work)
         output[:] = [borrowed(result) for result in output]
         return _Graph(given, replay, output)
-
-    def _compute_decode(self, given: Tensor, packed: Tensor, key: GraphKey) -> Tensor:
-        """Tokens int64 [B], or logits float32 [B, V]."""
-        model, rows = self.decoder, packed[0]
-        embedding = None if self._fast is None else model.embed.weight
-        inputs = begin_step(
-            packed, self._device_tables, self._last_tokens, embedding, model.embed.scale, self.block_size,
-            self._log[: key.tokens],
-        )  # fmt: skip
-        if self._fast is not None:
-            batch = self._decode_batch(inputs.embedded, inputs.seq_lens, rows, key.long)
-            if key.kind == "tokens":
-                return self._fast.tokens(batch, self._last_tokens)
-            logits = self._fast.logits(batch)
-        else:
-            attention = AttentionBatch(
-                query_starts=torch.arange(key.seqs + 1, dtype=torch.int32, device=self.device),
-                seq_lens=inputs.seq_lens,
-                block_tables=self._device_tables[rows.long()],
-                slots=inputs.slots,
-                caches=self.caches,
-                max_query_len=1,
-                max_seq_len=self.max_model_len,
-                fixed=self.fixed,
-            )
-            logits = model.logits(model(PackedBatch(inputs.token_ids, inputs.positions, attention)))
-        if key.kind == "logits":
-            return logits
-        if key.draws:
-            return draw_rows(logits, _draws(given, key), last_tokens=self._last_tokens, rows=rows)
-        tokens = argmax_rows(logits)
-        self._last_tokens[rows.long()] = tokens
-        return tokens
-
-    def _decode_batch(self, embedded: Tensor, seq_lens: Tensor, rows: Tensor, long: bool) -> DecodeBatch:
-        from headrace.models.decoder_fast import DecodeBatch
-
-        assert self._workspace is not None
-        return DecodeBatch(embedded, seq_lens, rows, self._device_tables, self.caches, self._workspace, long)
-
-    def _compute_mixed(self, given: Tensor, packed: Tensor, key: GraphKey) -> Tensor:
-        """Hidden states [T, D]."""
-        inputs = begin_step(packed, self._device_tables, self._last_tokens, None, 1.0, self.block_size)
-        sizes = [key.seqs + 1, key.seqs, key.seqs, key.seqs]
-        query_starts, seq_lens, rows, _ = given[4 * key.tokens :].split(sizes)
-        attention = AttentionBatch(
-            query_starts=query_starts,
-            seq_lens=seq_lens,
-            block_tables=self._device_tables[rows.long()],
-            slots=inputs.slots,
-            caches=self.caches,
-            max_query_len=key.tokens,
-            max_seq_len=self.max_model_len,
-            some_single=key.some_single,
-            fresh=key.fresh,
-            fixed=self.fixed,
-        )
-        return self.decoder(PackedBatch(inputs.token_ids, inputs.positions, attention))  # type: ignore[no-any-return]
-
-
-def _draws(given: Tensor, key: GraphKey) -> Draws:
-    """What fill_draws wrote."""
-    numbers = given[4 * key.tokens :].split([key.lanes] * 4 + [2 * key.lanes])
-    temperature, top_k, top_p, min_p, keys = numbers
-    return Draws(
-        temperature.view(torch.float32),
-        top_k,
-        top_p.view(torch.float32),
-        min_p.view(torch.float32),
-        keys.view(-1, 2),
-        *[key.kind == "filtered"] * 3,
-    )
-
-
-def _fast_decoder(model: DecoderModel, max_model_len: int) -> FastDecoder | None:
-    """None where it does not cover the model, or there is no Triton."""
-    try:
-        from headrace.models.decoder_fast import FastDecoder, reason_against
-    except ImportError:
-        return None
-    return FastDecoder(model, max_model_len) if reason_against(model) is None else None

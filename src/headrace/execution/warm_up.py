@@ -53,7 +53,7 @@ def prepare_kernels(
     def steps() -> None:
         step(_spread(step_tokens, min(step_tokens, max_model_len - 1), max_num_seqs), _GREEDY)
         if isinstance(runner, GraphRunner):
-            for key in runner.keys(step_tokens):
+            for key in runner.ladders.all(step_tokens):
                 runner.capture(key)
                 runner.forget()
         # Triton tells apart numbers that are 1, that 16 divides, and others.
