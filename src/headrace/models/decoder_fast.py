@@ -54,6 +54,7 @@ def reason_against(model: DecoderModel) -> str | None:
     checks = {
         "norm": config.norm in ("rms", "rms_plus_one") and config.norm_place == "pre",
         "qk_norm": config.qk_norm in ("none", "head"),
+        "experts": config.experts is None,
         "gated_mlp": config.gated_mlp and config.activation in GATES,
         "residual_multiplier": config.residual_multiplier == 1.0,
         "rope": not any(r is not None and r.length_dependent for r in (config.rope, config.local_rope)),

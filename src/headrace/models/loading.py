@@ -20,7 +20,7 @@ from headrace.models.registry import family_of, read_config
 from headrace.models.stacked import Stacked
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.ggml import PackedEmbedding, PackedHead, packed_linear
-from headrace.quantization.keep import quantized_linear
+from headrace.quantization.keep import quantized_experts, quantized_linear
 from headrace.quantization.registry import PackedSource, can_keep
 
 __all__ = [
@@ -269,10 +269,13 @@ class _Loader:
                 raise UnsupportedCheckpoint(
                     f"{names[0]}: experts in {weights.label} are not read", param=names[0]
                 )
-            biases = [self.weights.load(name) for name in self.sources.get(f"{path}.bias", ())]
+            biases = [self.weights.load(name).flatten() for name in self.sources.get(f"{path}.bias", ())]
             bias = torch.cat(biases) if biases else None
             dtype = self.model.get_parameter(f"{path}.weight").dtype
-            kept = quantized_linear(weights, names, bias, dtype, self.device)
+            if isinstance(module, ExpertLinear):
+                kept = quantized_experts(weights, names, module.num_experts, bias, dtype, self.device)
+            else:
+                kept = quantized_linear(weights, names, bias, dtype, self.device)
             if kept is not None:
                 self.model.set_submodule(path, kept)
 
