@@ -265,10 +265,6 @@ class _Loader:
                     f"{self.architecture}",
                     param=names[0],
                 )
-            if isinstance(module, ExpertLinear) and all(name in weights.modules for name in names):
-                raise UnsupportedCheckpoint(
-                    f"{names[0]}: experts in {weights.label} are not read", param=names[0]
-                )
             biases = [self.weights.load(name).flatten() for name in self.sources.get(f"{path}.bias", ())]
             bias = torch.cat(biases) if biases else None
             dtype = self.model.get_parameter(f"{path}.weight").dtype

@@ -158,10 +158,6 @@ def load_time(kind: QuantizationType, device: torch.device) -> Callable[[str, An
         if path.endswith((".router", ".shared_gate")):  # they decide between experts
             assert isinstance(linear, nn.Module)
             return linear
-        if hasattr(linear, "num_experts"):
-            raise UnsupportedCheckpoint(
-                f"{path}: experts are not quantized while loading", param="quantization"
-            )
         if (floats and path == "head") or (kind.layers == "mlp" and ".mlp." not in path):
             assert isinstance(linear, nn.Module)
             return linear
