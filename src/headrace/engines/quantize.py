@@ -114,7 +114,7 @@ def _refuse_fused(checkpoint: Checkpoint) -> None:
         if classify(name) == "experts" and len(checkpoint.info(name).shape) == 3:
             raise UnsupportedCheckpoint(
                 f"tensor {name!r} holds the matrices of all experts; quantize reads those with a tensor for each "
-                "(experts.0.gate_proj.weight). Save it so with transformers' save_pretrained, or quantize while loading",
+                "(experts.0.gate_proj.weight). Save it so with transformers, or quantize while loading",
                 param=name,
             )
 
@@ -174,7 +174,7 @@ def _write_shard(
             continue
         base = name.removesuffix(".weight")
         met = inputs.get(name)
-        if met is None:
+        if met is None or not met.rows:  # an expert that no text led to
             packed = round_weight(tensor, kind.weights)
         else:
             packed = met.compensation.round(tensor, kind.weights).to(torch.device("cpu"))
