@@ -49,6 +49,15 @@ TINY = {
 CONFIGS = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "tie_word_embeddings": True},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "tie_word_embeddings": False},
+    "qwen3-moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_act": "silu",
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
         "hidden_activation": "gelu_pytorch_tanh",
@@ -142,9 +151,10 @@ def drain(core: GenerateCore, work: list[Request]) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "mixed"])
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
-def test_unfused_graphs(overlap: bool, sampled: bool) -> None:
-    model = build_model("gemma3")
-    assert reason_against(model) == "norm"
+@pytest.mark.parametrize("name", ["gemma3", "qwen3-moe"])
+def test_unfused_graphs(name: str, overlap: bool, sampled: bool) -> None:
+    model = build_model(name)
+    assert reason_against(model) == {"gemma3": "norm", "qwen3-moe": "experts"}[name]
     work = requests(9, 24, sampled)
     expected = drain(build_core(model, graphs=False), work)
     core = build_core(model, graphs=True, overlap=overlap, chunk=16)
