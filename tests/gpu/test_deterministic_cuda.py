@@ -44,14 +44,6 @@ SIZES = {
 CONFIGS = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": False},
-    "qwen3-moe": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 192,
-        "norm_topk_prob": True,
-        "tie_word_embeddings": True,
-    },
     "olmo2": {"architectures": ["Olmo2ForCausalLM"], "tie_word_embeddings": False},
     "gemma2": {
         "architectures": ["Gemma2ForCausalLM"],

@@ -265,8 +265,7 @@ class _Loader:
                     f"{self.architecture}",
                     param=names[0],
                 )
-            biases = [self.weights.load(name).flatten() for name in self.sources.get(f"{path}.bias", ())]
-            bias = torch.cat(biases) if biases else None
+            bias = self._bias(path)
             dtype = self.model.get_parameter(f"{path}.weight").dtype
             if isinstance(module, ExpertLinear):
                 kept = quantized_experts(weights, names, module.num_experts, bias, dtype, self.device)
@@ -274,6 +273,19 @@ class _Loader:
                 kept = quantized_linear(weights, names, bias, dtype, self.device)
             if kept is not None:
                 self.model.set_submodule(path, kept)
+
+    def _bias(self, path: str) -> Tensor | None:
+        """A linear's, as a whole."""
+        sources = self.sources.get(f"{path}.bias", ())
+        if not sources:
+            return None
+        full = torch.empty_like(self.model.get_parameter(f"{path}.bias"), device="cpu")
+        stacked = self.stacked(path, sources)
+        for name, part in zip(
+            sources, _parts(self.model.get_submodule(path), full, len(sources)), strict=True
+        ):
+            part.copy_(self._load(name, tuple(part.shape), stacked))
+        return full
 
     def fill(self, progress: Progress | None, transform: Transform | None) -> None:
         """Read every tensor once, module by module."""
