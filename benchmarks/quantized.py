@@ -252,7 +252,7 @@ def under(linears: list[ScaledLinear], x: Tensor, gate: str | None, shape: Any) 
 
     def four_bits(i: int) -> object:
         weight = linears[i % len(linears)].held
-        return four_bit_product(x, **scaled._tiles(weight), rows=weight.shape[0], **common)
+        return four_bit_product(x, **scaled.tiles(weight), rows=weight.shape[0], **common)
 
     return four_bits
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from headrace.layers.packed import LayerCache, PackedBatch
 from headrace.models.decoder import DecoderModel
 from headrace.models.loading import load_decoder
-from parity.decoders import DictSource, Pair, Pool, make_pair, random_prompts, reference_logits
-from parity.test_families import CASES, SIZES, VOCAB
+from parity.decoders import DictSource, Pair, Pool, make_pair, random_prompts, reference_logits, stored
+from parity.test_families import CASES, IN_FILES, SIZES, VOCAB
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +22,8 @@ LENS = [33, 1, 12, 26, 12]
 
 def on_cuda(pair: Pair, dtype: torch.dtype) -> DecoderModel:
     """Our decoder with the pair's weights on the GPU."""
-    tensors = dict(pair.reference.state_dict())
+    names = pair.reference.config.architectures[0].startswith("Mixtral")
+    tensors = stored(pair.reference) if names else dict(pair.reference.state_dict())
     config = pair.reference.config.to_dict()
     if config.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)
@@ -73,7 +74,7 @@ def test_logits(name: str) -> None:
     config_name, model_name, changes = CASES[name]
     settings = {**SIZES, **changes}
     config = getattr(hf, f"{config_name}Config")(**settings)
-    pair = make_pair(config, getattr(hf, model_name))
+    pair = make_pair(config, getattr(hf, model_name), from_files=name.startswith(IN_FILES))
     prompts = random_prompts(VOCAB, LENS)
     expected = torch.cat(reference_logits(pair, prompts)).float()
     single = on_cuda(pair, torch.float32)

@@ -37,6 +37,13 @@ SIZES = {
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3-moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 192,
+        "norm_topk_prob": True,
+    },
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
         "hidden_activation": "gelu_pytorch_tanh",

@@ -54,8 +54,9 @@ def test_a_question_is_noticed() -> None:
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "plain"])
 @pytest.mark.parametrize("masked", [False, True], ids=["free", "masked"])
-def test_steps(eager: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    core = make_core(build_model("qwen3", torch.bfloat16), eager=eager, rows=16, step_tokens=128)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe"])
+def test_steps(family: str, eager: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core(build_model(family, torch.bfloat16), eager=eager, rows=16, step_tokens=128)
     kinds = KINDS
     if masked:
 

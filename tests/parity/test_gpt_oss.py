@@ -16,6 +16,7 @@ from headrace.config.spec import EngineSpec
 from headrace.engines.build import build
 from headrace.models.loading import load_decoder
 from headrace.quantization.containers import open_quantized
+from headrace.quantization.experts import ScaledExperts
 from headrace.types import Request, SamplingParams
 from parity.decoders import Pair, max_difference, our_logits, random_prompts, reference_logits
 from support.gpt_oss_folder import TINY_GPT_OSS, write_gpt_oss
@@ -99,3 +100,9 @@ def test_logits_equal_transformers(packed: bool, large: float, tmp_path: Path) -
     assert float(torch.cat(expected).std()) > 0.05
     for chunk in (None, 64, 7, 1):
         assert max_difference(our_logits(model, prompts, chunk), expected) < TOLERANCE, chunk
+    if packed:  # as they stay on a GPU
+        kept = load_decoder(
+            checkpoint.config, checkpoint, dtype=torch.float32, device="cpu", keep_packed=True
+        )
+        assert isinstance(kept.layers[0].mlp.experts.gate_up, ScaledExperts)
+        assert max_difference(our_logits(kept, prompts, None), expected) < TOLERANCE

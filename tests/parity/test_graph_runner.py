@@ -49,6 +49,25 @@ TINY = {
 CONFIGS = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "tie_word_embeddings": True},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "tie_word_embeddings": False},
+    "qwen3-moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_act": "silu",
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+    "qwen2-moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "hidden_act": "silu",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 64,
+        "mlp_only_layers": [1],
+        "tie_word_embeddings": True,
+    },
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
         "hidden_activation": "gelu_pytorch_tanh",
@@ -153,8 +172,17 @@ def test_unfused_graphs(overlap: bool, sampled: bool) -> None:
     assert drain(core, again) == expected  # a warm prefix cache admits rows into decode steps
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen2"])
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "mixed"])
+@pytest.mark.parametrize(
+    ("name", "sampled"),
+    [
+        ("qwen3", False),
+        ("qwen3", True),
+        ("qwen2", False),
+        ("qwen2", True),
+        ("qwen3-moe", False),
+        ("qwen2-moe", True),
+    ],
+)
 def test_fused_graphs(name: str, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(name)
     assert reason_against(model) is None

@@ -8,7 +8,16 @@ import torch
 from headrace.kernels.experts import reference
 from headrace.kernels.experts import triton as fast
 from headrace.kernels.experts.plan import ExpertPlan
-from headrace.kernels.experts.tuning import ProductShape
+from headrace.kernels.experts.triton_codes import expert_codes
+from headrace.kernels.experts.tuning import ExpertCodesShape, ProductShape
+from headrace.quantization import expert_device
+from headrace.quantization.device import tiles
+from headrace.quantization.experts import ScaledExperts
+from headrace.quantization.scaled import Activations, QuantizedWeight, joined_linear
+from headrace.quantization.schemes.fp4 import quantize_mxfp4, quantize_nvfp4
+from headrace.quantization.schemes.fp8 import Fp8Weight, quantize_fp8
+from headrace.quantization.schemes.group_int import GroupIntWeight, quantize_group_int
+from headrace.quantization.tiled import TiledWeight, tile
 from triton_device import DEVICE, DTYPES, error, randn, tolerance
 
 
@@ -137,3 +146,111 @@ def test_combine(dtype: torch.dtype) -> None:
         assert error(
             fast.combine(parts, weights, given), reference.combine(parts.float(), weights, given)
         ) < tolerance(dtype)
+
+
+def int_weight(full: torch.Tensor, bits: int, group: int) -> GroupIntWeight:
+    """With zero points of all kinds."""
+    whole = quantize_group_int(full, bits, group)
+    zero = torch.randint(0, 2**bits + 1, whole.zero.shape, device=DEVICE).float()
+    return GroupIntWeight(whole.codes, whole.scale, zero, bits)
+
+
+FORMS = {
+    "fp8": (lambda w: quantize_fp8(w), Activations("token")),
+    "fp8 of one scale": (
+        lambda w: quantize_fp8(w, "tensor"),
+        Activations("static", torch.tensor(0.02, device=DEVICE)),
+    ),
+    "fp8 in blocks": (lambda w: quantize_fp8(w, "block"), Activations("group")),
+    "fp8 in small blocks": (lambda w: quantize_fp8(w, "block", (32, 64)), Activations("group")),
+    "fp8 weights": (lambda w: quantize_fp8(w), Activations()),
+    "fp8 weights in blocks": (lambda w: quantize_fp8(w, "block"), Activations()),
+    "nvfp4": (quantize_nvfp4, Activations()),
+    "mxfp4": (quantize_mxfp4, Activations()),
+    "int8": (lambda w: int_weight(w, 8, w.shape[1]), Activations()),
+    "int8 of 64": (lambda w: int_weight(w, 8, 64), Activations()),
+    "int4": (lambda w: int_weight(w, 4, 32), Activations()),
+    "int4 of 128, symmetric": (
+        lambda w: quantize_group_int(w, 4, 128 if w.shape[1] % 128 == 0 else 32),
+        Activations(),
+    ),
+}
+
+
+def quantized(
+    form: str, experts: int, n: int, k: int, dtype: torch.dtype, *, halves: int = 1
+) -> ScaledExperts:
+    """Experts whose gates and ups were quantized one by one, each of another size."""
+    make, activations = FORMS[form]
+    pieces: list[QuantizedWeight] = []
+    for i in range(experts * halves):
+        full = randn(n // halves, k, dtype=torch.float32, seed=i, scale=(1 + i % 3) * k**-0.5)
+        pieces.append(make(full))
+    bias = randn(experts * n, dtype=dtype, seed=99)
+    joined = joined_linear(
+        pieces,
+        bias=bias,
+        activations=[activations] * len(pieces),
+        build=lambda *a, **b: ScaledExperts(*a, num_experts=experts, **b),
+    )
+    assert isinstance(joined, ScaledExperts)
+    if DEVICE.type == "cpu":  # as a GPU holds them
+        joined.hold(joined.quantized)
+    return joined
+
+
+def expected(module: ScaledExperts, x: torch.Tensor, plan: ExpertPlan, gate: str | None) -> torch.Tensor:
+    """From dequantized weights and rounded rows, in float32."""
+    rounded, bias = module.activations.rounded(x), module.bias.float()
+    return reference.expert_linear(rounded, module.dequantize(), plan, bias=bias, gate=gate)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top", "n", "k", "gate"),
+    [(1, 6, 2, 64, 192, "silu"), (40, 3, 2, 32, 128, None), (70, 2, 1, 96, 384, "clamped_swiglu")],
+)
+def test_fewer_bits(form: str, tokens: int, experts: int, top: int, n: int, k: int, gate: str | None) -> None:
+    dtype = DTYPES[-1]
+    module = quantized(form, experts, n, k, dtype, halves=1 if gate is None else 2)
+    fp8 = isinstance(module.held, Fp8Weight) and module.activations.kind != "none"
+    x = randn(tokens, k, dtype=dtype, seed=5)
+    plan = fast.plan_experts(choose(tokens, experts, top), experts)
+    out = expert_device.product(module, x, plan, gate)
+    # Triton's interpreter rounds to FP8 otherwise than PyTorch (test_triton_quantized.py).
+    limit = 0.05 if fp8 and DEVICE.type == "cpu" else 3 * tolerance(dtype)
+    assert error(out, expected(module, x, plan, gate)) < limit
+    by_pair = expert_device.product(module, x[:1].expand(plan.num_pairs, k).contiguous(), plan, None)
+    every = x[:1].expand(plan.num_pairs, k).contiguous()
+    assert error(by_pair, expected(module, every, plan, None)) < limit
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "int4"])
+@pytest.mark.parametrize(
+    "shape", [ExpertCodesShape(8, 2, 1), ExpertCodesShape(16, 4, 2), ExpertCodesShape(32, 2, 4)]
+)
+def test_shapes_of_codes(form: str, shape: ExpertCodesShape) -> None:
+    module = quantized(form, 3, 96, 288, DTYPES[-1], halves=2)
+    x = randn(35, 288, dtype=DTYPES[-1], seed=5)
+    plan = fast.plan_experts(choose(35, 3, 2, skew=3), 3)
+    assert isinstance(module.held, TiledWeight)
+    for gate in (None, "silu"):
+        out = expert_codes(
+            x, plan=plan, rows=288, bias=module.bias, gate=gate, shape=shape, **tiles(module.held)
+        )
+        assert error(out, expected(module, x, plan, gate)) < 2 * tolerance(DTYPES[-1])
+
+
+def test_halves_within_a_tile() -> None:
+    """Gates and ups of 40 rows: an expert ends with a tile, its halves do not."""
+    module = quantized("nvfp4", 3, 80, 64, DTYPES[-1])
+    x = randn(9, 64, dtype=DTYPES[-1], seed=5)
+    plan = fast.plan_experts(choose(9, 3, 2), 3)
+    assert error(
+        expert_device.product(module, x, plan, "silu"), expected(module, x, plan, "silu")
+    ) < 2 * tolerance(DTYPES[-1])
+
+
+def test_tiles_of_experts_come_back() -> None:
+    module = quantized("mxfp4", 4, 48, 160, DTYPES[-1])
+    assert torch.equal(module.quantized.dequantize(), tile(module.quantized).restore().dequantize())

@@ -41,7 +41,7 @@ def four_bits(form: str, n: int, k: int, group: int) -> Fp4Weight | GroupIntWeig
 
 
 def product(x: torch.Tensor, weight: TiledWeight, **options: object) -> torch.Tensor:
-    return four_bit_product(x, **device._tiles(weight), rows=weight.shape[0], out_dtype=x.dtype, **options)  # type: ignore[arg-type]
+    return four_bit_product(x, **device.tiles(weight), rows=weight.shape[0], out_dtype=x.dtype, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,7 +101,7 @@ def test_dequantize_is_exact(form: str) -> None:
     """float32 out, so nothing is rounded that the definition does not round; and tiling loses nothing."""
     weight = four_bits(form, 37, 192, 32)
     tiled = tile(weight)
-    got = dequantize_codes(**device._tiles(tiled), rows=37, columns=192, dtype=torch.float32)
+    got = dequantize_codes(**device.tiles(tiled), rows=37, columns=192, dtype=torch.float32)
     torch.testing.assert_close(got, weight.dequantize(), rtol=3e-7, atol=0)
     assert torch.equal(tiled.restore().dequantize(), weight.dequantize())
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from headrace.kernels.experts import triton as plain
+from headrace.kernels.experts import triton_codes as codes
+from headrace.kernels.experts import triton_eight_bits as eight
 from headrace.kernels.experts import triton_plan as plan
 from support.compile_quantized import KINDS, Variant, compile_all
 
@@ -39,5 +42,44 @@ def products() -> Iterator[Variant]:
     yield "combine", plain._combine, {}, {"TOP": 8, "RESIDUAL": True, "BLOCK": 1024, "PDL": True}
 
 
+def eight_bits() -> Iterator[Variant]:
+    base = {
+        "SHARED": 8, "BM": 16, "BN": 64, "BK": 128, "FORM": 0, "GROUP": 0, "HEIGHT": 1, "XGROUP": 0, "STATIC": False,
+        "ROW_SCALE": True, "BIAS": True, "GATE": 1, "EVEN": True, "WIDEN": False, "PDL": True,
+    }  # fmt: skip
+    fp8 = {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv"}
+    blocks = {"GROUP": 128, "HEIGHT": 128, "ROW_SCALE": False}
+    cases: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+        "fp8": (fp8, {}),
+        "fp8 static": (fp8, {"STATIC": True, "EVEN": False, "GATE": 0}),
+        "fp8 blocks": (fp8, {**blocks, "XGROUP": 128}),
+        "fp8 many": (fp8, {"BM": 128, "BN": 64}),
+        "fp8 weights": ({"w_ptr": "*fp8e4nv"}, {"FORM": 2}),
+        "fp8 weights in blocks": ({"w_ptr": "*fp8e4nv"}, {**blocks, "FORM": 2, "GATE": 0}),
+        "int8": ({"w_ptr": "*u8"}, {"FORM": 1, "GROUP": 2048, "ROW_SCALE": False}),
+        "int8 of 64": ({"w_ptr": "*u8"}, {"FORM": 1, "GROUP": 64, "ROW_SCALE": False, "BM": 64}),
+    }
+    for name, (types, changes) in cases.items():
+        yield name, eight._expert_eight_bits, types, {**base, **changes}
+
+
+def four_bits() -> Iterator[Variant]:
+    base = {"SHARED": 8, "ROWS": 16, "BM": 8, "EVEN": True, "BIAS": False, "PLAIN": False, "PDL": True}
+    forms = {
+        "nvfp4": {"FP4": True, "GROUP": 16, "ZERO": False},
+        "mxfp4": {"FP4": True, "GROUP": 32, "ZERO": False},
+        "int4": {"FP4": False, "GROUP": 128, "ZERO": True},
+        "int4 of 32": {"FP4": False, "GROUP": 32, "ZERO": False},
+    }
+    shapes: tuple[dict[str, Any], ...] = (
+        {"T": 2, "W": 4, "GATE": 1},
+        {"T": 1, "W": 2, "GATE": 0, "EVEN": False},
+        {"T": 2, "W": 4, "GATE": 4, "BM": 32, "ROWS": 128},
+    )
+    for (name, form), shape in itertools.product(forms.items(), shapes):
+        types = {"w_ptr": "*i32", "zero_ptr": "*bf16"} | ({"w_scale_ptr": "*i32"} if form["FP4"] else {})
+        yield f"{name} {shape}", codes._expert_codes, types, {**base, **form, **shape}
+
+
 if __name__ == "__main__":
-    sys.exit(min(compile_all(itertools.chain(plans(), products()), OWN, ()), 1))
+    sys.exit(min(compile_all(itertools.chain(plans(), products(), eight_bits(), four_bits()), OWN, ()), 1))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 TINY_LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -80,4 +80,34 @@ def write_tokenizer(folder: Path, *, vocab_size: int = 300) -> Path:
         "{% if add_generation_prompt %}assistant: {% endif %}",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def write_moe(folder: Path, **changes: Any) -> Path:
+    """The same of a Qwen 3 with experts, whose first layer is dense; each expert's matrices in tensors of their own."""
+    moe = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
+    names = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True}
+    write_llama(folder, **{**names, **moe, **changes})
+    config = json.loads((folder / "config.json").read_text())
+    hidden, inner, experts = (config[k] for k in ("hidden_size", "moe_intermediate_size", "num_experts"))
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(8)
+    for i in range(config["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        for part in "qk":
+            tensors[f"{at}self_attn.{part}_norm.weight"] = torch.ones(config["head_dim"])
+        if i in config["mlp_only_layers"]:
+            continue
+        for part in ("gate", "up", "down"):
+            del tensors[f"{at}mlp.{part}_proj.weight"]
+        tensors[f"{at}mlp.gate.weight"] = torch.randn(experts, hidden, generator=generator)
+        for expert in range(experts):
+            for part, shape in (
+                ("gate", (inner, hidden)),
+                ("up", (inner, hidden)),
+                ("down", (hidden, inner)),
+            ):
+                name = f"{at}mlp.experts.{expert}.{part}_proj.weight"
+                tensors[name] = torch.randn(shape, generator=generator) * 0.2
+    save_file(tensors, folder / "model.safetensors")
     return folder

@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headrace.checkpoints.base import Checkpoint
+from headrace.layers.experts import ExpertLinear
 from headrace.layers.linear import Linear
 from headrace.layers.packed import PackedBatch
 from headrace.models.decoder import DecoderModel
@@ -23,11 +25,12 @@ __all__ = ["Calibration", "Inputs", "input_statistics"]
 
 @dataclass
 class Inputs:
-    """Of one linear.
+    """Of one linear, or one expert's.
 
     Attributes:
-        gram: mean of x^T x over all tokens x, float32 [in, in].
-        peak: the largest magnitude seen.
+        gram: mean of x^T x over all rows x, float32 [in, in].
+        peak: the largest magnitude seen; of an expert that met nothing, the largest that others of its layer saw.
+        rows: how many were seen.
     """
 
     gram: Tensor
@@ -52,8 +55,10 @@ def input_statistics(
     paths: Collection[str],
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Inputs]:
-    """What linears meet, by their path within the model.
+) -> dict[str, list[Inputs]]:
+    """What linears meet, by their path within the model: one, or one for each expert.
+
+    Experts' projections of the stream share one, over all tokens: few texts show each of them enough of its own.
 
     Args:
         model: unquantized.
@@ -61,17 +66,24 @@ def input_statistics(
         paths: of the linears; each takes 4 bytes times the square of its inputs.
         progress: texts done, texts in all.
     """
-    found: dict[str, Inputs] = {}
+    found: dict[str, list[Inputs]] = {}
     handles = []
 
-    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0].flatten(0, -2).float()
+            groups = [x]
+            if isinstance(module, ExpertLinear) and len(x) == inputs[1].num_pairs > inputs[1].chosen.shape[0]:
+                by_pair = inputs[1].chosen.flatten()
+                groups = [x[by_pair == expert] for expert in range(module.num_experts)]
             width = x.shape[1]
-            seen = found.setdefault(path, Inputs(torch.zeros(width, width, device=x.device)))
-            seen.gram.addmm_(x.T, x)
-            seen.peak = max(seen.peak, float(x.abs().max()))
-            seen.rows += x.shape[0]
+            if path not in found:
+                found[path] = [Inputs(torch.zeros(width, width, device=x.device)) for _ in groups]
+            for seen, rows in zip(found[path], groups, strict=True):
+                if len(rows):
+                    seen.gram.addmm_(rows.T, rows)
+                    seen.peak = max(seen.peak, float(rows.abs().max()))
+                    seen.rows += len(rows)
 
         return add
 
@@ -88,8 +100,11 @@ def input_statistics(
     finally:
         for handle in handles:
             handle.remove()
-    for inputs in found.values():
-        inputs.gram /= inputs.rows
+    for every in found.values():
+        peak = max(inputs.peak for inputs in every)
+        for inputs in every:
+            inputs.gram /= max(inputs.rows, 1)
+            inputs.peak = inputs.peak if inputs.rows else peak
     return found
 
 
@@ -129,4 +144,9 @@ class Calibration:
         paths = {path for path, tensors in sources.items() if any(name in names for name in tensors)}
         tell = None if self._progress is None else partial(self._progress, "calibration")
         found = input_statistics(self._model, self.texts, paths, progress=tell)
-        return {name: inputs for path, inputs in found.items() for name in sources[path] if name in names}
+        return {
+            name: every[i * len(every) // len(sources[path])]  # an expert's matrices lie side by side
+            for path, every in found.items()
+            for i, name in enumerate(sources[path])
+            if name in names
+        }

@@ -76,6 +76,7 @@ def quantize_checkpoint(
     if static:
         mark["static"] = True
     _open_folder(out, mark)
+    _refuse_fused(checkpoint)
     chosen = [tensor for tensor in checkpoint.names() if converts(tensor, checkpoint, kind)]
     if not chosen:
         raise UnsupportedCheckpoint(f"{checkpoint.path} holds no matrix that {name!r} converts")
@@ -105,6 +106,17 @@ def converts(name: str, checkpoint: Checkpoint, kind: QuantizationType) -> bool:
     if name.endswith((".gate.weight", ".router.weight")):
         return False
     return group == "mlp" or group == "experts" or (group == "attention" and kind.layers == "all")
+
+
+def _refuse_fused(checkpoint: Checkpoint) -> None:
+    """Experts that lie in one tensor are no matrices that the format has a place for."""
+    for name in checkpoint.names():
+        if classify(name) == "experts" and len(checkpoint.info(name).shape) == 3:
+            raise UnsupportedCheckpoint(
+                f"tensor {name!r} holds the matrices of all experts; quantize reads those with a tensor for each "
+                "(experts.0.gate_proj.weight). Save it so with transformers, or quantize while loading",
+                param=name,
+            )
 
 
 def uses_calibration(name: str) -> bool:
@@ -162,7 +174,7 @@ def _write_shard(
             continue
         base = name.removesuffix(".weight")
         met = inputs.get(name)
-        if met is None:
+        if met is None or not met.rows:  # an expert that no text led to
             packed = round_weight(tensor, kind.weights)
         else:
             packed = met.compensation.round(tensor, kind.weights).to(torch.device("cpu"))

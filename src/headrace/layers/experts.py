@@ -83,12 +83,15 @@ class MixtureOfExperts(nn.Module):
         self.activation, self.renormalize = activation, renormalize
         self.shared, self.shared_gate = shared, shared_gate
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D], plus ``residual`` [T, D]."""
         weights, chosen = route(self.router(x), self.experts_per_token, renormalize=self.renormalize)
         plan = plan_experts(chosen, self.num_experts)
         parts = self.experts.down(self.experts.gate_up(x, plan, self.activation), plan)
-        return combine(parts, weights, self._shared(x))
+        shared = self._shared(x)
+        if shared is not None and residual is not None:
+            shared += residual
+        return combine(parts, weights, residual if shared is None else shared)
 
     def _shared(self, x: Tensor) -> Tensor | None:
         if self.shared is None:

@@ -32,6 +32,7 @@ from headrace.kernels.linear.triton_stream import (
 from headrace.kernels.norm.triton import add_rms_norm, rms_norm
 from headrace.kernels.step.triton import reduce_best
 from headrace.layers.attention import HeadNorm
+from headrace.layers.experts import ExpertLinear, MixtureOfExperts
 from headrace.layers.linear import Linear
 from headrace.layers.mlp import GatedMLP
 from headrace.layers.norm import RMSNorm
@@ -39,6 +40,7 @@ from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.layers.rotary import Rotary
 from headrace.models.decoder import DecoderLayer, DecoderModel
 from headrace.quantization import device as scaled_kernels
+from headrace.quantization.experts import ScaledExperts
 from headrace.quantization.scaled import ScaledLinear
 
 __all__ = ["DecodeBatch", "FastDecoder", "reason_against"]
@@ -64,7 +66,9 @@ def reason_against(model: DecoderModel) -> str | None:
 
 
 def _covered(module: nn.Module) -> bool:
-    return type(module) is Linear or (isinstance(module, ScaledLinear) and scaled_kernels.has_kernel(module))
+    if isinstance(module, (Linear, ScaledExperts)):
+        return type(module) in (Linear, ExpertLinear, ScaledExperts)
+    return isinstance(module, ScaledLinear) and scaled_kernels.has_kernel(module)
 
 
 def _linear(
@@ -104,15 +108,16 @@ class DecodeBatch:
 
 @dataclass(slots=True)
 class _Layer:
-    """A layer's weights, looked up once. Gains are (weight, eps)."""
+    """A layer's weights, looked up once. Gains are (weight, eps). Where a mixture is, gate_up and down are not."""
 
     attention_norm: tuple[Tensor, float]
     qkv: Linear | ScaledLinear
     heads: QKNormRope
     o: Linear | ScaledLinear
     mlp_norm: tuple[Tensor, float]
-    gate_up: Linear | ScaledLinear
-    down: Linear | ScaledLinear
+    gate_up: Linear | ScaledLinear | None
+    down: Linear | ScaledLinear | None
+    mixture: MixtureOfExperts | None
     scale: float
     window: int | None
     sinks: Tensor | None
@@ -221,10 +226,16 @@ class FastDecoder:
         for i, layer in enumerate(self.layers):
             qkv = _linear(x, layer.qkv, norm=layer.attention_norm)
             out = self._attend(qkv, layer, i, batch)
-            x = _linear(out, layer.o, residual=x)
-            inner = _linear(x, layer.gate_up, norm=layer.mlp_norm, gate=self.config.activation)
-            x = _linear(inner, layer.down, residual=x)
+            x = self._feed_forward(_linear(out, layer.o, residual=x), layer)
         return x
+
+    def _feed_forward(self, x: Tensor, layer: _Layer) -> Tensor:
+        """The residual stream after the layer's MLP or mixture."""
+        if layer.mixture is not None:
+            return layer.mixture(rms_norm(x, *layer.mlp_norm), residual=x)  # type: ignore[no-any-return]
+        assert layer.gate_up is not None and layer.down is not None
+        inner = _linear(x, layer.gate_up, norm=layer.mlp_norm, gate=self.config.activation)
+        return _linear(inner, layer.down, residual=x)
 
     def _large(self, batch: DecodeBatch) -> Tensor:
         """Hidden states after the last norm, [B, D]."""
@@ -234,7 +245,11 @@ class FastDecoder:
         for i, layer in enumerate(self.layers):
             x = layer.o(self._attend(layer.qkv(x), layer, i, batch))
             x, residual = add_rms_norm(x, residual, *layer.mlp_norm)
-            x = layer.down(gate_mul(layer.gate_up(x)))
+            if layer.mixture is not None:
+                x = layer.mixture(x)
+            else:
+                assert layer.gate_up is not None and layer.down is not None
+                x = layer.down(gate_mul(layer.gate_up(x)))
             following = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.final_norm
             x, residual = add_rms_norm(x, residual, *following)
         return x
@@ -253,15 +268,17 @@ def _streams(layer: _Layer) -> bool:
 
 def _read_layer(layer: DecoderLayer, tables: tuple[Tensor, Tensor] | None) -> _Layer:
     attention, mlp = layer.attention, layer.mlp
-    assert isinstance(mlp, GatedMLP)
+    assert isinstance(mlp, (GatedMLP, MixtureOfExperts))
     assert isinstance(layer.attention_norm, RMSNorm) and isinstance(layer.mlp_norm, RMSNorm)
     norm = attention.qk_norm
     weight, eps = None, 0.0
     if norm is not None:
         assert isinstance(norm, HeadNorm)
         weight, eps = norm.stacked, norm.q.eps
-    linears = (attention.qkv, attention.o, mlp.gate_up, mlp.down)
-    qkv, o, gate_up, down = (m for m in linears if isinstance(m, (Linear, ScaledLinear)))
+    mixture = mlp if isinstance(mlp, MixtureOfExperts) else None
+    linears = (attention.qkv, attention.o, *((mlp.gate_up, mlp.down) if isinstance(mlp, GatedMLP) else ()))
+    qkv, o, *rest = (m for m in linears if isinstance(m, (Linear, ScaledLinear)))
+    gate_up, down = rest if rest else (None, None)
     return _Layer(
         attention_norm=(layer.attention_norm.weight, layer.attention_norm.eps),
         qkv=qkv,
@@ -270,6 +287,7 @@ def _read_layer(layer: DecoderLayer, tables: tuple[Tensor, Tensor] | None) -> _L
         mlp_norm=(layer.mlp_norm.weight, layer.mlp_norm.eps),
         gate_up=gate_up,
         down=down,
+        mixture=mixture,
         scale=attention.scale,
         window=attention.window,
         sinks=attention.sinks,

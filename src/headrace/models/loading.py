@@ -20,7 +20,7 @@ from headrace.models.registry import family_of, read_config
 from headrace.models.stacked import Stacked
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.ggml import PackedEmbedding, PackedHead, packed_linear
-from headrace.quantization.keep import quantized_linear
+from headrace.quantization.keep import quantized_experts, quantized_linear
 from headrace.quantization.registry import PackedSource, can_keep
 
 __all__ = [
@@ -265,16 +265,27 @@ class _Loader:
                     f"{self.architecture}",
                     param=names[0],
                 )
-            if isinstance(module, ExpertLinear) and all(name in weights.modules for name in names):
-                raise UnsupportedCheckpoint(
-                    f"{names[0]}: experts in {weights.label} are not read", param=names[0]
-                )
-            biases = [self.weights.load(name) for name in self.sources.get(f"{path}.bias", ())]
-            bias = torch.cat(biases) if biases else None
+            bias = self._bias(path)
             dtype = self.model.get_parameter(f"{path}.weight").dtype
-            kept = quantized_linear(weights, names, bias, dtype, self.device)
+            if isinstance(module, ExpertLinear):
+                kept = quantized_experts(weights, names, module.num_experts, bias, dtype, self.device)
+            else:
+                kept = quantized_linear(weights, names, bias, dtype, self.device)
             if kept is not None:
                 self.model.set_submodule(path, kept)
+
+    def _bias(self, path: str) -> Tensor | None:
+        """A linear's, as a whole."""
+        sources = self.sources.get(f"{path}.bias", ())
+        if not sources:
+            return None
+        full = torch.empty_like(self.model.get_parameter(f"{path}.bias"), device="cpu")
+        stacked = self.stacked(path, sources)
+        for name, part in zip(
+            sources, _parts(self.model.get_submodule(path), full, len(sources)), strict=True
+        ):
+            part.copy_(self._load(name, tuple(part.shape), stacked))
+        return full
 
     def fill(self, progress: Progress | None, transform: Transform | None) -> None:
         """Read every tensor once, module by module."""

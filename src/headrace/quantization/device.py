@@ -23,9 +23,9 @@ from headrace.quantization.tiled import TiledWeight
 if TYPE_CHECKING:
     from headrace.quantization.scaled import ScaledLinear
 
-__all__ = ["fused", "has_kernel", "product"]
+__all__ = ["GROUP", "fused", "has_kernel", "product", "rounded_rows", "row_scales", "tiles", "whole_rows"]
 
-_GROUP = 128  # columns that share an activation's scale, for weights in blocks
+GROUP = 128  # columns that share an activation's scale, for weights in blocks
 
 
 def has_kernel(linear: ScaledLinear) -> bool:
@@ -33,7 +33,7 @@ def has_kernel(linear: ScaledLinear) -> bool:
     weight = linear.held
     if isinstance(weight, Fp8Weight):
         blocks = weight.block[1] < weight.shape[1]
-        return linear.activations.kind != "none" and (not blocks or weight.block[1] % _GROUP == 0)
+        return linear.activations.kind != "none" and (not blocks or weight.block[1] % GROUP == 0)
     if isinstance(weight, GroupIntWeight):
         return weight.bits == 8 and weight.order is None and weight.group % 16 == 0
     return isinstance(weight, (TiledWeight, NativeFp4Weight))
@@ -55,10 +55,10 @@ def fused(
     weight = linear.held
     common: dict[str, Any] = {"bias": linear.bias, "gate": gate, "residual": residual, "out_dtype": x.dtype}
     if isinstance(weight, Fp8Weight):
-        if x.shape[0] == 1 and _whole_rows(weight) and weight.shape[1] % 8 == 0:
+        if x.shape[0] == 1 and whole_rows(weight) and weight.shape[1] % 8 == 0:
             return fp8_gemv(x, weight.codes, row_scales(linear), norm=norm, **common)
-        codes, scale = _rounded(linear, x, norm)
-        blocks = not _whole_rows(weight)
+        codes, scale = rounded_rows(linear, x, norm)
+        blocks = not whole_rows(weight)
         return kernels.small_product(
             codes,
             weight.codes,
@@ -68,7 +68,7 @@ def fused(
             height=weight.block[0],
             row_scale=None if blocks else row_scales(linear),
             x_scale=scale,
-            x_group=_GROUP if linear.activations.kind == "group" else 0,
+            x_group=GROUP if linear.activations.kind == "group" else 0,
             **common,
         )
     if norm is not None:
@@ -82,9 +82,9 @@ def fused(
     if isinstance(weight, TiledWeight):
         if gate is not None and weight.shape[0] % 32:  # halves do not end with a tile
             common |= {"gate": None, "residual": None, "out_dtype": torch.float32}
-            both = four_bit_product(x, **_tiles(weight), rows=weight.shape[0], **common)
+            both = four_bit_product(x, **tiles(weight), rows=weight.shape[0], **common)
             return _gated(both, gate, residual).to(x.dtype)
-        return four_bit_product(x, **_tiles(weight), rows=weight.shape[0], **common)
+        return four_bit_product(x, **tiles(weight), rows=weight.shape[0], **common)
     assert isinstance(weight, GroupIntWeight)
     parts: dict[str, Any] = {"form": kernels.INT8, "group": weight.group, "zero": weight.zero}
     return kernels.small_product(x, weight.codes, weight.scale, **parts, **common)
@@ -125,7 +125,7 @@ def _dense(linear: ScaledLinear, dtype: torch.dtype) -> Tensor:
     weight = linear.held
     if isinstance(weight, TiledWeight):
         rows, columns = weight.shape
-        return dequantize_codes(**_tiles(weight), rows=rows, columns=columns, dtype=dtype)
+        return dequantize_codes(**tiles(weight), rows=rows, columns=columns, dtype=dtype)
     if isinstance(weight, GroupIntWeight) and has_kernel(linear):
         return kernels.dequantize(weight.codes, weight.scale, weight.zero, group=weight.group, dtype=dtype)
     return linear.dequantize().to(dtype)
@@ -141,7 +141,7 @@ def row_scales(linear: ScaledLinear) -> Tensor:
     return found
 
 
-def _whole_rows(weight: Fp8Weight) -> bool:
+def whole_rows(weight: Fp8Weight) -> bool:
     """Whether each row has one scale."""
     return weight.block[1] >= weight.shape[1] and weight.block[0] in (1, weight.shape[0])
 
@@ -151,18 +151,22 @@ def _torch_multiplies(linear: ScaledLinear, x: Tensor) -> bool:
     weight = linear.held
     assert isinstance(weight, Fp8Weight)
     even = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
-    return _whole_rows(weight) and even and linear.activations.kind == "token" and x.dtype is torch.bfloat16
+    return whole_rows(weight) and even and linear.activations.kind == "token" and x.dtype is torch.bfloat16
 
 
-def _rounded(linear: ScaledLinear, x: Tensor, norm: tuple[Tensor, float] | None) -> tuple[Tensor, Tensor]:
+def rounded_rows(
+    linear: ScaledLinear, x: Tensor, norm: tuple[Tensor, float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The input of a linear (after a norm) as its activations say: float8_e4m3fn, and its scales."""
     kind, scale = linear.activations.kind, linear.activations.scale
     if kind == "static":
         assert scale is not None
         return to_fp8((rms_norm(x, *norm) if norm is not None else x).float() / scale), scale
-    return quantize_rows(x, group=_GROUP if kind == "group" else None, norm=norm)
+    return quantize_rows(x, group=GROUP if kind == "group" else None, norm=norm)
 
 
-def _tiles(weight: TiledWeight) -> dict[str, Any]:
+def tiles(weight: TiledWeight) -> dict[str, Any]:
+    """Arguments of the kernels that read it."""
     return {
         "words": weight.words, "scale": weight.scale, "zero": weight.zero, "row_scale": weight.row_scale,
         "group": weight.group,

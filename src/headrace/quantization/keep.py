@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from headrace.kernels.quantized_linear.formats import unpack_nibbles
 from headrace.quantization.containers import QuantizedCheckpoint
+from headrace.quantization.experts import PackedExperts, ScaledExperts, multiplies_experts
 from headrace.quantization.scaled import QuantizedWeight, ScaledLinear, joined_linear
 from headrace.quantization.schemes.group_int import GroupIntWeight
 from headrace.quantization.schemes.int4 import GROUPS, Int4Linear, Int4Weight, fast_on_this_cpu
 
-__all__ = ["SplitLinear", "keeps_quantized", "quantized_linear"]
+__all__ = ["SplitLinear", "keeps_quantized", "quantized_experts", "quantized_linear"]
 
 
 def keeps_quantized(checkpoint: QuantizedCheckpoint, dtype: torch.dtype, device: torch.device) -> bool:
@@ -66,6 +68,40 @@ def quantized_linear(
             )
             for weight, part, start in zip(weights, activations, starts)
         ]
+    )
+
+
+def quantized_experts(
+    checkpoint: QuantizedCheckpoint,
+    names: Sequence[str],
+    num_experts: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module | None:
+    """The same of all experts of a layer: their matrices one after another, or all in one tensor.
+
+    None also when their formats do not go together, or a GPU's kernels do not take them.
+    """
+    if not all(name in checkpoint.modules for name in names):
+        return None
+    modules = [checkpoint.modules[name] for name in names]
+    weights = [module.read() for module in modules]
+    parts = len(names) // num_experts  # of one expert; 0: all are in one tensor
+    cpu = device.type == "cpu"
+    if cpu and parts and dtype is torch.bfloat16 and fast_on_this_cpu() and _for_cpu_kernel(weights):
+        ints = [weight for weight in weights if isinstance(weight, GroupIntWeight)]
+        biases = [None] * num_experts if bias is None else bias.chunk(num_experts)
+        return PackedExperts(
+            [_cpu_linear(ints[i * parts : (i + 1) * parts], each) for i, each in enumerate(biases)]
+        )
+    if not cpu and not all(multiplies_experts(weight, 1 if parts else num_experts) for weight in weights):
+        return None
+    return joined_linear(
+        [weight.to(device) for weight in weights],
+        bias=None if bias is None else bias.to(device, dtype),
+        activations=[module.activations().to(device) for module in modules],
+        build=partial(ScaledExperts, num_experts=num_experts),
     )
 
 

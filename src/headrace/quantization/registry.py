@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,10 +13,12 @@ from headrace.checkpoints.base import PackedTensor, TensorInfo
 from headrace.config.quantization import QuantizationType
 from headrace.errors import UnsupportedCheckpoint
 from headrace.quantization.containers import QuantizedCheckpoint
+from headrace.quantization.experts import PackedExperts, ScaledExperts, multiplies_experts
 from headrace.quantization.ggml import KEEPABLE
 from headrace.quantization.keep import keeps_quantized
+from headrace.quantization.linear import PackedLinear
 from headrace.quantization.native_fp4 import can_multiply
-from headrace.quantization.scaled import Activations, QuantizedWeight, joined_linear
+from headrace.quantization.scaled import Activations, QuantizedWeight, ScaledLinear, joined_linear
 from headrace.quantization.schemes.fp4 import quantize_mxfp4, quantize_nvfp4
 from headrace.quantization.schemes.fp8 import quantize_fp8
 from headrace.quantization.schemes.group_int import quantize_group_int
@@ -24,7 +27,8 @@ from headrace.quantization.schemes.int8 import Int8Linear, quantize_int8
 
 __all__ = ["PackedSource", "Quantizer", "can_keep", "keeps_packed", "load_time"]
 
-Quantizer = Callable[[Tensor, Tensor | None, tuple[int, ...]], nn.Module]  # weight, bias, parts
+# Weight, bias, parts, and how many experts the weight is of (0: it is a plain linear's).
+Quantizer = Callable[[Tensor, Tensor | None, tuple[int, ...], int], nn.Module]
 
 
 @runtime_checkable
@@ -75,31 +79,58 @@ def _scaled(weights: str, activations: Activations) -> Quantizer:
         "int4-g128": lambda weight: quantize_group_int(weight, 4, 128),
     }
 
-    def quantize(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...]) -> nn.Module:
+    def quantize(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...], experts: int) -> nn.Module:
         pieces = [make[weights](part) for part in weight.split(parts)]  # as if each lay in a file of its own
-        joined = joined_linear(pieces, bias=bias, activations=[activations] * len(pieces))
+        build: Callable[..., ScaledLinear] = ScaledLinear
+        if experts:
+            _check_experts(pieces[0], weight, experts)
+            build = partial(ScaledExperts, num_experts=experts)
+        joined = joined_linear(pieces, bias=bias, activations=[activations] * len(pieces), build=build)
         assert joined is not None
         return joined
 
     return quantize
 
 
-def _int4(group: int) -> Quantizer:
-    def quantize(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...]) -> nn.Module:
+def _check_experts(piece: QuantizedWeight, weight: Tensor, experts: int) -> None:
+    rows, columns = piece.shape
+    if weight.device.type == "cuda" and not multiplies_experts(piece, 1):
+        raise UnsupportedCheckpoint(
+            f"quantization: experts' matrices are [{rows}, {columns}], and in 4 bits a GPU needs 16, 32, … rows; "
+            "use fp8, int8 or 16 bits",
+            param="quantization",
+        )
+
+
+def _int4(group: int) -> Callable[[Tensor, Tensor | None, tuple[int, ...]], PackedLinear]:
+    def quantize(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...]) -> PackedLinear:
         return Int4Linear(quantize_int4(weight, group), bias=bias, parts=parts)
 
     return quantize
 
 
-def _int8(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...]) -> nn.Module:
+def _int8(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...]) -> PackedLinear:
     return Int8Linear(*quantize_int8(weight), bias=bias, parts=parts)
 
 
+def _by_expert(make: Callable[[Tensor, Tensor | None, tuple[int, ...]], PackedLinear]) -> Quantizer:
+    """With a linear an expert."""
+
+    def quantize(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...], experts: int) -> nn.Module:
+        if not experts:
+            return make(weight, bias, parts)
+        own = parts[: len(parts) // experts]
+        biases = [None] * experts if bias is None else bias.chunk(experts)
+        return PackedExperts([make(part, each, own) for part, each in zip(weight.chunk(experts), biases)])
+
+    return quantize
+
+
 _CPU: dict[str, Quantizer] = {
-    "int8": _int8,
-    "int4": _int4(32),
-    "int4-g64": _int4(64),
-    "int4-g128": _int4(128),
+    "int8": _by_expert(_int8),
+    "int4": _by_expert(_int4(32)),
+    "int4-g64": _by_expert(_int4(64)),
+    "int4-g128": _by_expert(_int4(128)),
 }
 
 
@@ -127,13 +158,9 @@ def load_time(kind: QuantizationType, device: torch.device) -> Callable[[str, An
         if path.endswith((".router", ".shared_gate")):  # they decide between experts
             assert isinstance(linear, nn.Module)
             return linear
-        if hasattr(linear, "num_experts"):
-            raise UnsupportedCheckpoint(
-                f"{path}: experts are not quantized while loading", param="quantization"
-            )
         if (floats and path == "head") or (kind.layers == "mlp" and ".mlp." not in path):
             assert isinstance(linear, nn.Module)
             return linear
-        return quantize(linear.weight, linear.bias, linear.parts)
+        return quantize(linear.weight, linear.bias, linear.parts, getattr(linear, "num_experts", 0))
 
     return transform

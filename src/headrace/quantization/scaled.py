@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -147,10 +147,14 @@ def joined_linear(
     *,
     bias: Tensor | None,
     activations: Sequence[Activations],
+    build: Callable[..., ScaledLinear] = ScaledLinear,
 ) -> ScaledLinear | None:
     """One linear over projections of the same input, or None where their formats do not go together.
 
     A static scale of the joint input is the largest of the parts'.
+
+    Args:
+        build: makes it, with the arguments of ScaledLinear.
     """
     first = weights[0]
     same_kind = all(type(weight) is type(first) for weight in weights)
@@ -174,6 +178,4 @@ def joined_linear(
         joined = GroupIntWeight.joined(ints)
     scales = [part.scale for part in activations if part.scale is not None]
     together = Activations(activations[0].kind, torch.stack(scales).max() if scales else None)
-    return ScaledLinear(
-        joined, bias=bias, parts=tuple(weight.shape[0] for weight in weights), activations=together
-    )
+    return build(joined, bias=bias, parts=tuple(weight.shape[0] for weight in weights), activations=together)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["ProductShape", "block_rows", "max_blocks", "product_shape"]
+__all__ = [
+    "ExpertCodesShape",
+    "ProductShape",
+    "block_rows",
+    "codes_shape",
+    "eight_bit_shape",
+    "max_blocks",
+    "product_shape",
+]
 
 
 class ProductShape(NamedTuple):
@@ -37,3 +45,29 @@ def product_shape(rows: int, gated: bool, itemsize: int) -> ProductShape:
     if rows == 64:
         return ProductShape(64 if gated else 128, 64, 4, 4 if gated else 3)
     return ProductShape(64 if gated else 128, 64, 8, 4)
+
+
+def eight_bit_shape(rows: int, gated: bool, fp8: bool) -> ProductShape:
+    """For blocks of ``rows`` rows and weights of 8 bits; ``fp8``: activations, too."""
+    if rows <= 32:
+        return ProductShape(64, 128, 4, 4 if fp8 else 3)
+    if rows == 64:
+        return ProductShape(64 if gated else 128, 128, 4, 3)
+    return ProductShape(64 if gated else 128, 128, 8, 3)
+
+
+class ExpertCodesShape(NamedTuple):
+    """``bm`` rows and ``tiles`` of 16 outputs a program (both halves of a gate counted), K over its ``warps``."""
+
+    bm: int
+    tiles: int
+    warps: int
+
+
+def codes_shape(rows: int, blocks: int, gated: bool) -> ExpertCodesShape:
+    """For blocks of ``rows`` rows and 4-bit weights of ``blocks`` times 128 columns."""
+    warps = (
+        8 if blocks % 8 == 0 and not gated else 4 if blocks % 4 == 0 or blocks > 8 else 2 if blocks > 1 else 1
+    )
+    bm = 8 if rows <= 8 else 16 if rows <= 16 else 32
+    return ExpertCodesShape(bm, 2 if gated or bm == 32 else 1, warps)

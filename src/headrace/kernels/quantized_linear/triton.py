@@ -24,6 +24,7 @@ __all__ = [
     "FP8",
     "INT8",
     "dequantize",
+    "eight_bits",
     "quantize_rows",
     "small_product",
 ]
@@ -82,7 +83,7 @@ def _normed(x_ptr, gain_ptr, cols, K, rs, NORM: tl.constexpr):
 
 
 @triton.jit
-def _eight_bits(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN: tl.constexpr, BK: tl.constexpr,
+def eight_bits(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN: tl.constexpr, BK: tl.constexpr,
                 GROUP: tl.constexpr):  # fmt: skip
     """float32 [BN, BK] of 8-bit codes from column k on."""
     COUNT: tl.constexpr = BK // GROUP if GROUP < BK else 1
@@ -128,7 +129,7 @@ def _step(acc, x_ptr, x_row, xs, w_ptr, scale_ptr, zero_ptr, rows, m, m_ok, k, K
         else:
             acc = tl.dot(w, x, acc, out_dtype=tl.float32, max_num_imprecise_acc=128)
     else:
-        w = _eight_bits(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN, BK, GROUP)
+        w = eight_bits(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN, BK, GROUP)
         x_at = x_ptr + m[None, :].to(tl.int64) * x_row + cols[:, None]
         x = tl.load(x_at, mask=(cols[:, None] < K) & m_ok[None, :], other=0.0)
         acc = tl.dot(w.to(x.dtype), x, acc, out_dtype=tl.float32, input_precision="ieee")
@@ -202,7 +203,7 @@ def _dequantize(w_ptr, scale_ptr, zero_ptr, groups, out_ptr, N, K, BN: tl.conste
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     near = tl.minimum(rows, N - 1)
     k = tl.program_id(1) * BK
-    value = _eight_bits(w_ptr, scale_ptr, zero_ptr, near, k, K, groups, BN, BK, GROUP)
+    value = eight_bits(w_ptr, scale_ptr, zero_ptr, near, k, K, groups, BN, BK, GROUP)
     cols = k + tl.arange(0, BK)
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], value.to(out_ptr.dtype.element_ty),
              mask=(rows < N)[:, None] & (cols[None, :] < K))  # fmt: skip

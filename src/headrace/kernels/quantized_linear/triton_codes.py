@@ -34,7 +34,7 @@ from headrace.kernels.quantized_linear.triton_fragments import (
 from headrace.kernels.quantized_linear.triton_parts import finish, gather_parts
 from headrace.kernels.quantized_linear.tuning import CodesShape, codes_shape, padded_rows
 
-__all__ = ["four_bit_product"]
+__all__ = ["code_sums", "four_bit_product"]
 
 MAX_ROWS = 64
 
@@ -73,24 +73,17 @@ def _scaled_product(acc, a, x, w_scale_ptr, rows, col, groups, T: tl.constexpr, 
 
 
 @triton.jit
-def _small_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr, res_ptr, out_ptr,
-                 parts_ptr, arrivals_ptr, M, N, K, R, blocks,
-                 BM: tl.constexpr, T: tl.constexpr, W: tl.constexpr, SPLITS: tl.constexpr, FP4: tl.constexpr,
-                 GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
-                 RESIDUAL: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """out[m, n] for BM rows and T tiles of 16 outputs, over one of SPLITS ranges of K; with a gate, of both halves.
+def code_sums(x_ptr, x_row, m, M, w_ptr, w_scale_ptr, zero_ptr, tiles, tiles2, groups, lo, hi, K, blocks,
+              BM: tl.constexpr, T: tl.constexpr, W: tl.constexpr, FP4: tl.constexpr, GROUP: tl.constexpr,
+              ZERO: tl.constexpr, EVEN: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Sums over ``blocks`` of 128 columns, lo .. hi, of T tiles of weights and BM rows of x: float32 [16 T, BM].
 
-    ``blocks`` of 128 columns, R tiles of rows in all; GROUP columns share one of ``groups`` scales.
+    Args:
+        m: rows of x as ``input_rows`` lays them; M or more: zeros.
+        tiles, tiles2: int64 [T W] and [2 T W], which tiles of 16 rows of the weights.
+        PDL: weights are read before the kernel before has ended.
     """
-    if PDL:
-        gdc_launch_dependents()
-    tile = tl.program_id(0) // SPLITS
-    split = tl.program_id(0) % SPLITS
-    span = (blocks + SPLITS * W - 1) // (SPLITS * W) * W
-    lo = split * span
-    hi = tl.minimum(lo + span, blocks)
     parts, wide = tl.arange(0, T * W), tl.arange(0, 2 * T * W)
-    tiles, tiles2 = tile_of(parts // W, tile, N, R, T, GATE), tile_of(wide // (2 * W), tile, N, R, T, GATE)
     chunk = (tiles2 * blocks + lo + wide % W) * 2 + wide // W % 2
     w_at = w_ptr + chunk[:, None] * 128 + tl.arange(0, 128)[None, :]
     SHARING: tl.constexpr = GROUP // 16 if FP4 else 1  # lanes that share a word of scales
@@ -105,7 +98,7 @@ def _small_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, grou
         gdc_wait()
     E: tl.constexpr = 16 if FP4 else 8
     HALF: tl.constexpr = 8 if FP4 else 32
-    m, cols = tl.program_id(1) * BM + input_rows(W, BM), input_columns(lo, W, BM, E)
+    cols = input_columns(lo, W, BM, E)
     x_at = x_ptr + tl.max_contiguous(tl.multiple_of(m * x_row + cols, (1, 8)), (1, 8))
     acc = tl.zeros([W, 16 * T, BM], tl.float32)
     for k in range(lo, hi, W):
@@ -129,7 +122,32 @@ def _small_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, grou
             a = decode_integers(now, zero_ptr, rows2, k, groups, x.dtype, T, W, GROUP, ZERO, PLAIN)
             col = (k + parts % W) * 128
             acc = _scaled_product(acc, a, x, w_scale_ptr, rows, col, groups, T, W, BM, GROUP, 128)
-    _store(tl.sum(acc, 0), tile, split, row_scale_ptr, bias_ptr, res_ptr, out_ptr, parts_ptr, arrivals_ptr, M, N, R,
+    return tl.sum(acc, 0)
+
+
+@triton.jit
+def _small_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr, res_ptr, out_ptr,
+                 parts_ptr, arrivals_ptr, M, N, K, R, blocks,
+                 BM: tl.constexpr, T: tl.constexpr, W: tl.constexpr, SPLITS: tl.constexpr, FP4: tl.constexpr,
+                 GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
+                 RESIDUAL: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """out[m, n] for BM rows and T tiles of 16 outputs, over one of SPLITS ranges of K; with a gate, of both halves.
+
+    ``blocks`` of 128 columns, R tiles of rows in all; GROUP columns share one of ``groups`` scales.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    span = (blocks + SPLITS * W - 1) // (SPLITS * W) * W
+    lo = split * span
+    hi = tl.minimum(lo + span, blocks)
+    parts, wide = tl.arange(0, T * W), tl.arange(0, 2 * T * W)
+    tiles, tiles2 = tile_of(parts // W, tile, N, R, T, GATE), tile_of(wide // (2 * W), tile, N, R, T, GATE)
+    m = tl.program_id(1) * BM + input_rows(W, BM)
+    sums = code_sums(x_ptr, x_row, m, M, w_ptr, w_scale_ptr, zero_ptr, tiles, tiles2, groups, lo, hi, K, blocks,
+                     BM, T, W, FP4, GROUP, ZERO, EVEN, PLAIN, PDL)  # fmt: skip
+    _store(sums, tile, split, row_scale_ptr, bias_ptr, res_ptr, out_ptr, parts_ptr, arrivals_ptr, M, N, R,
            BM, T, SPLITS, FP4, 65536.0 if GROUP == 16 and not PLAIN else 1.0, BIAS, GATE, RESIDUAL)  # fmt: skip
 
 

@@ -1,0 +1,152 @@
+"""Products with the chosen experts' weights in 8 bits: FP8 meeting FP8 activations or 16-bit ones, and integers.
+
+Blocks of rows, tiles and order as in kernels/experts/triton.py. Sums of FP8 products leave the tensor core's own
+imprecise accumulator every 128 columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from headrace.kernels.experts.plan import ExpertPlan
+from headrace.kernels.experts.triton_parts import GATES, rows_of, store
+from headrace.kernels.experts.tuning import ProductShape, eight_bit_shape
+from headrace.kernels.launch import INTERPRETED, launch_options
+from headrace.kernels.quantized_linear.triton import eight_bits
+
+__all__ = ["FP8", "INT8", "WIDE_FP8", "expert_eight_bits"]
+
+FP8, INT8, WIDE_FP8 = 0, 1, 2
+"""FP8 weights and activations; integers and 16-bit activations; FP8 weights and 16-bit activations."""
+
+
+@triton.jit
+def _part(x_at, xs, w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN: tl.constexpr, BK: tl.constexpr,
+          FORM: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, XGROUP: tl.constexpr, EVEN: tl.constexpr,
+          WIDEN: tl.constexpr):  # fmt: skip
+    """The product over BK columns from k on, under their scales (those of whole rows come last): [BN, BM].
+
+    rows: int64 [BN], of all experts' weights.
+    """
+    cols = k + tl.arange(0, BK)
+    if EVEN:
+        x = tl.load(x_at + k)
+    else:
+        x = tl.load(x_at + k, mask=(cols < K)[:, None], other=0.0)
+    if FORM == 1:
+        w = eight_bits(w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN, BK, GROUP).to(x.dtype)
+        part = tl.dot(w, x, out_dtype=tl.float32, input_precision="ieee")
+    else:
+        if EVEN:
+            w = tl.load(w_ptr + rows[:, None] * K + cols[None, :])
+        else:
+            w = tl.load(w_ptr + rows[:, None] * K + cols[None, :], mask=(cols < K)[None, :], other=0.0)
+        if WIDEN:
+            w = w.to(tl.float32)
+            x = x.to(tl.float32)
+        elif FORM == 2:
+            w = w.to(x.dtype)
+        part = tl.dot(w, x, out_dtype=tl.float32, input_precision="ieee")
+        if GROUP > 0:
+            part = part * tl.load(scale_ptr + rows // HEIGHT * groups + k // GROUP)[:, None]
+        if XGROUP > 0:
+            part = part * xs[None, :]
+    return part
+
+
+@triton.jit(do_not_specialize=["P"])
+def _expert_eight_bits(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr,
+                       out_ptr, pairs_ptr, experts_ptr, P, E, N, K, tiles, SHARED: tl.constexpr, BM: tl.constexpr,
+                       BN: tl.constexpr, BK: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr,
+                       HEIGHT: tl.constexpr, XGROUP: tl.constexpr, STATIC: tl.constexpr, ROW_SCALE: tl.constexpr,
+                       BIAS: tl.constexpr, GATE: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
+                       PDL: tl.constexpr):  # fmt: skip
+    """out[pair, n] for the BM pairs of a block and BN outputs of its expert; with a gate rows n and N + n together."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile, block = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    expert = tl.load(experts_ptr + block)
+    if expert < E:
+        pair, rows = rows_of(pairs_ptr, block, P, BM, SHARED)
+        n = tile * BN + tl.arange(0, BN)
+        HALVES: tl.constexpr = 2 if GATE > 0 else 1
+        first = expert.to(tl.int64) * (N * HALVES)
+        near = first + tl.minimum(n, N - 1)
+        x_at = x_ptr + rows.to(tl.int64)[None, :] * x_row + tl.arange(0, BK)[:, None]
+        acc = tl.zeros([BN, BM], tl.float32)
+        acc2 = tl.zeros([BN, BM], tl.float32)
+        xs = tl.zeros([BM], tl.float32)
+        for k in range(0, K, BK):
+            if XGROUP > 0:
+                xs = tl.load(xs_ptr + rows.to(tl.int64) * x_groups + k // XGROUP)
+            acc += _part(x_at, xs, w_ptr, scale_ptr, zero_ptr, near, k, K, groups, BN, BK, FORM, GROUP, HEIGHT,
+                         XGROUP, EVEN, WIDEN)  # fmt: skip
+            if GATE > 0:
+                acc2 += _part(x_at, xs, w_ptr, scale_ptr, zero_ptr, near + N, k, K, groups, BN, BK, FORM, GROUP,
+                              HEIGHT, XGROUP, EVEN, WIDEN)  # fmt: skip
+        if ROW_SCALE:
+            acc = acc * tl.load(row_scale_ptr + near)[:, None]
+            if GATE > 0:
+                acc2 = acc2 * tl.load(row_scale_ptr + near + N)[:, None]
+        if FORM == 0 and XGROUP == 0:
+            factor = tl.load(xs_ptr + (rows * 0 if STATIC else rows))[None, :]
+            acc = acc * factor
+            acc2 = acc2 * factor
+        store(acc, acc2, first, n, pair, bias_ptr, out_ptr, P, N, BIAS, GATE)
+
+
+def expert_eight_bits(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    plan: ExpertPlan,
+    *,
+    form: int,
+    group: int = 0,
+    height: int = 1,
+    zero: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_group: int = 0,
+    bias: Tensor | None = None,
+    gate: str | None = None,
+    out_dtype: torch.dtype,
+    shape: ProductShape | None = None,
+) -> Tensor:
+    """``expert_linear`` over weights of 8 bits, in ``out_dtype``.
+
+    Args:
+        x: [T or T * k, K], float8_e4m3fn for FP8, else 16 or 32 bits.
+        weight: float8_e4m3fn, or uint8 for INT8, [E * N, K].
+        scale: float32 [E * N / height, groups of ``group`` columns]; of FP8 with ``row_scale`` it is not read.
+        zero: float32, of INT8, like ``scale``: the code that stands for 0.
+        row_scale: float32 [E * N] of FP8 with a scale a row (then ``group`` is 0).
+        x_scale: float32 [rows, 1], [rows, K / x_group] or a scalar, for FP8.
+    """
+    assert x.stride(1) == 1 and weight.is_contiguous() and plan.pairs is not None and plan.experts is not None
+    k = weight.shape[1]
+    n = weight.shape[0] // plan.num_experts // (1 if gate is None else 2)
+    out = torch.empty(plan.num_pairs, n, dtype=out_dtype, device=x.device)
+    shape = shape or eight_bit_shape(plan.block, gate is not None, form == FP8)
+    bk = min(shape.bk, x_group or shape.bk, group or shape.bk)
+    if form == INT8:  # a step has whole groups, or lies in one
+        bk = shape.bk if group % shape.bk == 0 or shape.bk % group == 0 or group >= k else group
+    assert not group or bk % group == 0 or group % bk == 0 or group >= k, (group, bk)
+    assert form == INT8 or not group or group % bk == 0 or group >= k
+    tiles = triton.cdiv(n, shape.bn)
+    x_groups = x_scale.shape[1] if x_group and x_scale is not None else 0
+    _expert_eight_bits[(tiles * plan.experts.numel(),)](
+        x, x.stride(0), scale if x_scale is None else x_scale, x_groups, weight, scale,
+        scale if zero is None else zero, scale if row_scale is None else row_scale, scale.shape[1] if group else 1,
+        scale if bias is None else bias, out, plan.pairs, plan.experts, plan.num_pairs, plan.num_experts, n, k, tiles,
+        SHARED=plan.num_pairs // x.shape[0], BM=plan.block, BN=shape.bn, BK=bk, FORM=form, GROUP=group, HEIGHT=height,
+        XGROUP=x_group, STATIC=x_scale is not None and x_scale.dim() == 0, ROW_SCALE=row_scale is not None,
+        BIAS=bias is not None, GATE=GATES[gate], EVEN=k % bk == 0, WIDEN=INTERPRETED,
+        **launch_options(x.device, shape.warps, shape.stages),
+    )  # fmt: skip
+    return out

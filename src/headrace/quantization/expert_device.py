@@ -1,0 +1,56 @@
+"""A ScaledExperts' product on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from headrace.kernels.experts import ExpertPlan, gated
+from headrace.kernels.experts import triton_eight_bits as eight
+from headrace.kernels.experts.triton_codes import expert_codes
+from headrace.kernels.quantized_linear.tiling import ROWS
+from headrace.quantization.device import GROUP, rounded_rows, row_scales, tiles, whole_rows
+from headrace.quantization.experts import ScaledExperts
+from headrace.quantization.schemes.fp8 import Fp8Weight
+from headrace.quantization.schemes.group_int import GroupIntWeight
+from headrace.quantization.tiled import TiledWeight
+
+__all__ = ["product"]
+
+
+def product(experts: ScaledExperts, x: Tensor, plan: ExpertPlan, gate: str | None) -> Tensor:
+    """See ScaledExperts.forward."""
+    weight = experts.held
+    if isinstance(weight, TiledWeight):
+        n = weight.shape[0] // plan.num_experts
+        if gate is not None and n // 2 % ROWS:  # halves do not end with a tile
+            both = expert_codes(x, plan=plan, rows=weight.shape[0], bias=experts.bias, **tiles(weight))
+            return gated(both, gate)
+        return expert_codes(x, plan=plan, rows=weight.shape[0], bias=experts.bias, gate=gate, **tiles(weight))
+    common: dict[str, Any] = {"bias": experts.bias, "gate": gate, "out_dtype": x.dtype}
+    if isinstance(weight, GroupIntWeight):
+        return eight.expert_eight_bits(
+            x,
+            weight.codes,
+            weight.scale,
+            plan,
+            form=eight.INT8,
+            group=weight.group,
+            zero=weight.zero,
+            **common,
+        )
+    assert isinstance(weight, Fp8Weight)
+    blocks = not whole_rows(weight)
+    common |= {
+        "group": weight.block[1] if blocks else 0,
+        "height": weight.block[0],
+        "row_scale": None if blocks else row_scales(experts),
+    }
+    if experts.activations.kind == "none":
+        return eight.expert_eight_bits(x, weight.codes, weight.scale, plan, form=eight.WIDE_FP8, **common)
+    codes, scale = rounded_rows(experts, x)
+    x_group = GROUP if experts.activations.kind == "group" else 0
+    return eight.expert_eight_bits(
+        codes, weight.codes, weight.scale, plan, form=eight.FP8, x_scale=scale, x_group=x_group, **common
+    )
