@@ -8,7 +8,17 @@ import pytest
 import torch
 import transformers as hf
 
-from parity.decoders import make_pair, max_difference, our_logits, random_prompts, reference_logits, stored
+from headrace.errors import UnsupportedCheckpoint
+from headrace.models.loading import load_decoder
+from parity.decoders import (
+    DictSource,
+    make_pair,
+    max_difference,
+    our_logits,
+    random_prompts,
+    reference_logits,
+    stored,
+)
 
 TOLERANCE = 2e-4
 VOCAB = 97
@@ -177,6 +187,53 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "OlmoeForCausalLM",
         {"num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True},
     ),
+    "gemma": ("Gemma", "GemmaForCausalLM", {"head_dim": 12, "hidden_act": "gelu"}),
+    "olmo3": ("Olmo3", "Olmo3ForCausalLM", {"num_hidden_layers": 5, "sliding_window": 6}),
+    "olmo3-yarn": (
+        "Olmo3",
+        "Olmo3ForCausalLM",
+        {
+            "sliding_window": 9,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            },
+        },
+    ),
+    "ministral": (
+        "Ministral",
+        "MinistralForCausalLM",
+        {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "starcoder2": ("Starcoder2", "Starcoder2ForCausalLM", {"sliding_window": 11}),
+    "starcoder2-no-bias": (
+        "Starcoder2",
+        "Starcoder2ForCausalLM",
+        {"use_bias": False, "tie_word_embeddings": False, "hidden_act": "gelu"},
+    ),
+    "stablelm": ("StableLm", "StableLmForCausalLM", {"use_qkv_bias": True}),
+    "stablelm-half": ("StableLm", "StableLmForCausalLM", {"partial_rotary_factor": 0.5}),
+    "exaone4": (
+        "Exaone4",
+        "Exaone4ForCausalLM",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3, "rope_parameters": LLAMA3},
+    ),
+    "exaone4-window": (
+        "Exaone4",
+        "Exaone4ForCausalLM",
+        {"num_hidden_layers": 5, "sliding_window": 6, "sliding_window_pattern": 2},
+    ),
+    "seed-oss": ("SeedOss", "SeedOssForCausalLM", {"head_dim": 10}),
+    "seed-oss-biases": (
+        "SeedOss",
+        "SeedOssForCausalLM",
+        {"head_dim": 8, "attention_out_bias": True, "mlp_bias": True},
+    ),
     "gpt-oss": (
         "GptOss",
         "GptOssForCausalLM",
@@ -236,3 +293,17 @@ def test_experts_by_one_and_in_one() -> None:
     assert "model.layers.0.mlp.experts.5.up_proj.weight" in stored(apart.reference)
     for (path, mine), other in zip(together.model.named_parameters(), apart.model.parameters(), strict=True):
         assert torch.equal(mine, other), path
+
+
+def test_internlm3_is_llama_in_other_words() -> None:
+    settings = {**SIZES, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-5}
+    pair = make_pair(hf.LlamaConfig(**settings, rope_parameters=DYNAMIC), hf.LlamaForCausalLM)
+    config = pair.reference.config.to_dict()
+    for name in ("attention_bias", "mlp_bias", "rms_norm_eps"):
+        del config[name]
+    config |= {"architectures": ["InternLM3ForCausalLM"], "qkv_bias": True, "bias": True}
+    tensors = DictSource(dict(pair.reference.state_dict()))
+    model = load_decoder(config, tensors, dtype=torch.float32, device="cpu")
+    assert model.config == pair.model.config
+    with pytest.raises(UnsupportedCheckpoint, match="bias"):
+        load_decoder({**config, "bias": False}, tensors, dtype=torch.float32, device="cpu")

@@ -44,6 +44,7 @@ def _experts(config: ConfigReader) -> ExpertsConfig:
     config.only("swiglu_limit", [7.0])
     count = config.integer("num_local_experts", config.get("num_experts"))
     chosen = config.integer("num_experts_per_tok", config.get("experts_per_token"))
+    config.only("num_experts", [count])
     config.only("experts_per_token", [chosen])
     if chosen > count:
         raise config.refuse("num_experts_per_tok", chosen, f"at most num_local_experts ({count})")
