@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 
+from headrace.checkpoints.folder import FolderCheckpoint
+from headrace.engines.quantize import quantize_checkpoint
 from headrace.errors import UnsupportedCheckpoint
 from headrace.models.loading import load_decoder
+from headrace.quantization.containers import open_quantized
 from parity.decoders import (
     DictSource,
     make_pair,
@@ -234,6 +238,20 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "SeedOssForCausalLM",
         {"head_dim": 8, "attention_out_bias": True, "mlp_bias": True},
     ),
+    "cohere": ("Cohere", "CohereForCausalLM", {"logit_scale": 0.3}),
+    "cohere-bias-untied": (
+        "Cohere",
+        "CohereForCausalLM",
+        {"attention_bias": True, "tie_word_embeddings": False, "rope_parameters": LLAMA3},
+    ),
+    "cohere2": (
+        "Cohere2",
+        "Cohere2ForCausalLM",
+        {"num_hidden_layers": 5, "sliding_window": 6, "sliding_window_pattern": 2},
+    ),
+    "glm": ("Glm", "GlmForCausalLM", {"head_dim": 12}),
+    "glm4": ("Glm4", "Glm4ForCausalLM", {"head_dim": 16, "attention_bias": False}),
+    "ernie4.5": ("Ernie4_5", "Ernie4_5ForCausalLM", {"head_dim": 12, "use_bias": True}),
     "gpt-oss": (
         "GptOss",
         "GptOssForCausalLM",
@@ -307,3 +325,18 @@ def test_internlm3_is_llama_in_other_words() -> None:
     assert model.config == pair.model.config
     with pytest.raises(UnsupportedCheckpoint, match="bias"):
         load_decoder({**config, "bias": False}, tensors, dtype=torch.float32, device="cpu")
+
+
+def test_packed_rows_in_another_order_are_refused_where_they_would_stay_packed(tmp_path: Path) -> None:
+    pair = make_pair(hf.GlmConfig(**SIZES, head_dim=16), hf.GlmForCausalLM)
+    pair.reference.save_pretrained(tmp_path / "plain")
+    quantize_checkpoint(FolderCheckpoint(tmp_path / "plain"), "int8", tmp_path / "packed")
+    checkpoint = open_quantized(FolderCheckpoint(tmp_path / "packed"))
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    with pytest.raises(UnsupportedCheckpoint, match=r"q_proj.*order"):
+        load_decoder(checkpoint.config, checkpoint, keep_packed=True, **options)
+    dense = load_decoder(checkpoint.config, checkpoint, **options)
+    prompts = random_prompts(VOCAB, [20, 3])
+    expected = torch.cat(reference_logits(pair, prompts))
+    found = torch.cat(our_logits(dense, prompts, 7))
+    assert float((found - expected).norm() / expected.norm()) < 0.1

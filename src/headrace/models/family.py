@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.layers.rotary import RopeConfig
+from headrace.models.arrangement import Stacked
 from headrace.models.declaration import DecoderConfig, ExpertsConfig
 from headrace.models.reading import ConfigReader
 from headrace.models.rope import read_ropes
-from headrace.models.stacked import Stacked
 
 __all__ = [
     "FUSED_EXPERTS",

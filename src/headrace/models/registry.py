@@ -8,8 +8,11 @@ from typing import Any
 from headrace.errors import UnknownArchitecture, UnsupportedCheckpoint, nearest
 from headrace.models.declaration import DecoderConfig
 from headrace.models.families import (
+    cohere,
+    ernie,
     exaone4,
     gemma,
+    glm,
     gpt_oss,
     granite,
     llama,
@@ -53,6 +56,11 @@ _ALL = (
     stablelm.FAMILY,
     exaone4.FAMILY,
     seed_oss.FAMILY,
+    cohere.FAMILY,
+    cohere.COHERE2,
+    glm.FAMILY,
+    glm.GLM4,
+    ernie.FAMILY,
 )
 FAMILIES: dict[str, Family] = {name: family for family in _ALL for name in family.architectures}
 

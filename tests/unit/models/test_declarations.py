@@ -31,6 +31,11 @@ HF_CONFIGS = {
     "Exaone4ForCausalLM": hf.Exaone4Config,
     "SeedOssForCausalLM": hf.SeedOssConfig,
     "GptOssForCausalLM": hf.GptOssConfig,
+    "CohereForCausalLM": hf.CohereConfig,
+    "Cohere2ForCausalLM": hf.Cohere2Config,
+    "GlmForCausalLM": hf.GlmConfig,
+    "Glm4ForCausalLM": hf.Glm4Config,
+    "Ernie4_5ForCausalLM": hf.Ernie4_5Config,
 }
 # Fields that are free to change: training, tokens, bookkeeping, and output switches.
 FREE = {
@@ -77,7 +82,12 @@ DORMANT = {
     "SmolLM3ForCausalLM": {"no_rope_layer_interval", "use_sliding_window"},
     "Exaone4ForCausalLM": {"sliding_window_pattern"},
 }
-PARTIAL = ("Phi3ForCausalLM", "StableLmForCausalLM")  # rotate a part of each head where the file says so
+PARTIAL = (
+    "Phi3ForCausalLM",
+    "StableLmForCausalLM",
+    "GlmForCausalLM",
+    "Glm4ForCausalLM",
+)  # rotate a part of each head where the file says so
 
 
 def config_of(architecture: str, **fields: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headrace.models.arrangement import Stacked
 from headrace.models.declaration import DecoderConfig, ExpertsConfig
 from headrace.models.family import (
     FUSED_EXPERTS,
@@ -13,7 +14,6 @@ from headrace.models.family import (
 )
 from headrace.models.reading import ConfigReader
 from headrace.models.rope import read_ropes
-from headrace.models.stacked import Stacked
 
 
 def read(config: ConfigReader) -> DecoderConfig:
