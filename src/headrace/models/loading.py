@@ -287,11 +287,9 @@ class _Loader:
         if not sources:
             return None
         full = torch.empty_like(self.model.get_parameter(f"{path}.bias"), device="cpu")
-        stacked = self.stacked(path, sources)
-        for name, part in zip(
-            sources, _parts(self.model.get_submodule(path), full, len(sources)), strict=True
-        ):
-            part.copy_(self._load(name, tuple(part.shape), stacked))
+        parts = _parts(self.model.get_submodule(path), full, len(sources))
+        for name, part, lie in zip(sources, parts, self.arrangements(path, sources), strict=True):
+            part.copy_(self._load(name, tuple(part.shape), lie))
         return full
 
     def fill(self, progress: Progress | None, transform: Transform | None) -> None:
