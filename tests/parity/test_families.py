@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 
-from parity.decoders import make_pair, max_difference, our_logits, random_prompts, reference_logits, stored
+from headrace.checkpoints.folder import FolderCheckpoint
+from headrace.engines.quantize import quantize_checkpoint
+from headrace.errors import UnsupportedCheckpoint
+from headrace.models.loading import load_decoder
+from headrace.quantization.containers import open_quantized
+from parity.decoders import (
+    DictSource,
+    make_pair,
+    max_difference,
+    our_logits,
+    random_prompts,
+    reference_logits,
+    stored,
+)
 
 TOLERANCE = 2e-4
 VOCAB = 97
@@ -177,6 +191,67 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "OlmoeForCausalLM",
         {"num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True},
     ),
+    "gemma": ("Gemma", "GemmaForCausalLM", {"head_dim": 12, "hidden_act": "gelu"}),
+    "olmo3": ("Olmo3", "Olmo3ForCausalLM", {"num_hidden_layers": 5, "sliding_window": 6}),
+    "olmo3-yarn": (
+        "Olmo3",
+        "Olmo3ForCausalLM",
+        {
+            "sliding_window": 9,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            },
+        },
+    ),
+    "ministral": (
+        "Ministral",
+        "MinistralForCausalLM",
+        {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "starcoder2": ("Starcoder2", "Starcoder2ForCausalLM", {"sliding_window": 11}),
+    "starcoder2-no-bias": (
+        "Starcoder2",
+        "Starcoder2ForCausalLM",
+        {"use_bias": False, "tie_word_embeddings": False, "hidden_act": "gelu"},
+    ),
+    "stablelm": ("StableLm", "StableLmForCausalLM", {"use_qkv_bias": True}),
+    "stablelm-half": ("StableLm", "StableLmForCausalLM", {"partial_rotary_factor": 0.5}),
+    "exaone4": (
+        "Exaone4",
+        "Exaone4ForCausalLM",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3, "rope_parameters": LLAMA3},
+    ),
+    "exaone4-window": (
+        "Exaone4",
+        "Exaone4ForCausalLM",
+        {"num_hidden_layers": 5, "sliding_window": 6, "sliding_window_pattern": 2},
+    ),
+    "seed-oss": ("SeedOss", "SeedOssForCausalLM", {"head_dim": 10}),
+    "seed-oss-biases": (
+        "SeedOss",
+        "SeedOssForCausalLM",
+        {"head_dim": 8, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "cohere": ("Cohere", "CohereForCausalLM", {"logit_scale": 0.3}),
+    "cohere-bias-untied": (
+        "Cohere",
+        "CohereForCausalLM",
+        {"attention_bias": True, "tie_word_embeddings": False, "rope_parameters": LLAMA3},
+    ),
+    "cohere2": (
+        "Cohere2",
+        "Cohere2ForCausalLM",
+        {"num_hidden_layers": 5, "sliding_window": 6, "sliding_window_pattern": 2},
+    ),
+    "glm": ("Glm", "GlmForCausalLM", {"head_dim": 12}),
+    "glm4": ("Glm4", "Glm4ForCausalLM", {"head_dim": 16, "attention_bias": False}),
+    "ernie4.5": ("Ernie4_5", "Ernie4_5ForCausalLM", {"head_dim": 12, "use_bias": True}),
     "gpt-oss": (
         "GptOss",
         "GptOssForCausalLM",
@@ -236,3 +311,32 @@ def test_experts_by_one_and_in_one() -> None:
     assert "model.layers.0.mlp.experts.5.up_proj.weight" in stored(apart.reference)
     for (path, mine), other in zip(together.model.named_parameters(), apart.model.parameters(), strict=True):
         assert torch.equal(mine, other), path
+
+
+def test_internlm3_is_llama_in_other_words() -> None:
+    settings = {**SIZES, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-5}
+    pair = make_pair(hf.LlamaConfig(**settings, rope_parameters=DYNAMIC), hf.LlamaForCausalLM)
+    config = pair.reference.config.to_dict()
+    for name in ("attention_bias", "mlp_bias", "rms_norm_eps"):
+        del config[name]
+    config |= {"architectures": ["InternLM3ForCausalLM"], "qkv_bias": True, "bias": True}
+    tensors = DictSource(dict(pair.reference.state_dict()))
+    model = load_decoder(config, tensors, dtype=torch.float32, device="cpu")
+    assert model.config == pair.model.config
+    with pytest.raises(UnsupportedCheckpoint, match="bias"):
+        load_decoder({**config, "bias": False}, tensors, dtype=torch.float32, device="cpu")
+
+
+def test_packed_rows_in_another_order_are_refused_where_they_would_stay_packed(tmp_path: Path) -> None:
+    pair = make_pair(hf.GlmConfig(**SIZES, head_dim=16), hf.GlmForCausalLM)
+    pair.reference.save_pretrained(tmp_path / "plain")
+    quantize_checkpoint(FolderCheckpoint(tmp_path / "plain"), "int8", tmp_path / "packed")
+    checkpoint = open_quantized(FolderCheckpoint(tmp_path / "packed"))
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    with pytest.raises(UnsupportedCheckpoint, match=r"q_proj.*order"):
+        load_decoder(checkpoint.config, checkpoint, keep_packed=True, **options)
+    dense = load_decoder(checkpoint.config, checkpoint, **options)
+    prompts = random_prompts(VOCAB, [20, 3])
+    expected = torch.cat(reference_logits(pair, prompts))
+    found = torch.cat(our_logits(dense, prompts, 7))
+    assert float((found - expected).norm() / expected.norm()) < 0.1

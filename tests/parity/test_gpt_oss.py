@@ -67,7 +67,7 @@ def scored(
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "mxfp4"])
-def test_an_engine_over_the_folder(packed: bool, tmp_path: Path) -> None:
+def test_an_engine_over_the_folder(packed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As `headrace serve FOLDER` builds it: requests in company, cut into chunks, and decoded step by step."""
     reference = reference_of(tmp_path, write_gpt_oss(tmp_path, packed=packed, seed=8))
     spec = EngineSpec(
@@ -76,6 +76,7 @@ def test_an_engine_over_the_folder(packed: bool, tmp_path: Path) -> None:
     )  # fmt: skip
     core, ready = build(spec)
     assert ready.engine == "moe"
+    assert ("mxfp4 are dequantized" in caplog.text) == packed  # told, as CPUs have no kernel for them
     prompts = random_prompts(TINY_GPT_OSS["vocab_size"], [3, 70, 31, 12, 1, 25], seed=2)
     answers = generated(core, prompts, 20)
     found = torch.tensor([score for _, scores in answers for score in scores])

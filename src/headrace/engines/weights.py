@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from headrace.checkpoints.base import Checkpoint
@@ -17,6 +19,8 @@ from headrace.quantization.containers import QuantizedCheckpoint, open_quantized
 from headrace.quantization.registry import keeps_packed, load_time
 
 __all__ = ["kv_dtype", "load_weights", "open_weights"]
+
+logger = logging.getLogger("headrace.core")
 
 _KV_TYPES = {
     "float32": torch.float32,
@@ -60,6 +64,14 @@ def load_weights(
     """
     transform = load_time(quantization_type(spec.quantization), device) if spec.quantization else None
     stays = as_stored and isinstance(checkpoint, QuantizedCheckpoint)
+    keep_packed = transform is None and (stays or keeps_packed(checkpoint, dtype, device))
+    if isinstance(checkpoint, QuantizedCheckpoint) and not keep_packed:
+        logger.warning(
+            "%s: weights in %s are dequantized to %s while they load: no kernel of this device reads them packed",
+            spec.name,
+            checkpoint.label,
+            str(dtype).removeprefix("torch."),
+        )
     return load_decoder(
         checkpoint.config,
         checkpoint,
@@ -67,7 +79,7 @@ def load_weights(
         device=device,
         progress=progress,
         transform=transform,
-        keep_packed=transform is None and (stays or keeps_packed(checkpoint, dtype, device)),
+        keep_packed=keep_packed,
     )
 
 

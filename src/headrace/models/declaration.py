@@ -56,9 +56,12 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_position_embeddings: the checkpoint's context, in tokens.
         norm: ``rms``, ``rms_plus_one`` (Gemma: the checkpoint stores weight - 1) or ``layer``.
         norm_place: ``pre`` (before each block), ``post`` (on each block's output, OLMo 2) or ``sandwich``
-            (both, Gemma 2 and 3).
+            (both, Gemma 2 and 3), or ``parallel``: one before both blocks, which add to the stream together (Cohere).
+        norm_bias: of norm ``layer``.
         qk_norm: none, one for each ``head``, or one over the ``full`` width.
         rope, local_rope: rotary embedding of full-attention layers, and of sliding ones where it differs.
+        rope_neighbours: the checkpoint's rotary embedding turns neighbouring dimensions of a head, not its halves;
+            models/loading.py puts rows of queries and keys in the order that this decoder turns.
         no_rope_layers: layers without rotary embedding (SmolLM 3).
         windows: sliding window of each layer, None for full attention.
         attention_scale: factor of q . k.
@@ -84,9 +87,11 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     windows: tuple[int | None, ...]
     attention_scale: float
     local_rope: RopeConfig | None = None
+    rope_neighbours: bool = False
     no_rope_layers: frozenset[int] = frozenset()
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
-    norm_place: Literal["pre", "post", "sandwich"] = "pre"
+    norm_place: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    norm_bias: bool = True
     norm_eps: float = 1e-6
     qk_norm: Literal["none", "head", "full"] = "none"
     qkv_bias: bool = False

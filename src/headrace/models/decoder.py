@@ -46,7 +46,11 @@ class _Builder:
         """A norm of the residual stream's width."""
         if self.config.norm == "layer":
             return LayerNorm(
-                self.config.hidden_size, self.config.norm_eps, dtype=self.dtype, device=self.device
+                self.config.hidden_size,
+                self.config.norm_eps,
+                bias=self.config.norm_bias,
+                dtype=self.dtype,
+                device=self.device,
             )
         return self.rms_norm(self.config.hidden_size)
 
@@ -117,9 +121,10 @@ class DecoderLayer(nn.Module):
     def __init__(self, build: _Builder, layer: int) -> None:
         super().__init__()
         self.residual_multiplier = build.config.residual_multiplier
+        self.parallel = build.config.norm_place == "parallel"
         before = build.config.norm_place in ("pre", "sandwich")
         after = build.config.norm_place in ("post", "sandwich")
-        self.attention_norm = build.norm() if before else NoNorm()
+        self.attention_norm = build.norm() if before or self.parallel else NoNorm()
         self.attention = build.attention(layer)
         self.post_attention_norm = build.norm() if after else None
         self.mlp_norm = build.norm() if before else NoNorm()
@@ -137,6 +142,8 @@ class DecoderLayer(nn.Module):
             x, residual = self.attention_norm(x), x
         else:
             x, residual = self.attention_norm.add(x, residual)
+        if self.parallel:
+            return self.attention(x, cos_sin, batch) + self.mlp(x), residual
         x = self.attention(x, cos_sin, batch)
         if self.post_attention_norm is not None:
             x = self.post_attention_norm(x)

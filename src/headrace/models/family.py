@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.layers.rotary import RopeConfig
+from headrace.models.arrangement import Stacked
 from headrace.models.declaration import DecoderConfig, ExpertsConfig
 from headrace.models.reading import ConfigReader
 from headrace.models.rope import read_ropes
-from headrace.models.stacked import Stacked
 
 __all__ = [
     "FUSED_EXPERTS",
@@ -71,7 +71,9 @@ def standard_names(**changes: tuple[str, ...]) -> WeightNames:
         "attention_norm": ("layers.{}.input_layernorm",),
         "mlp_norm": ("layers.{}.post_attention_layernorm",),
     }
-    keys = {name.replace(".", "_"): name for name in (*names, "post_attention_norm", "post_mlp_norm")}
+    keys = {
+        name.replace(".", "_"): name for name in (*names, "mlp.up", "post_attention_norm", "post_mlp_norm")
+    }
     names |= {keys[key]: tuple(f"layers.{{}}.{source}" for source in value) for key, value in changes.items()}
     table = {f"layers.{{}}.{name}": sources for name, sources in names.items()}
     return {"embed": ("embed_tokens",), "norm": ("norm",), **table}

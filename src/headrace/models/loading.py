@@ -13,11 +13,11 @@ from headrace.checkpoints.upload import InFiles, Upload, Uploader, uploader_for
 from headrace.errors import UnsupportedCheckpoint
 from headrace.layers.experts import ExpertLinear
 from headrace.layers.linear import Embedding, Linear, parameter
+from headrace.models.arrangement import Arrangement, NeighbourPairs
 from headrace.models.declaration import DecoderConfig
 from headrace.models.decoder import DecoderModel
 from headrace.models.family import Family
 from headrace.models.registry import family_of, read_config
-from headrace.models.stacked import Stacked
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.ggml import PackedEmbedding, PackedHead, packed_linear
 from headrace.quantization.keep import quantized_experts, quantized_linear
@@ -39,6 +39,7 @@ Transform = Callable[[str, Linear], nn.Module]  # path and loaded linear -> what
 # Where the decoder's tensors may lie within a checkpoint.
 _PREFIXES = ("model.", "", "language_model.model.", "model.language_model.", "transformer.")
 _ROOT = "embed_tokens.weight"
+_QKV = "layers.{}.attention.qkv"
 
 
 class WeightSource(Protocol):
@@ -254,6 +255,12 @@ class _Loader:
             if not isinstance(module, Linear):
                 continue
             names = self.sources[f"{path}.weight"]
+            if any(self.arrangements(path, names)) and names[0] in weights.modules:
+                raise UnsupportedCheckpoint(
+                    f"{names[0]} is packed ({weights.label}), and the rows of a {self.architecture} must be put in "
+                    "another order, which is done with 16-bit weights only; give those, with --quantization",
+                    param=names[0],
+                )
             shapes = [weights.info(name).shape for name in names]
             rows = sum(math.prod(shape[:-1]) for shape in shapes)
             if any(name in weights.modules for name in names) and (
@@ -280,11 +287,9 @@ class _Loader:
         if not sources:
             return None
         full = torch.empty_like(self.model.get_parameter(f"{path}.bias"), device="cpu")
-        stacked = self.stacked(path, sources)
-        for name, part in zip(
-            sources, _parts(self.model.get_submodule(path), full, len(sources)), strict=True
-        ):
-            part.copy_(self._load(name, tuple(part.shape), stacked))
+        parts = _parts(self.model.get_submodule(path), full, len(sources))
+        for name, part, lie in zip(sources, parts, self.arrangements(path, sources), strict=True):
+            part.copy_(self._load(name, tuple(part.shape), lie))
         return full
 
     def fill(self, progress: Progress | None, transform: Transform | None) -> None:
@@ -305,9 +310,9 @@ class _Loader:
                     full = parameter(*shell.shape, dtype=shell.dtype, device=self.device)
                     sources = self.sources[f"{path}.{name}"]
                     parts = _parts(module, full.data, len(sources))
-                    stacked = self.stacked(path, sources)
-                    for source, part in zip(sources, parts, strict=True):
-                        self._place(source, part, placed, uploader, stacked)
+                    lies = self.arrangements(path, sources)
+                    for source, part, lie in zip(sources, parts, lies, strict=True):
+                        self._place(source, part, placed, uploader, lie)
                     setattr(module, name, full)
                 if transform is not None and isinstance(module, Linear):
                     if uploader is not None:
@@ -319,13 +324,14 @@ class _Loader:
             if uploader is not None:
                 uploader.close()
 
-    def stacked(self, path: str, sources: Sequence[str]) -> Stacked | None:
-        """How the one tensor of all experts lies in the file, where it must be arranged (packed ones are)."""
-        if len(sources) != 1 or (
-            isinstance(self.weights, QuantizedCheckpoint) and sources[0] in self.weights.modules
-        ):
-            return None
-        return self.family.stacked.get(_key(path)[0])
+    def arrangements(self, path: str, sources: Sequence[str]) -> Sequence[Arrangement | None]:
+        """How each of the tensors lies in the file, where it must be arranged (packed experts are)."""
+        key, config = _key(path)[0], self.model.config
+        if config.rope_neighbours and key == _QKV:
+            pairs = NeighbourPairs(config.head_dim, config.rope.dim)
+            return pairs, pairs, None
+        packed = isinstance(self.weights, QuantizedCheckpoint) and sources[0] in self.weights.modules
+        return [self.family.stacked.get(key) if len(sources) == 1 and not packed else None] * len(sources)
 
     def _place(
         self,
@@ -333,24 +339,24 @@ class _Loader:
         destination: Tensor,
         placed: Callable[[int], None],
         uploader: Uploader | None,
-        stacked: Stacked | None,
+        lie: Arrangement | None,
     ) -> None:
         """Copy a tensor, or have it copied, and say how large it was when it is there."""
         size = destination.numel() * destination.element_size()
         region = None
-        if uploader is not None and stacked is None and isinstance(self.weights, InFiles):
+        if uploader is not None and lie is None and isinstance(self.weights, InFiles):
             region = self.weights.region(name)
         if uploader is not None and region is not None:
             self._check_shape(name, region.shape, tuple(destination.shape))
             uploader.add(Upload(region, destination, lambda: placed(size)))
             return
-        destination.copy_(self._load(name, tuple(destination.shape), stacked))
+        destination.copy_(self._load(name, tuple(destination.shape), lie))
         placed(size)
 
-    def _load(self, name: str, wanted: tuple[int, ...], stacked: Stacked | None) -> Tensor:
+    def _load(self, name: str, wanted: tuple[int, ...], lie: Arrangement | None) -> Tensor:
         tensor = self.weights.load(name)
-        self._check_shape(name, tuple(tensor.shape), wanted if stacked is None else stacked.shape(wanted))
-        return tensor if stacked is None else stacked.arranged(tensor.to(self.device))
+        self._check_shape(name, tuple(tensor.shape), wanted if lie is None else lie.shape(wanted))
+        return tensor if lie is None else lie.arranged(tensor.to(self.device))
 
     def _check_shape(self, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if shape != wanted:

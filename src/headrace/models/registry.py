@@ -8,7 +8,11 @@ from typing import Any
 from headrace.errors import UnknownArchitecture, UnsupportedCheckpoint, nearest
 from headrace.models.declaration import DecoderConfig
 from headrace.models.families import (
+    cohere,
+    ernie,
+    exaone4,
     gemma,
+    glm,
     gpt_oss,
     granite,
     llama,
@@ -18,7 +22,10 @@ from headrace.models.families import (
     phi3,
     qwen2,
     qwen3,
+    seed_oss,
     smollm3,
+    stablelm,
+    starcoder2,
 )
 from headrace.models.family import Family
 from headrace.models.reading import ConfigReader
@@ -27,20 +34,33 @@ __all__ = ["FAMILIES", "family_of", "read_config"]
 
 _ALL = (
     llama.FAMILY,
+    llama.INTERNLM3,
     mistral.FAMILY,
     mistral.MIXTRAL,
+    mistral.MINISTRAL,
     qwen2.FAMILY,
     qwen2.MOE,
     qwen3.FAMILY,
     qwen3.MOE,
+    gemma.GEMMA,
     gemma.GEMMA2,
     gemma.GEMMA3,
     phi3.FAMILY,
     granite.FAMILY,
     olmo2.FAMILY,
+    olmo2.OLMO3,
     olmoe.FAMILY,
     smollm3.FAMILY,
     gpt_oss.FAMILY,
+    starcoder2.FAMILY,
+    stablelm.FAMILY,
+    exaone4.FAMILY,
+    seed_oss.FAMILY,
+    cohere.FAMILY,
+    cohere.COHERE2,
+    glm.FAMILY,
+    glm.GLM4,
+    ernie.FAMILY,
 )
 FAMILIES: dict[str, Family] = {name: family for family in _ALL for name in family.architectures}
 

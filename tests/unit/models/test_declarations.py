@@ -23,6 +23,19 @@ HF_CONFIGS = {
     "GraniteForCausalLM": hf.GraniteConfig,
     "Olmo2ForCausalLM": hf.Olmo2Config,
     "SmolLM3ForCausalLM": hf.SmolLM3Config,
+    "GemmaForCausalLM": hf.GemmaConfig,
+    "Olmo3ForCausalLM": hf.Olmo3Config,
+    "MinistralForCausalLM": hf.MinistralConfig,
+    "Starcoder2ForCausalLM": hf.Starcoder2Config,
+    "StableLmForCausalLM": hf.StableLmConfig,
+    "Exaone4ForCausalLM": hf.Exaone4Config,
+    "SeedOssForCausalLM": hf.SeedOssConfig,
+    "GptOssForCausalLM": hf.GptOssConfig,
+    "CohereForCausalLM": hf.CohereConfig,
+    "Cohere2ForCausalLM": hf.Cohere2Config,
+    "GlmForCausalLM": hf.GlmConfig,
+    "Glm4ForCausalLM": hf.Glm4Config,
+    "Ernie4_5ForCausalLM": hf.Ernie4_5Config,
 }
 # Fields that are free to change: training, tokens, bookkeeping, and output switches.
 FREE = {
@@ -50,6 +63,13 @@ FREE = {
         "chunk_size_feed_forward",
         "is_encoder_decoder",
     ),
+    *(
+        "residual_dropout",
+        "hidden_dropout",
+        "embedding_dropout",
+        "router_aux_loss_coef",
+        "output_router_logits",
+    ),
     *("id2label", "label2id", "problem_type", "architectures", "default_theta"),
     "original_max_position_embeddings",  # of Phi 3, without LongRoPE
 }
@@ -60,7 +80,14 @@ DORMANT = {
     "Qwen3ForCausalLM": {"use_sliding_window", "sliding_window", "max_window_layers"},
     "Gemma3ForCausalLM": {"_sliding_window_pattern"},
     "SmolLM3ForCausalLM": {"no_rope_layer_interval", "use_sliding_window"},
+    "Exaone4ForCausalLM": {"sliding_window_pattern"},
 }
+PARTIAL = (
+    "Phi3ForCausalLM",
+    "StableLmForCausalLM",
+    "GlmForCausalLM",
+    "Glm4ForCausalLM",
+)  # rotate a part of each head where the file says so
 
 
 def config_of(architecture: str, **fields: Any) -> dict[str, Any]:
@@ -253,12 +280,12 @@ def test_old_and_new_rope_spellings_agree(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", list(HF_CONFIGS))
 @pytest.mark.parametrize("place", ["top", "rope_parameters"])
-def test_a_part_of_the_head_is_rotated_by_phi_alone(architecture: str, place: str) -> None:
+def test_a_part_of_the_head_is_rotated_by_some_alone(architecture: str, place: str) -> None:
     """transformers ignores the factor in the other families and vLLM follows it: neither is a safe guess."""
     config = config_of(architecture, head_dim=16)
     if place == "top":
         config["rope_theta"] = 10_000.0
-        config.pop("rope_parameters")
+        config["rope_parameters"] = {"rope_type": "default"}
         config["partial_rotary_factor"] = 0.5
     else:
         config["rope_parameters"] = {
@@ -266,7 +293,7 @@ def test_a_part_of_the_head_is_rotated_by_phi_alone(architecture: str, place: st
             "rope_theta": 10_000.0,
             "partial_rotary_factor": 0.5,
         }
-    if architecture == "Phi3ForCausalLM":
+    if architecture in PARTIAL:
         assert read_config(config).rope.dim == 8
     else:
         with pytest.raises(UnsupportedCheckpoint, match="partial_rotary_factor"):

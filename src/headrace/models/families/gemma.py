@@ -1,4 +1,4 @@
-"""Gemma 2 (soft caps) and Gemma 3 (query and key norms, a rotary embedding of its own for sliding layers)."""
+"""Gemma, Gemma 2 (soft caps), Gemma 3 (query and key norms, a rotary embedding of its own for sliding layers)."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ def _read(config: ConfigReader, pattern: int, **choices: Any) -> DecoderConfig:
     )
 
 
+def read_gemma(config: ConfigReader) -> DecoderConfig:
+    """Norms before the blocks; an activation of ``gelu`` was always the approximation by tanh."""
+    config.only("use_bidirectional_attention", [False])
+    bias = config.flag("attention_bias")
+    stated = config.activation("hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
+    return standard(
+        config,
+        tied=True,
+        norm="rms_plus_one",
+        qkv_bias=bias,
+        output_bias=bias,
+        activation="gelu_tanh" if stated == "gelu" else stated,
+        embedding_scale=config.integer("hidden_size") ** 0.5,
+    )
+
+
 def read_gemma2(config: ConfigReader) -> DecoderConfig:
     config.get("hidden_act")  # stated by some files, and overruled by hidden_activation
     config.only("use_bidirectional_attention", [False])  # Gemma 3's; Gemma 2 always masks causally
@@ -62,6 +78,12 @@ def read_gemma3(config: ConfigReader) -> DecoderConfig:
     )
 
 
+GEMMA = Family(
+    architectures=("GemmaForCausalLM", "GemmaModel"),
+    read=read_gemma,
+    names=standard_names(),
+    defaults={"head_dim": 256, "num_key_value_heads": 16, "max_position_embeddings": 8192},
+)
 GEMMA2 = Family(
     architectures=("Gemma2ForCausalLM", "Gemma2Model"),
     read=read_gemma2,

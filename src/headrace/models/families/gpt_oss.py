@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headrace.models.arrangement import Stacked
 from headrace.models.declaration import DecoderConfig, ExpertsConfig
 from headrace.models.family import (
     FUSED_EXPERTS,
@@ -13,7 +14,6 @@ from headrace.models.family import (
 )
 from headrace.models.reading import ConfigReader
 from headrace.models.rope import read_ropes
-from headrace.models.stacked import Stacked
 
 
 def read(config: ConfigReader) -> DecoderConfig:
@@ -44,6 +44,7 @@ def _experts(config: ConfigReader) -> ExpertsConfig:
     config.only("swiglu_limit", [7.0])
     count = config.integer("num_local_experts", config.get("num_experts"))
     chosen = config.integer("num_experts_per_tok", config.get("experts_per_token"))
+    config.only("num_experts", [count])
     config.only("experts_per_token", [chosen])
     if chosen > count:
         raise config.refuse("num_experts_per_tok", chosen, f"at most num_local_experts ({count})")
