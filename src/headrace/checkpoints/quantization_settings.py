@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 from headrace.errors import UnsupportedCheckpoint, nearest
 
-__all__ = ["KEYS", "METHODS", "SIDE_FILE", "QuantizationSettings", "check_method", "packed_hint", "quantization_settings"]
+__all__ = [
+    "KEYS",
+    "METHODS",
+    "SIDE_FILE",
+    "QuantizationSettings",
+    "check_method",
+    "packed_hint",
+    "quantization_settings",
+]
 
 METHODS = ("awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt", "modelopt_fp4", "mxfp4")
 SIDE_FILE = "hf_quant_config.json"  # ModelOpt's
