@@ -8,6 +8,7 @@ from typing import Any
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.hub import TOKEN_SECRET, cached_snapshot, headers
+from headrace.checkpoints.quantization_settings import SIDE_FILE, check_method, quantization_settings
 from headrace.checkpoints.resolve import open_checkpoint
 from headrace.config.plan.facts import Facts, Quantized, Tensor
 from headrace.errors import UnsupportedCheckpoint
@@ -126,25 +127,33 @@ def _has_template(path: Path, files: frozenset[str]) -> bool:
 
 
 def _quantized(path: Path, config: dict[str, Any], files: frozenset[str]) -> Quantized:
-    """From config.json (compressed-tensors, fp8, AWQ, GPTQ, mxfp4) or hf_quant_config.json (ModelOpt)."""
-    own = config.get("quantization_config")
-    if isinstance(own, dict):
-        method = str(own.get("quant_method", "")).lower()
-        kv = own.get("kv_cache_scheme")
-        named = str(own.get("quant_algo", own.get("format", method))).lower()
-        if named == "pack-quantized" and _packed_bits(own) == 8:
-            named = "int8"
-        return Quantized(
-            _short(named if method in ("modelopt", "compressed-tensors") else method),
-            "fp8" if kv else "",
-            "config.json",
-        )
-    if "hf_quant_config.json" in files:
-        inner = _json(path / "hf_quant_config.json").get("quantization", {})
-        algorithm = str(inner.get("quant_algo") or "") if isinstance(inner, dict) else ""
-        kv = str(inner.get("kv_cache_quant_algo") or "") if isinstance(inner, dict) else ""
-        return Quantized(_short(algorithm.lower()), kv.lower(), "hf_quant_config.json")
-    return Quantized()
+    """From config.json or hf_quant_config.json (ModelOpt). Raises UnsupportedCheckpoint: a method that is not read."""
+    side = (lambda: _json(path / SIDE_FILE)) if SIDE_FILE in files else None
+    found = quantization_settings(config, side)
+    if found is None:
+        return Quantized()
+    check_method(found)
+    own = found.values
+    named = found.method
+    if found.method.startswith("modelopt") or found.method == "compressed-tensors":
+        named = str(own.get("quant_algo") or own.get("format") or found.method).lower()
+    bits = own.get("bits", own.get("w_bit")) if found.method in ("awq", "gptq") else _packed_bits(own)
+    if named == "pack-quantized" and bits == 8:
+        named = "int8"
+    return Quantized(_short(named), _cache(own, found.method), found.source, bits if bits in (4, 8) else 0)
+
+
+def _cache(own: dict[str, Any], method: str) -> str:
+    """The KV cache that a checkpoint asks for and that is had."""
+    if method == "compressed-tensors":
+        wanted: Any = own.get("kv_cache_scheme")
+    elif method.startswith("modelopt"):
+        wanted = own.get("kv_cache_quant_algo") or own.get("kv_cache_scheme")
+    else:
+        return ""
+    if isinstance(wanted, dict):
+        return "fp8" if wanted.get("num_bits") == 8 and wanted.get("type") == "float" else ""
+    return "fp8" if str(wanted).upper() == "FP8" else ""
 
 
 def _packed_bits(settings: dict[str, Any]) -> object:

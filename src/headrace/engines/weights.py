@@ -89,7 +89,8 @@ def kv_dtype(
     """What keys and values are stored in: as asked, else as the quantization or the checkpoint says, else dtype.
 
     Raises ConfigError for an unknown type, and for FP8 where it is known to harm: keys of models with a bias in
-    q, k and v (Qwen 2) have outliers that FP8 cannot hold beside the rest.
+    q, k and v (Qwen 2) have outliers that FP8 cannot hold beside the rest, and so have those of a checkpoint whose
+    calibrated scales say so.
     """
     name = spec.kv_cache_dtype
     source = "kv_cache_dtype"
@@ -97,7 +98,7 @@ def kv_dtype(
         name, source = quantization_type(spec.quantization).kv_cache, f"quantization {spec.quantization!r}"
     if name == "auto" and isinstance(checkpoint, QuantizedCheckpoint):
         name, source = checkpoint.container.kv_cache, checkpoint.label
-        if name == "fp8" and config.qkv_bias:
+        if name == "fp8" and (config.qkv_bias or checkpoint.largest_cache_scale > 1):
             return dtype  # the checkpoint allows it and demands nothing
     if name == "auto":
         return dtype
@@ -107,6 +108,12 @@ def kv_dtype(
         )
     if harm := cache_harm(name, qkv_bias=config.qkv_bias):
         raise ConfigError(f"{source} asks for an {name.upper()} KV cache, and {harm}", param="kv_cache_dtype")
+    if name == "fp8" and isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.largest_cache_scale > 1:
+        raise ConfigError(
+            f"{source} asks for an FP8 KV cache, which holds numbers up to 448, and this checkpoint was calibrated for "
+            f"larger ones (a scale of {checkpoint.largest_cache_scale:g}): use kv_cache_dtype auto",
+            param="kv_cache_dtype",
+        )
     if name == "fp4" and config.head_dim % GROUP:
         raise ConfigError(
             f"{source} asks for an FP4 KV cache, which takes heads of a multiple of {GROUP} dimensions; use fp8",

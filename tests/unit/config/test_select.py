@@ -115,7 +115,11 @@ def test_no_architecture() -> None:
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4", ""),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4", ""),
         (
-            {"quant_method": "compressed-tensors", "format": "float-quantized", "kv_cache_scheme": {"x": 1}},
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "kv_cache_scheme": {"num_bits": 8, "type": "float"},
+            },
             "fp8",
             "fp8",
         ),

@@ -40,11 +40,13 @@ class Quantized(msgspec.Struct, frozen=True):
         method: ``fp8``, ``nvfp4``, ``mxfp4``, ``awq``, ``gptq``, ``gguf``...; "" when it is not.
         kv: format of the KV cache that it asks for; "" when it says nothing.
         source: the file that says so.
+        bits: of a packed integer, 4 or 8; 0 when it is none.
     """
 
     method: str = ""
     kv: str = ""
     source: str = ""
+    bits: int = 0
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):

@@ -281,7 +281,7 @@ def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine)
 
 def _cpu_keeps(facts: Facts) -> bool:
     """Whether a CPU multiplies with the checkpoint's own numbers: 4-bit integers (see quantization/keep.py)."""
-    return facts.quantized.method in ("awq", "gptq", "int4")
+    return facts.quantized.method in ("awq", "gptq", "int4") and facts.quantized.bits != 8
 
 
 def _kv_dtype(spec: EngineSpec, facts: Facts, dtype: str) -> str:

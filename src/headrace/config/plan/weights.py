@@ -102,7 +102,7 @@ def weigh(
     tensors = expected_tensors(shape, dtype_bytes) if estimated else facts.tensors
     by_kind: dict[str, int] = dict.fromkeys(KINDS, 0)
     parameters, expert_parameters = 0, 0
-    per_word = 4 if facts.quantized.method == "int8" else 8
+    per_word = 4 if facts.quantized.bits == 8 else 8
     for name, tensor in tensors.items():
         kind = classify(name)
         if shape.tied and kind == "head" and "lm_head" in name:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels.attention import reference
-from headrace.kernels.attention.cache import gather, store
+from headrace.kernels.attention.cache import as_cached, gather, store
 from headrace.kernels.attention.fp4 import FP4
 from headrace.kernels.attention.plan import Gather, Plan, Span, make_plan
 
@@ -53,8 +53,11 @@ def attention(
             )
         cache_k, cache_v = cache.k.flatten(0, 1), cache.v.flatten(0, 1)
         assert batch.slots is not None
-        store(cache_k, batch.slots, k)
-        store(cache_v, batch.slots, v)
+        # New keys are seen as later steps will read them: what is answered may not follow how a prompt was cut.
+        new_k, new_v = as_cached(k, cache_k.dtype), as_cached(v, cache_v.dtype)
+        store(cache_k, batch.slots, new_k)
+        store(cache_v, batch.slots, new_v)
+        k, v = new_k.to(k.dtype), new_v.to(v.dtype)
     rule = Softmax(scale, soft_cap, sinks)
     plan = _plan_of(batch, window, layer, q.dtype, rule.plain)
     whole = plan.pieces[0] if len(plan.pieces) == 1 else None

@@ -13,21 +13,15 @@ import torch
 from torch import Tensor
 
 from headrace.checkpoints.base import Checkpoint, TensorInfo
+from headrace.checkpoints.quantization_settings import KEYS
 from headrace.errors import UnsupportedCheckpoint
 from headrace.quantization.scaled import Activations, QuantizedWeight
 
 __all__ = ["Container", "Module", "QuantizedCheckpoint", "refuse"]
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16", "BOOL"})
-_KV_SCALES = (
-    ".k_scale",
-    ".v_scale",
-    ".kv_scale",
-    ".output_scale",
-    ".q_scale",
-    ".k_zero_point",
-    ".v_zero_point",
-)
+_CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale")
+_KV_SCALES = (*_CACHE_SCALES, ".output_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
 
 
 @dataclass(frozen=True)
@@ -108,6 +102,14 @@ class Container(ABC):
         """The error for a setting; raise it."""
         return refuse(f"{self.where}.{key}", value, expected)
 
+    def refuse_cache(self, key: str, value: object) -> UnsupportedCheckpoint:
+        """The error for a KV cache that is not had; raise it."""
+        return UnsupportedCheckpoint(
+            f"{self.where}.{key} asks for a KV cache that is not had: {value!r}. Give --kv-cache-dtype fp8, fp4 or "
+            "bfloat16 to choose one; the weights are read all the same",
+            param="kv_cache_dtype",
+        )
+
 
 def refuse(key: str, value: object, expected: str) -> UnsupportedCheckpoint:
     """The error for a setting that is not supported; raise it."""
@@ -132,7 +134,7 @@ class QuantizedCheckpoint:
     def __init__(self, raw: Checkpoint, container: Container) -> None:
         self.raw, self.container = raw, container
         self.path: Path = raw.path
-        self.config = {key: value for key, value in raw.config.items() if key != "quantization_config"}
+        self.config = _without(raw.config)
         self.generation_config: dict[str, Any] = raw.generation_config
         self.modules = container.modules()
         if not self.modules:
@@ -160,6 +162,15 @@ class QuantizedCheckpoint:
         """For people: format and container."""
         return self.container.label
 
+    @cached_property
+    def largest_cache_scale(self) -> float:
+        """The largest scale that was calibrated for an FP8 cache; 0 without any.
+
+        Above 1 keys or values beyond 448 were met, which an FP8 cache without scales cannot hold.
+        """
+        names = [name for name in self.raw.names() if name.endswith(_CACHE_SCALES)]
+        return max((float(self.container.float(name).max()) for name in names), default=0.0)
+
     def names(self) -> list[str]:
         return [*self._rest, *self.modules]
 
@@ -181,3 +192,12 @@ class QuantizedCheckpoint:
     def quantized(self, name: str) -> QuantizedWeight:
         """A matrix as it is packed. ``name`` is one of ``modules``."""
         return self.modules[name].read()
+
+
+def _without(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what was said of quantization, at whatever level."""
+    return {
+        key: _without(value) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in config.items()
+        if key not in KEYS
+    }

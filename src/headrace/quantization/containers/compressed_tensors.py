@@ -28,6 +28,12 @@ _FORMATS = {
     "mxfp4-pack-quantized",
 }
 _SCALES = ("F32", "F16", "BF16")
+# The format's own fields (its library knows no others); what another one says could change what weights mean.
+_GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
+_WEIGHT_KEYS = {
+    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
+    "zp_dtype", "observer", "observer_kwargs",
+}  # fmt: skip
 
 
 def unpack_words(packed: Tensor, bits: int, count: int, *, dim: int = 1) -> Tensor:
@@ -52,20 +58,19 @@ class CompressedTensors(Container):
         scheme = self.settings.get("kv_cache_scheme")
         if not scheme:
             return "auto"
-        if scheme.get("num_bits") != 8 or scheme.get("type") != "float":
-            raise self.refuse("kv_cache_scheme", scheme, "8-bit float, or none")
+        if not isinstance(scheme, Mapping) or scheme.get("num_bits") != 8 or scheme.get("type") != "float":
+            raise self.refuse_cache("kv_cache_scheme", scheme)
         return "fp8"
 
     def modules(self) -> dict[str, Module]:
         if self.settings.get("quantization_status", "compressed") not in ("compressed", "frozen"):
             raise self.refuse("quantization_status", self.settings["quantization_status"], "compressed")
-        if (self.settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
-            raise self.refuse("sparsity_config", self.settings["sparsity_config"], "dense")
+        sparsity = self.settings.get("sparsity_config")
+        if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense"):
+            raise self.refuse("sparsity_config", sparsity, "dense")
         if self.settings.get("transform_config"):
             raise self.refuse("transform_config", "set", "none (rotated weights are not supported)")
-        groups = self.settings.get("config_groups")
-        if not isinstance(groups, Mapping) or not groups:
-            raise self.refuse("config_groups", groups, "at least one group")
+        groups = self._groups()
         found = {}
         for base in sorted(self._bases()):
             group = self._group_of(base, groups)
@@ -77,28 +82,56 @@ class CompressedTensors(Container):
         suffixes = (".weight_packed", ".weight_scale")
         return {n.removesuffix(s) for n in self.names for s in suffixes if n.endswith(s)}
 
-    def _group_of(self, base: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The group whose targets name the module; the one for all linears else."""
-        general = None
-        for group in groups.values():
-            for target in group.get("targets", ()):
-                if target == "Linear":
-                    general = general or group
-                elif target.startswith("re:"):
-                    if re.match(target[3:], base):
-                        return group  # type: ignore[no-any-return]
-                elif base == target or base.endswith("." + target):
-                    return group  # type: ignore[no-any-return]
-        if general is None:
-            raise self.refuse("config_groups", list(groups), f"a target that covers {base}")
-        return general  # type: ignore[no-any-return]
+    def _groups(self) -> dict[str, Mapping[str, Any]]:
+        """``config_groups``, every part of the kind that it must be."""
+        groups = self.settings.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups:
+            raise self.refuse("config_groups", groups, "at least one group")
+        for name, group in groups.items():
+            at = f"config_groups.{name}"
+            if not isinstance(group, Mapping):
+                raise self.refuse(at, group, "an object")
+            self._only(at, group, _GROUP_KEYS)
+            for part in ("weights", "input_activations"):
+                if not isinstance(group.get(part) or {}, Mapping):
+                    raise self.refuse(f"{at}.{part}", group[part], "an object, or null")
+            self._only(f"{at}.weights", group.get("weights") or {}, _WEIGHT_KEYS)
+            targets = group.get("targets")
+            if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+                raise self.refuse(f"{at}.targets", targets, "a list of names")
+        return dict(groups)
+
+    def _only(self, at: str, found: Mapping[str, Any], known: set[str]) -> None:
+        for key in found.keys() - known:
+            if found[key]:
+                raise self.refuse(f"{at}.{key}", found[key], f"only {', '.join(sorted(known))}")
+
+    def _group_of(self, base: str, groups: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The group that names the module; one whose pattern matches it else, and at last the one for all linears."""
+
+        def named(target: str) -> bool:
+            return base == target or base.endswith("." + target)
+
+        def matched(target: str) -> bool:
+            try:
+                return target.startswith("re:") and re.match(target[3:], base) is not None
+            except re.error as error:
+                raise self.refuse(
+                    "config_groups.targets", target, f"a regular expression ({error})"
+                ) from None
+
+        for fits in (named, matched, "Linear".__eq__):
+            for group in groups.values():
+                if any(fits(target) for target in group["targets"]):
+                    return group
+        raise self.refuse("config_groups", list(groups), f"a target that covers {base}")
 
     def _module(self, base: str, group: Mapping[str, Any]) -> Module:
         weights = group.get("weights") or {}
         form = group.get("format") or self.settings.get("format")
         if form not in _FORMATS:
             raise self.refuse("format", form, f"one of {sorted(_FORMATS)}")
-        bits, kind = weights.get("num_bits"), weights.get("type", "int")
+        bits, kind = weights.get("num_bits"), str(weights.get("type", "int")).lower()
         if form in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
             inputs = group.get("input_activations") or {}
             return self._fp4(base, nvfp4=form.startswith("nv"), rounds=inputs.get("num_bits") == 4)
@@ -108,11 +141,13 @@ class CompressedTensors(Container):
                     "config_groups.weights", f"{kind} of {bits} bits", "int of 4 or 8 bits packed"
                 )
             return self._packed(base, weights, bits)
+        if kind == "int" and bits in range(2, 9):  # a byte each, however few bits
+            return self._int8(base, weights)
         if bits != 8:
             raise self.refuse("config_groups.weights.num_bits", bits, "8")
         if kind == "float":
             return self._fp8(base, weights, group.get("input_activations"))
-        return self._int8(base, weights, group.get("input_activations"))
+        raise self.refuse("config_groups.weights.type", kind, "int or float")
 
     def _fp8(self, base: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Module:
         strategy = weights.get("strategy", "tensor")
@@ -136,8 +171,8 @@ class CompressedTensors(Container):
             dynamic=inputs is not None,
         )
 
-    def _int8(self, base: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Module:
-        """Weights only: 8-bit integer activations are left in 16 bits, which is more precise."""
+    def _int8(self, base: str, weights: Mapping[str, Any]) -> Module:
+        """Weights only: activations of 4 or 8 bits are left in 16, which is more precise."""
         name = f"{base}.weight"
         rows, columns = self.need(name, ("I8",)).shape
         scale, zero, groups = self._scales(base, rows, columns, weights)
@@ -169,6 +204,8 @@ class CompressedTensors(Container):
         if math.prod(shape) not in (1, rows * groups):
             self.need(scale, _SCALES, (rows, groups))
         zero = f"{base}.weight_zero_point"
+        if weights.get("symmetric") is False:
+            self.need(zero, ("I32", "I8", *_SCALES))
         return scale, zero if zero in self.names else None, groups
 
     def _grid(self, scale: str, rows: int, groups: int) -> Tensor:
@@ -187,6 +224,8 @@ class CompressedTensors(Container):
         scale, zero, groups = self._scales(base, rows, columns, weights)
         index = f"{base}.weight_g_idx"
         order = index if index in self.names else None
+        if order is None and weights.get("actorder") in ("group", "dynamic") and groups > 1:
+            self.need(index, ("I32", "I64"), (columns,))
         low = 2 ** (bits - 1)
         assert len(words) == 2
 

@@ -11,9 +11,9 @@ from headrace.quantization.containers.base import Container, Module
 from headrace.quantization.scaled import Activations
 from headrace.quantization.schemes.fp8 import Fp8Weight
 
-__all__ = ["DeepSeekFp8", "fp8_module"]
+__all__ = ["DeepSeekFp8", "FbgemmFp8", "fp8_module"]
 
-_SCALE_TYPES = ("F32", "BF16", "F16")
+_SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
 def fp8_module(
@@ -94,3 +94,24 @@ class DeepSeekFp8(Container):
                 self.need(f"{base}input_scale", _SCALE_TYPES)
             found[name] = fp8_module(self, name, base + suffix, block, input_scale=static)
         return found
+
+
+class FbgemmFp8(Container):
+    """``quant_method: fbgemm_fp8`` (Llama 3.1): a scale a row, activations rounded by token.
+
+    The bound that it puts on activations' scales (``activation_scale_ub``) is left out: nothing is clipped.
+    """
+
+    @property
+    def label(self) -> str:
+        return "fbgemm_fp8"
+
+    def modules(self) -> dict[str, Module]:
+        names = [n for n in self.raw.names() if n.endswith(".weight") and self.raw.info(n).dtype == "F8_E4M3"]
+        return {name: self._module(name) for name in names}
+
+    def _module(self, name: str) -> Module:
+        module = fp8_module(self, name, f"{name}_scale", None)
+        bound = f"{name.removesuffix('weight')}input_scale_ub"
+        spare = (bound,) if bound in self.names else ()
+        return Module(module.shape, (*module.tensors, *spare), module.read, module.activations)

@@ -34,7 +34,7 @@ class ModelOpt(Container):
                 "FP8" if scheme and scheme.get("num_bits") == 8 and scheme.get("type") == "float" else scheme
             )
         if wanted not in (None, "", "FP8"):
-            raise self.refuse("kv_cache_quant_algo", wanted, "FP8, or none")
+            raise self.refuse_cache("kv_cache_quant_algo", wanted)
         return "fp8" if wanted else "auto"
 
     def modules(self) -> dict[str, Module]:

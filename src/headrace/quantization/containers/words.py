@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -38,7 +41,7 @@ class AWQ(Container):
             raise self.refuse("bits", bits, "4")
         if version != "gemm":
             raise self.refuse("version", version, "gemm")
-        if not self.settings.get("zero_point", True):
+        if self.settings.get("zero_point") is False:
             raise self.refuse("zero_point", False, "true")
         bases = [name.removesuffix(".qweight") for name in self.raw.names() if name.endswith(".qweight")]
         return {f"{base}.weight": self._module(base) for base in bases}
@@ -77,16 +80,44 @@ class GPTQ(Container):
         return "gptq"
 
     def modules(self) -> dict[str, Module]:
-        bits = self.settings.get("bits")
-        if bits not in (4, 8):
-            raise self.refuse("bits", bits, "4 or 8")
-        form = self.settings.get("checkpoint_format", "gptq")
-        if form not in ("gptq", "gptq_v2"):
-            raise self.refuse("checkpoint_format", form, "gptq or gptq_v2")
-        if self.settings.get("dynamic"):
-            raise self.refuse("dynamic", "set", "none (rules by module are not supported)")
+        forms = {
+            str(self.settings[key]).lower()
+            for key in ("checkpoint_format", "format")
+            if self.settings.get(key)
+        }
+        if len(forms) > 1 or not forms <= {"gptq", "gptq_v2"}:
+            raise self.refuse("checkpoint_format", " and ".join(sorted(forms)), "gptq or gptq_v2")
+        if self.settings.get("pack_dtype") not in (None, "int32"):
+            raise self.refuse("pack_dtype", self.settings["pack_dtype"], "int32")
+        for key in ("adapter", "rotation"):
+            if self.settings.get(key):
+                raise self.refuse(key, self.settings[key], "none (weights that need more than a product)")
         bases = [name.removesuffix(".qweight") for name in self.raw.names() if name.endswith(".qweight")]
-        return {f"{base}.weight": self._module(base, bits, form == "gptq") for base in bases}
+        return {
+            f"{base}.weight": self._module(base, self._bits(base), forms != {"gptq_v2"}) for base in bases
+        }
+
+    def _bits(self, base: str) -> int:
+        """Of one matrix: by the first rule of ``dynamic`` that matches its name, else as for all."""
+        bits = self.settings.get("bits")
+        rules = self.settings.get("dynamic") or {}
+        if not isinstance(rules, Mapping):
+            raise self.refuse("dynamic", rules, "an object of rules by module")
+        for rule, changes in rules.items():
+            pattern = rule.removeprefix("+:").removeprefix("-:")
+            try:
+                found = re.match(pattern, base)
+            except re.error as error:
+                raise self.refuse("dynamic", rule, f"a regular expression ({error})") from None
+            if found is None:
+                continue
+            if rule.startswith("-:"):
+                raise self.refuse("dynamic", rule, f"no rule that leaves {base} out: it is packed")
+            bits = changes.get("bits", bits) if isinstance(changes, Mapping) else bits
+            break
+        if bits not in (4, 8):
+            raise self.refuse("bits", bits, f"4 or 8 (for {base})")
+        return int(bits)
 
     def _module(self, base: str, bits: int, offset: bool) -> Module:
         weight, zero, scale = (f"{base}.{part}" for part in ("qweight", "qzeros", "scales"))

@@ -1,0 +1,296 @@
+"""Settings of quantized checkpoints as publishers vary them: each is followed, or refused by name; none is ignored."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headrace.checkpoints.folder import FolderCheckpoint
+from headrace.checkpoints.quantization_settings import METHODS as KNOWN
+from headrace.config.spec import EngineSpec
+from headrace.engines.inspect import inspect
+from headrace.engines.weights import kv_dtype
+from headrace.errors import ConfigError, HeadraceError, UnsupportedCheckpoint
+from headrace.models.loading import load_decoder
+from headrace.models.registry import read_config
+from headrace.quantization.containers import METHODS, QuantizedCheckpoint, open_quantized
+from support import quantized_folder as write
+
+RNG = random.Random(11)
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+
+
+def compressed(form: str, weights: dict[str, Any], **others: Any) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, **others}
+
+
+def gptq(bits: int = 4, *, v1: bool = True, order: bool = False) -> Callable[..., Any]:
+    return lambda base, weight: write.gptq(base, weight, 32, RNG, bits=bits, v1=v1, order=order)
+
+
+def channel_fp8(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    scale = torch.rand(weight.shape[0], 1) * 1e-3 + 1e-3
+    codes, dense = write.fp8(weight, scale, (1, weight.shape[1]))
+    return {f"{base}.weight": codes, f"{base}.weight_scale": scale}, dense
+
+
+def int4(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    rows, columns = weight.shape
+    codes = [[RNG.randrange(16) for _ in range(columns)] for _ in range(rows)]
+    scale = torch.rand(rows, columns // 32) * 0.02 + 0.01
+    packed = {
+        f"{base}.weight_packed": write.words(codes, 4),
+        f"{base}.weight_shape": torch.tensor([rows, columns]),
+        f"{base}.weight_scale": scale,
+    }
+    return packed, (torch.tensor(codes).float() - 8) * scale.repeat_interleave(32, 1)
+
+
+def byte_int(bits: int) -> Callable[..., Any]:
+    """Integers of few bits, a byte each, as W4A8 and W4AFP8 are published."""
+
+    def pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        low = 2 ** (bits - 1)
+        codes = torch.randint(-low, low, weight.shape, dtype=torch.int8)
+        scale = torch.rand(weight.shape[0], weight.shape[1] // 32) * 0.01
+        dense = codes.float() * scale.repeat_interleave(32, 1)
+        return {f"{base}.weight": codes, f"{base}.weight_scale": scale}, dense
+
+    return pack
+
+
+def make(folder: Path, pack: Callable[..., Any], settings: dict[str, Any] | None) -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    return write.write_quantized(folder, pack, settings)
+
+
+def check(folder: Path, dense: dict[str, Tensor]) -> QuantizedCheckpoint:
+    checkpoint = open_quantized(FolderCheckpoint(folder))
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    for name, expected in dense.items():
+        torch.testing.assert_close(checkpoint.load(name).float(), expected, rtol=0, atol=0)
+    inspect(folder)
+    return checkpoint
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    edit(config)
+    file.write_text(json.dumps(config))
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        open_quantized(FolderCheckpoint(folder))
+
+
+# --- where it is said ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["compression_config", "text_config", "nested", "no method", "side file"])
+def test_settings_are_found_wherever_they_are(place: str, tmp_path: Path) -> None:
+    modelopt = {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
+    own = compressed("float-quantized", FP8)
+    dense = make(tmp_path, channel_fp8, own)
+    if place == "compression_config":
+        change(tmp_path, lambda c: c.update(compression_config=c.pop("quantization_config")))
+    elif place == "text_config":
+        change(
+            tmp_path, lambda c: c.update(text_config={"quantization_config": c.pop("quantization_config")})
+        )
+    elif place == "nested":
+        block = {"quant_method": "modelopt", "quantization": modelopt, "producer": {"name": "modelopt"}}
+        change(tmp_path, lambda c: c.update(quantization_config=block))
+    elif place == "no method":
+        change(tmp_path, lambda c: c.update(quantization_config=modelopt))
+    else:
+        change(tmp_path, lambda c: c.pop("quantization_config"))
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": modelopt}))
+    checkpoint = check(tmp_path, dense)
+    assert "quantization_config" not in json.dumps(checkpoint.config)
+    assert inspect(tmp_path).quantized.method == "fp8"
+
+
+def test_packed_weights_without_settings_are_told(tmp_path: Path) -> None:
+    make(tmp_path, gptq(), None)
+    checkpoint = open_quantized(FolderCheckpoint(tmp_path))
+    with pytest.raises(
+        UnsupportedCheckpoint, match=r"qweight' is part of a quantized matrix.*no quantization_config"
+    ):
+        load_decoder(checkpoint.config, checkpoint, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "torchao", "quark", "auto-round", "eetq", ""])
+def test_methods_that_are_not_read_are_refused_before_loading(method: str, tmp_path: Path) -> None:
+    make(tmp_path, gptq(), {"quant_method": method, "bits": 4})
+    refused(tmp_path, f"quant_method is '{method}'.*16-bit weights")
+    with pytest.raises(UnsupportedCheckpoint, match="quant_method"):  # as plan and serve look at it
+        inspect(tmp_path)
+
+
+def test_planning_knows_the_readers() -> None:
+    assert set(KNOWN) == set(METHODS)
+
+
+# --- GPTQ and AWQ --------------------------------------------------------------------------------
+
+
+def test_gptq_format_by_either_name(tmp_path: Path) -> None:
+    settings = {"quant_method": "gptq", "bits": 4, "format": "gptq_v2"}
+    check(tmp_path, make(tmp_path, gptq(v1=False), settings))
+    change(tmp_path, lambda c: c["quantization_config"].update(checkpoint_format="gptq"))
+    refused(tmp_path, "gptq and gptq_v2")
+
+
+def test_gptq_rules_by_module(tmp_path: Path) -> None:
+    def pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        if "k_proj" in base:
+            return {f"{base}.weight": weight}, weight
+        return gptq(8 if "down_proj" in base else 4)(base, weight)  # type: ignore[no-any-return]
+
+    rules = {"-:.*k_proj": {}, r"+:.*\.down_proj": {"bits": 8}, ".*_proj": {}}
+    check(tmp_path, make(tmp_path, pack, {"quant_method": "gptq", "bits": 4, "dynamic": rules}))
+    change(tmp_path, lambda c: c["quantization_config"].update(dynamic={"-:.*down_proj": {}}))
+    refused(tmp_path, "leaves model.layers.0.mlp.down_proj out")
+    change(tmp_path, lambda c: c["quantization_config"].update(dynamic={"+:(": {}}))
+    refused(tmp_path, "regular expression")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"adapter": {"type": "lora"}}, {"rotation": "hadamard"}, {"pack_dtype": "int16"}, {"format": "marlin"}],
+)
+def test_gptq_settings_that_change_numbers_are_refused(extra: dict[str, Any], tmp_path: Path) -> None:
+    make(tmp_path, gptq(), {"quant_method": "gptq", "bits": 4, **extra})
+    refused(tmp_path, "adapter|rotation|pack_dtype|marlin")
+
+
+def test_eight_bits_are_counted_as_eight(tmp_path: Path) -> None:
+    make(tmp_path, gptq(8), {"quant_method": "gptq", "bits": 8})
+    assert inspect(tmp_path).quantized.bits == 8
+
+
+# --- compressed-tensors --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "bits"), [("int-quantized", 4), ("naive-quantized", 4), ("int-quantized", 6)]
+)
+def test_integers_of_few_bits_a_byte_each(form: str, bits: int, tmp_path: Path) -> None:
+    weights = {**INT4, "num_bits": bits}
+    check(tmp_path, make(tmp_path, byte_int(bits), compressed(form, weights)))
+
+
+def test_named_modules_go_before_patterns_and_patterns_before_classes(tmp_path: Path) -> None:
+    def pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return int4(base, weight) if base.endswith("up_proj") else channel_fp8(base, weight)
+
+    settings = compressed("mixed-precision", INT4)
+    settings["config_groups"] = {
+        "all": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int"}, "format": "int-quantized"},
+        "most": {"targets": ["re:.*proj"], "weights": FP8, "format": "float-quantized"},
+        "one": {
+            "targets": ["model.layers.0.mlp.up_proj"],
+            "weights": INT4,
+            "format": "pack-quantized",
+        },
+    }
+    check(tmp_path, make(tmp_path, pack, settings))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({**INT4, "symmetric": False}, "weight_zero_point"),
+        ({**INT4, "actorder": "group"}, "weight_g_idx"),
+        ({**INT4, "hadamard": 64}, "hadamard"),
+        ([4], "weights is"),
+    ],
+)
+def test_what_is_announced_and_missing_is_refused(weights: Any, message: str, tmp_path: Path) -> None:
+    make(tmp_path, int4, compressed("pack-quantized", weights))
+    refused(tmp_path, message)
+
+
+@pytest.mark.parametrize("groups", [[], {}, "x", None, {"g": None}, {"g": []}, {"g": {"targets": "Linear"}}])
+def test_malformed_groups_are_refused(groups: Any, tmp_path: Path) -> None:
+    make(tmp_path, int4, {**compressed("pack-quantized", INT4), "config_groups": groups})
+    refused(tmp_path, "config_groups")
+
+
+def test_malformed_pattern_is_refused(tmp_path: Path) -> None:
+    groups = {"g": {"targets": ["re:("], "weights": INT4}}
+    make(tmp_path, int4, {**compressed("pack-quantized", INT4), "config_groups": groups})
+    refused(tmp_path, "regular expression")
+
+
+# --- FP8 -----------------------------------------------------------------------------------------
+
+
+def test_scales_that_are_powers_of_two_in_a_byte(tmp_path: Path) -> None:
+    def pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        rows, columns = weight.shape
+        exponents = torch.randint(118, 127, (-(-rows // 48), -(-columns // 32)), dtype=torch.uint8)
+        scale = exponents.view(torch.float8_e8m0fnu)
+        codes, dense = write.fp8(weight, torch.exp2(exponents.float() - 127), (48, 32))
+        return {f"{base}.weight": codes, f"{base}.weight_scale_inv": scale}, dense
+
+    check(tmp_path, make(tmp_path, pack, {"quant_method": "fp8", "weight_block_size": [48, 32]}))
+
+
+def test_fbgemm(tmp_path: Path) -> None:
+    def pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, dense = channel_fp8(base, weight)
+        return {**tensors, f"{base}.input_scale_ub": torch.tensor([1200.0])}, dense
+
+    settings = {
+        "quant_method": "fbgemm_fp8",
+        "activation_scale_ub": 1200.0,
+        "modules_to_not_convert": ["lm_head"],
+    }
+    checkpoint = check(tmp_path, make(tmp_path, pack, settings))
+    assert all(module.activations().kind == "token" for module in checkpoint.modules.values())
+
+
+# --- KV cache ------------------------------------------------------------------------------------
+
+
+def _cache(folder: Path, asked: str = "auto") -> torch.dtype:
+    checkpoint = open_quantized(FolderCheckpoint(folder))
+    spec = EngineSpec(model=str(folder), kv_cache_dtype=asked)
+    return kv_dtype(spec, checkpoint, read_config(checkpoint.config), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(0.9, torch.float8_e4m3fn), (1.5, torch.bfloat16)])
+def test_calibrated_cache_scales(largest: float, expected: torch.dtype, tmp_path: Path) -> None:
+    """Scales up to 1 only say that there is room; beyond it an FP8 cache without scales would cut numbers off."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    make(tmp_path, channel_fp8, compressed("float-quantized", FP8, kv_cache_scheme=scheme))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_scale"] = torch.tensor([largest])
+    tensors["model.layers.0.self_attn.v_scale"] = torch.tensor([0.01])
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert _cache(tmp_path) is expected
+    if largest > 1:
+        with pytest.raises(ConfigError, match="448"):
+            _cache(tmp_path, "fp8")
+
+
+@pytest.mark.parametrize("scheme", [{"num_bits": 4, "type": "int"}, {"num_bits": 8, "type": "int"}, "static"])
+def test_other_caches_are_refused_with_the_flag(scheme: Any, tmp_path: Path) -> None:
+    make(tmp_path, channel_fp8, compressed("float-quantized", FP8, kv_cache_scheme=scheme))
+    with pytest.raises(HeadraceError, match="--kv-cache-dtype"):
+        _cache(tmp_path)
+    assert _cache(tmp_path, "bfloat16") is torch.bfloat16
+    assert inspect(tmp_path).quantized.kv == ""
