@@ -69,7 +69,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def typical(found: Tensor, expected: Tensor) -> float:
-    """Of half of the tokens the error is less: where a router is near a tie, rounding decides, in any implementation."""
+    """Of half of the tokens the error is less. Near ties of a router rounding decides, in any implementation."""
     assert torch.isfinite(found).all()
     return float(((found - expected).norm(dim=1) / expected.norm(dim=1)).median())
 
