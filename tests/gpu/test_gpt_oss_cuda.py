@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu.test_families_cuda import error, run
+from gpu.test_families_cuda import run, typical
 from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.config.spec import EngineSpec
 from headrace.engines.build import build
@@ -35,14 +35,14 @@ def test_logits(packed: bool, tmp_path: Path) -> None:
     expected = torch.cat([reference(torch.tensor([ids])).logits[0] for ids in prompts])
     half = reference.to("cuda", torch.bfloat16)
     plain = torch.cat([half(torch.tensor([ids], device="cuda")).logits[0].float().cpu() for ids in prompts])
-    allowed = 1.3 * error(plain, expected) + 1e-3
+    allowed = 1.3 * typical(plain, expected) + 1e-3
     checkpoint = open_quantized(FolderCheckpoint(tmp_path))
     model = load_decoder(
         checkpoint.config, checkpoint, dtype=torch.bfloat16, device="cuda",
         keep_packed=packed and keeps_packed(checkpoint, torch.bfloat16, torch.device("cuda")),
     )  # fmt: skip
     for chunk in (256, 64, 7, 1):
-        assert error(run(model, prompts, chunk), expected) < allowed, f"chunks of {chunk}"
+        assert typical(run(model, prompts, chunk), expected) < allowed, f"chunks of {chunk}"
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
@@ -59,4 +59,4 @@ def test_an_engine_over_the_folder(packed: bool, eager: bool, tmp_path: Path) ->
     found = torch.tensor([score for _, scores in answers for score in scores])
     exact = scored(reference, prompts, answers)
     half = scored(reference.to("cuda", torch.bfloat16), prompts, answers)
-    assert (found - exact).abs().mean() < 1.3 * (half - exact).abs().mean() + 0.01
+    assert (found - exact).abs().median() < 1.3 * (half - exact).abs().median() + 0.01

@@ -49,7 +49,7 @@ def test_paged(case, dtype: torch.dtype) -> None:
     expected = reference.attention(q, k, v, batch, 0, **options)
     assert error(attention(q, k, v, batch, 0, **options), expected) < tolerance(dtype)
     plain = attention(q, k, v, batch, 0, **{**options, "sinks": None})
-    assert error(plain, expected) > 10 * tolerance(dtype)
+    assert error(plain, expected) > 3 * tolerance(dtype)
     batch.fixed, batch.plan = True, None
     assert error(attention(q, k, v, batch, 0, **options), expected) < tolerance(dtype)
 

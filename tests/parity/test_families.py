@@ -14,6 +14,8 @@ from headrace.engines.quantize import quantize_checkpoint
 from headrace.errors import UnsupportedCheckpoint
 from headrace.models.loading import load_decoder
 from headrace.quantization.containers import open_quantized
+from headrace.quantization.keep import SplitLinear
+from headrace.quantization.scaled import ScaledLinear
 from parity.decoders import (
     DictSource,
     make_pair,
@@ -327,16 +329,24 @@ def test_internlm3_is_llama_in_other_words() -> None:
         load_decoder({**config, "bias": False}, tensors, dtype=torch.float32, device="cpu")
 
 
-def test_packed_rows_in_another_order_are_refused_where_they_would_stay_packed(tmp_path: Path) -> None:
-    pair = make_pair(hf.GlmConfig(**SIZES, head_dim=16), hf.GlmForCausalLM)
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8", "nvfp4", "fp8_block"])
+def test_packed_rows_of_neighbouring_pairs(kind: str, tmp_path: Path) -> None:
+    """Rows of queries and keys are put in another order, packed as well as dequantized."""
+    sizes = {**SIZES, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64, "head_dim": 16}
+    pair = make_pair(hf.GlmConfig(**sizes), hf.GlmForCausalLM)
     pair.reference.save_pretrained(tmp_path / "plain")
-    quantize_checkpoint(FolderCheckpoint(tmp_path / "plain"), "int8", tmp_path / "packed")
+    quantize_checkpoint(FolderCheckpoint(tmp_path / "plain"), kind, tmp_path / "packed")
     checkpoint = open_quantized(FolderCheckpoint(tmp_path / "packed"))
-    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-    with pytest.raises(UnsupportedCheckpoint, match=r"q_proj.*order"):
-        load_decoder(checkpoint.config, checkpoint, keep_packed=True, **options)
-    dense = load_decoder(checkpoint.config, checkpoint, **options)
+    dense, kept = (
+        load_decoder(
+            checkpoint.config, checkpoint, dtype=torch.float32, device="cpu", keep_packed=keep_packed
+        )
+        for keep_packed in (False, True)
+    )
+    linear = kept.layers[1].attention.qkv
+    assert isinstance(linear, (ScaledLinear, SplitLinear))
+    assert torch.equal(linear.dequantize(), dense.layers[1].attention.qkv.weight)
     prompts = random_prompts(VOCAB, [20, 3])
     expected = torch.cat(reference_logits(pair, prompts))
     found = torch.cat(our_logits(dense, prompts, 7))
-    assert float((found - expected).norm() / expected.norm()) < 0.1
+    assert float((found - expected).norm() / expected.norm()) < (0.2 if "8" in kind else 0.6)

@@ -68,6 +68,14 @@ CONFIGS = {
         "mlp_only_layers": [1],
         "tie_word_embeddings": True,
     },
+    "gpt-oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 9,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        "tie_word_embeddings": False,
+    },
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
         "hidden_activation": "gelu_pytorch_tanh",
@@ -181,6 +189,7 @@ def test_unfused_graphs(overlap: bool, sampled: bool) -> None:
         ("qwen2", True),
         ("qwen3-moe", False),
         ("qwen2-moe", True),
+        ("gpt-oss", False),
     ],
 )
 def test_fused_graphs(name: str, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:

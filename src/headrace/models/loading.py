@@ -258,12 +258,6 @@ class _Loader:
             if not isinstance(module, Linear):
                 continue
             names = self.sources[f"{path}.weight"]
-            if any(self.arrangements(path, names)) and names[0] in weights.modules:
-                raise UnsupportedCheckpoint(
-                    f"{names[0]} is packed ({weights.label}), and the rows of a {self.architecture} must be put in "
-                    "another order, which is done with 16-bit weights only; give those, with --quantization",
-                    param=names[0],
-                )
             shapes = [weights.info(name).shape for name in names]
             rows = sum(math.prod(shape[:-1]) for shape in shapes)
             if any(name in weights.modules for name in names) and (
@@ -280,7 +274,9 @@ class _Loader:
             if isinstance(module, ExpertLinear):
                 kept = quantized_experts(weights, names, module.num_experts, bias, dtype, self.device)
             else:
-                kept = quantized_linear(weights, names, bias, dtype, self.device)
+                lies = zip(self.arrangements(path, names), shapes)
+                orders = [None if lie is None else lie.arranged(torch.arange(n[0])) for lie, n in lies]
+                kept = quantized_linear(weights, names, bias, dtype, self.device, orders)
             if kept is not None:
                 self.model.set_submodule(path, kept)
 

@@ -38,15 +38,21 @@ def quantized_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
+    orders: Sequence[Tensor | None] = (),
 ) -> nn.Module | None:
     """One linear from the matrices of one or several projections over the same input, rows one after another.
 
     None when not all of them are quantized: they are then loaded dense.
+
+    Args:
+        orders: of the rows of each, int64 [rows]; None: as they lie.
     """
     if not all(name in checkpoint.modules for name in names):
         return None
     modules = [checkpoint.modules[name] for name in names]
     weights = [module.read() for module in modules]
+    if orders:
+        weights = [w if order is None else w.reordered(order) for w, order in zip(weights, orders)]
     if device.type == "cpu" and dtype is torch.bfloat16 and fast_on_this_cpu() and _for_cpu_kernel(weights):
         return _cpu_linear([weight for weight in weights if isinstance(weight, GroupIntWeight)], bias)
     bias = None if bias is None else bias.to(device, dtype)

@@ -237,6 +237,13 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert plan(LLAMA_70B, "H200:4", tensor_parallel_size=4).fits
 
 
+def test_what_serve_refuses_is_no_way_out() -> None:
+    """An FP8 cache where q, k and v have a bias."""
+    for bias in (False, True):
+        drawn = plan({**LLAMA_70B, "num_hidden_layers": 8, "attention_bias": bias}, "H100")
+        assert ("fp8 KV cache" in {option.what for option in drawn.options}) != bias
+
+
 def test_asked_context_is_held_to() -> None:
     drawn = plan(QWEN3_8B, "L4", max_model_len=40960)
     assert not drawn.fits

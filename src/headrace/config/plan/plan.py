@@ -437,7 +437,7 @@ def _layouts(facts: Facts, shape: ModelShape, machine: Machine, now: _Layout) ->
         options.append((replace(now, scheme="nvfp4"), "fp4 weights"))
     if free and gpu is not None and not gpu.has_fp8 and now.scheme != "int4":
         options.append((replace(now, scheme="int4"), "int4 weights"))
-    if not shape.encoder and now.kv_dtype not in ("fp8", "fp4"):
+    if not shape.encoder and now.kv_dtype not in ("fp8", "fp4") and not shape.qkv_bias:  # serve would refuse
         options.append((replace(now, kv_dtype="fp8"), "fp8 KV cache"))
         options += [
             (replace(layout, kv_dtype="fp8"), f"{what} and KV cache")

@@ -82,6 +82,11 @@ class Fp4Weight:
         part = slice(start, stop)
         return Fp4Weight(self.packed[part], self.scale[part], self.row_scale[part])
 
+    def reordered(self, order: Tensor) -> Fp4Weight:
+        """Rows ``order`` int64 [rows], exact."""
+        scale = self.scale.view(torch.uint8)[order].view(self.scale.dtype)
+        return Fp4Weight(self.packed[order], scale, self.row_scale[order])
+
     def scaled_rows(self, factor: Tensor) -> Fp4Weight:
         """The same weight with every row times ``factor`` [rows]."""
         return Fp4Weight(self.packed, self.scale, self.row_scale * factor)

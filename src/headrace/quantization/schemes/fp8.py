@@ -69,6 +69,11 @@ class Fp8Weight:
         part = slice(start, stop)
         return Fp8Weight(self.codes[part], self.row_scales()[part], (1, self.block[1]))
 
+    def reordered(self, order: Tensor) -> Fp8Weight:
+        """Rows ``order`` int64 [rows], exact."""
+        codes = self.codes.view(torch.uint8)[order].view(self.codes.dtype)
+        return Fp8Weight(codes, self.row_scales()[order], (1, self.block[1]))
+
     def scaled_rows(self, factor: Tensor) -> Fp8Weight:
         """The same weight with every row times ``factor`` [rows]."""
         return Fp8Weight(self.codes, (self.row_scales() * factor[:, None]).contiguous(), (1, self.block[1]))

@@ -77,6 +77,10 @@ class GroupIntWeight:
         part = slice(start, stop)
         return GroupIntWeight(self.codes[part], self.scale[part], self.zero[part], self.bits, self.order)
 
+    def reordered(self, order: Tensor) -> GroupIntWeight:
+        """Rows ``order`` int64 [rows], exact."""
+        return GroupIntWeight(self.codes[order], self.scale[order], self.zero[order], self.bits, self.order)
+
     def scaled_rows(self, factor: Tensor) -> GroupIntWeight:
         """The same weight with every row times ``factor`` [rows]."""
         return GroupIntWeight(self.codes, self.scale * factor[:, None], self.zero, self.bits, self.order)
