@@ -28,6 +28,7 @@ from headrace.kernels.linear import triton as linear
 from headrace.kernels.linear import triton_stream, tuning
 from headrace.kernels.linear.triton_stream import Stream
 from headrace.kernels.linear.tuning import GemvShape, RingShape, StreamShape
+from headrace.kernels.tuned import tuned
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -296,7 +297,7 @@ def tune(
         del prepared
         torch.cuda.empty_cache()
     linear._shape, triton_stream._shape = rule, stream_rule
-    tuning._tuned.cache_clear()
+    tuned.cache_clear()
 
 
 def bench_linear(recorder: Recorder, models: list[str], row_counts: list[int]) -> None:

@@ -34,10 +34,11 @@ def same(spec: EngineSpec, tolerance: float) -> None:
     assert summary["dtype"] == plan.dtype
     assert plan.step_tokens == summary["max_num_batched_tokens"]
     assert plan.max_model_len == ready.max_model_len
+    weights = tolerance if plan.kv_token_bytes else 0.05  # files of encoders have poolers that nobody reads
+    assert plan.weights.parameters == pytest.approx(summary["parameters"], rel=weights)
+    assert plan.weights.total == pytest.approx(summary["weight_bytes"], rel=weights)
     if not plan.kv_token_bytes:
-        return  # prepacked linears of encoders are in no summary
-    assert plan.weights.parameters == pytest.approx(summary["parameters"], rel=tolerance)
-    assert plan.weights.total == pytest.approx(summary["weight_bytes"], rel=tolerance)
+        return
     assert plan.pool_tokens == pytest.approx(summary["kv_tokens"], rel=tolerance)
     assert plan.pool_tokens * plan.kv_token_bytes == pytest.approx(
         summary["kv_bytes"], rel=tolerance, abs=2**20

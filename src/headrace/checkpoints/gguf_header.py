@@ -73,7 +73,6 @@ _SCALARS: dict[int, np.dtype[Any]] = {
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 _MAX_NESTING = 4
-_ALIGNMENTS = [1 << bit for bit in range(21)]
 _MIN_KV_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 

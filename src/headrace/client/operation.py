@@ -339,16 +339,7 @@ class Operation:
         due = self._deadline if hop is None else hop.due
         if due is not None:
             timeout = max(0.001, min(timeout, due - loop.time()))
-        milliseconds = int(timeout * 1000)
-        data = b"%b%b-%d-%d\r\nrequest-timeout-ms: %d\r\nrequest-deadline-ms: %d\r\n%b" % (
-            head,
-            self._id,
-            job.index,
-            retry,
-            milliseconds,
-            int(time.time() * 1000) + milliseconds,
-            b"\r\n" if job.body is None else b"content-length: %d\r\n\r\n%b" % (len(job.body), job.body),
-        )
+        data = self._request(job, head, retry, timeout)
         began = loop.time()
         connection = self.wrapper.take(origin)
         if connection is None:
@@ -389,7 +380,19 @@ class Operation:
             reply.stream = sink
         return reply
 
-    # -- the bytes before the body ----------------------------------------------------------------------
+    # -- the bytes of a request -------------------------------------------------------------------------
+
+    def _request(self, job: Job, head: bytes, retry: int, timeout: float) -> bytes:
+        milliseconds = int(timeout * 1000)
+        return b"%b%b-%d-%d\r\nrequest-timeout-ms: %d\r\nrequest-deadline-ms: %d\r\n%b" % (
+            head,
+            self._id,
+            job.index,
+            retry,
+            milliseconds,
+            int(time.time() * 1000) + milliseconds,
+            b"\r\n" if job.body is None else b"content-length: %d\r\n\r\n%b" % (len(job.body), job.body),
+        )
 
     def _lane(self, job: Job, endpoint: Endpoint | None) -> tuple[Origin, bytes]:
         """Origin and all of the head that does not change from request to request."""

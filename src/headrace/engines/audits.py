@@ -21,7 +21,6 @@ from headrace.models.loading import linear_sources
 from headrace.quantization.audit import MatrixError, audit
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.ggml import PackedHead
-from headrace.quantization.keep import SplitLinear
 from headrace.quantization.linear import JoinedLinear, PackedLinear
 from headrace.quantization.scaled import ScaledLinear
 from headrace.quantization.schemes.fp4 import Fp4Weight
@@ -35,7 +34,7 @@ Bits = Callable[[str], int]
 """Path within the model -> bits of the numbers that it was stored in."""
 
 _UNDONE = 0.15  # of rows times columns from 1: what rounding to 4 bits leaves of their means is far less
-_Packed = PackedLinear | JoinedLinear | ScaledLinear | SplitLinear | EightBitLinear
+_Packed = PackedLinear | JoinedLinear | ScaledLinear | EightBitLinear
 _NORM_BEFORE = {"attention.qkv": "attention_norm", "mlp.gate_up": "mlp_norm", "mlp.up": "mlp_norm"}
 
 
@@ -242,7 +241,7 @@ def _bits(module: nn.Module) -> int:
         weight = module.quantized
         four = isinstance(weight, Fp4Weight) or (isinstance(weight, GroupIntWeight) and weight.bits == 4)
         return 4 if four else 8
-    if isinstance(module, (JoinedLinear, SplitLinear)):
+    if isinstance(module, JoinedLinear):
         return min(_bits(part) for part in module.linears)
     return 8 if isinstance(module, (Int8Linear, EightBitLinear)) else 4
 
@@ -251,7 +250,7 @@ def _even(module: nn.Module) -> bool:
     if isinstance(module, ScaledLinear):
         weight = module.quantized
         return isinstance(weight, GroupIntWeight) and weight.group == weight.shape[1]
-    if isinstance(module, (JoinedLinear, SplitLinear)):
+    if isinstance(module, JoinedLinear):
         return any(_even(part) for part in module.linears)
     return isinstance(module, Int8Linear) or (isinstance(module, EightBitLinear) and module.format == "int8")
 

@@ -37,6 +37,7 @@ from headrace.execution.runner import Runner
 from headrace.execution.threads import ThreadGovernor
 from headrace.kvcache.blocks import BlockPool
 from headrace.kvcache.pool import allocate_caches
+from headrace.layers.dense import Dense
 from headrace.layers.eight_bits import EightBitLinear
 from headrace.layers.linear import FixedLinear, Linear
 from headrace.layers.packed import LayerCache
@@ -141,13 +142,15 @@ def _summary(
         for module in model.modules()
         if isinstance(module, (PackedLinear, ScaledLinear, EightBitLinear))
     ]
+    prepacked = [module for module in model.modules() if isinstance(module, Dense) and module.packed_bytes]
+    outside = sum(module.in_features * module.out_features for module in (*packed, *prepacked))
+    outside_bytes = sum(m.nbytes for m in packed) + sum(m.packed_bytes for m in prepacked)
     return {
         "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in model.parameters())
-        + sum(module.in_features * module.out_features for module in packed),
-        "weight_bytes": sum(t.numel() * t.element_size() for t in tensors) + sum(m.nbytes for m in packed),
+        "parameters": sum(p.numel() for p in model.parameters()) + outside,
+        "weight_bytes": sum(t.numel() * t.element_size() for t in tensors) + outside_bytes,
         "packed_linears": len(packed),
     }
 

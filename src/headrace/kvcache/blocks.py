@@ -116,15 +116,6 @@ class BlockPool:
             self._hash[block] = chain_hash
             self._index[chain_hash] = block
 
-    def clear_cached(self) -> int:
-        """Forget all content without an owner; returns how many blocks became free."""
-        count = len(self._cached)
-        for block in list(self._cached):
-            del self._cached[block]
-            self._forget(block)
-            self._free[block] = None
-        return count
-
     def check(self, owners: Mapping[str, Sequence[int]]) -> None:
         """Raise AccountError unless the references are exactly those of the named owners."""
         counts: Counter[int] = Counter()

@@ -46,6 +46,12 @@ class Dense(Linear):
         assert self._packed is not None, "finish() was not called"
         return dense(x, self._packed, self.bias, self.activation)
 
+    @property
+    def packed_bytes(self) -> int:
+        """Of the packed weight, where it took the place of the parameter."""
+        packed = None if self.weight.numel() else self._packed
+        return 0 if packed is None else packed.numel() * packed.element_size()
+
     def unpacked(self) -> Tensor:
         """The weight [out, in], also after finish()."""
         return self.weight if self.weight.numel() or self._packed is None else self._packed.to_dense()

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from headrace.kernels.quantized_linear.formats import unpack_nibbles
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.experts import PackedExperts, ScaledExperts, multiplies_experts
+from headrace.quantization.linear import JoinedLinear
 from headrace.quantization.scaled import QuantizedWeight, ScaledLinear, joined_linear
 from headrace.quantization.schemes.group_int import GroupIntWeight
 from headrace.quantization.schemes.int4 import GROUPS, Int4Linear, Int4Weight, fast_on_this_cpu
 
-__all__ = ["SplitLinear", "keeps_quantized", "quantized_experts", "quantized_linear"]
+__all__ = ["keeps_quantized", "quantized_experts", "quantized_linear"]
 
 
 def keeps_quantized(checkpoint: QuantizedCheckpoint, dtype: torch.dtype, device: torch.device) -> bool:
@@ -65,7 +66,7 @@ def quantized_linear(
     if together is not None:
         return together
     starts = torch.tensor([0, *(weight.shape[0] for weight in weights)]).cumsum(0).tolist()
-    return SplitLinear(
+    return JoinedLinear(
         [
             ScaledLinear(
                 weight.to(device),
@@ -129,22 +130,3 @@ def _cpu_linear(weights: Sequence[GroupIntWeight], bias: Tensor | None) -> Int4L
     values = unpack_nibbles(joined.codes).unflatten(1, (-1, joined.group))
     packed = Int4Weight.one_plane(values, joined.scale, -joined.zero * joined.scale, low=0)
     return Int4Linear(packed, bias=bias, parts=tuple(weight.shape[0] for weight in weights))
-
-
-class SplitLinear(nn.Module):
-    """Projections over the same input in formats that do not go together, one product each."""
-
-    def __init__(self, linears: Sequence[ScaledLinear]) -> None:
-        super().__init__()
-        self.linears = nn.ModuleList(linears)
-        self.in_features = linears[0].in_features
-        self.out_features = sum(linear.out_features for linear in linears)
-        self.parts = tuple(part for linear in linears for part in linear.parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return torch.cat([linear(x) for linear in self.linears], dim=-1)
-
-    def dequantize(self) -> Tensor:
-        """The weights that forward multiplies with, float32 [out, in]."""
-        return torch.cat([linear.dequantize() for linear in self.linears])  # type: ignore[operator]

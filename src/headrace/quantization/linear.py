@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from headrace.quantization.scaled import ScaledLinear
 
 __all__ = ["JoinedLinear", "PackedLinear"]
 
@@ -67,7 +71,7 @@ class PackedLinear(nn.Module, ABC):
 class JoinedLinear(nn.Module):
     """Linears over the same input whose outputs lie side by side: parts of one projection in different formats."""
 
-    def __init__(self, linears: Sequence[PackedLinear]) -> None:
+    def __init__(self, linears: Sequence[PackedLinear] | Sequence[ScaledLinear]) -> None:
         super().__init__()
         self.linears = nn.ModuleList(linears)
         self.in_features = linears[0].in_features

@@ -63,6 +63,30 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     return words
 
 
+_STORED: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    "fp8_block": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+    ),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+         "scale_dtype": "torch.float8_e4m3fn"},
+    ),
+    "mxfp4": (
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    ),
+    "int8": ("pack-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
+    **{
+        form: ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": size})
+        for form, size in _INT4_GROUPS.items()
+    },
+}  # fmt: skip
+"""Of each form the ``format`` and what is particular to ``weights``, in the words of compressed-tensors."""
+
+
 def quantization_config(
     kind: QuantizationType, ignored: Sequence[str], *, static: bool = False
 ) -> dict[str, Any]:
@@ -72,56 +96,31 @@ def quantization_config(
         ignored: linear modules that stay in 16 bits.
         static: FP8 activations have one scale a module, stored as ``input_scale``.
     """
-    form = kind.weights
-    weights: dict[str, Any] = {"symmetric": True, "dynamic": False, "observer": "minmax"}
-    inputs = None
-    if form in ("fp8", "fp8_block"):
-        strategy = (
-            {"strategy": "channel"} if form == "fp8" else {"strategy": "block", "block_structure": [128, 128]}
-        )
-        weights |= {"num_bits": 8, "type": "float", **strategy}
-        inputs = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
-        if static:
-            inputs |= {"dynamic": False, "strategy": "tensor"}
-        if form == "fp8_block":
-            inputs |= {"strategy": "group", "group_size": 128}
-        stored = "float-quantized"
-    elif form == "nvfp4":
-        weights |= {
-            "num_bits": 4,
-            "type": "float",
-            "strategy": "tensor_group",
-            "group_size": 16,
-            "scale_dtype": "torch.float8_e4m3fn",
-        }
-        stored = "nvfp4-pack-quantized"
-    elif form == "mxfp4":
-        weights |= {
-            "num_bits": 4,
-            "type": "float",
-            "strategy": "group",
-            "group_size": 32,
-            "scale_dtype": "torch.uint8",
-        }
-        stored = "mxfp4-pack-quantized"
-    elif form == "int8":
-        weights |= {"num_bits": 8, "type": "int", "strategy": "channel"}
-        stored = "pack-quantized"
-    else:
-        weights |= {"num_bits": 4, "type": "int", "strategy": "group", "group_size": _INT4_GROUPS[form]}
-        stored = "pack-quantized"
+    stored, particular = _STORED[kind.weights]
     group = {
         "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": inputs,
+        "weights": {"symmetric": True, "dynamic": False, "observer": "minmax", **particular},
+        "input_activations": _activations(kind.weights, static=static),
         "output_activations": None,
+        "format": stored,
     }
     cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
     return {
         "quant_method": "compressed-tensors",
         "format": stored,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {**group, "format": stored}},
+        "config_groups": {"group_0": group},
         "ignore": list(ignored),
         "kv_cache_scheme": cache if kind.kv_cache == "fp8" else None,
     }
+
+
+def _activations(form: str, *, static: bool) -> dict[str, Any] | None:
+    if form not in ("fp8", "fp8_block"):
+        return None
+    inputs = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
+    if static:
+        inputs |= {"dynamic": False, "strategy": "tensor"}
+    if form == "fp8_block":
+        inputs |= {"strategy": "group", "group_size": 128}
+    return inputs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import time
 from pathlib import Path
@@ -12,14 +11,7 @@ import msgspec
 
 from headrace.errors import NotFound, PayloadTooLarge
 
-__all__ = ["FileStore", "StoredFile", "is_id"]
-
-_ID = re.compile(r"(?:file-|batch_)[0-9a-f]{24}")
-
-
-def is_id(name: str) -> bool:
-    """Whether a name has the form of our ids (and so is safe in a path)."""
-    return _ID.fullmatch(name) is not None
+__all__ = ["FileStore", "StoredFile"]
 
 
 class StoredFile(msgspec.Struct, kw_only=True):

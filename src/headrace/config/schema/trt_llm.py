@@ -59,87 +59,86 @@ LORA = Section(
 )
 
 
-def _runtime_v1_fields() -> tuple[Field, ...]:
-    return (
-        F(
-            "kv_cache_free_gpu_mem_fraction",
-            Float(0, 1, above=True),
-            0.9,
-            "Share of free GPU memory for the KV cache.",
-            to="memory_fraction",
-        ),
-        F(
-            "kv_cache_host_memory_bytes",
-            _positive(),
-            None,
-            "Host memory for KV blocks, bytes.",
-            to="host_kv_bytes",
-        ),
-        F(
-            "enable_chunked_context",
-            Bool(),
-            True,
-            "Split long prompts over steps; needs both plugin flags for decoders.",
-            to="chunked_prefill",
-        ),
-        F(
-            "batch_scheduler_policy",
-            Enum("guaranteed_no_evict", "max_utilization"),
-            "guaranteed_no_evict",
-            "Reserve room for each request's whole output, or fill the cache and pause requests.",
-            to="admission",
-        ),
-        F(
-            "request_default_max_tokens",
-            _positive(),
-            None,
-            "Output limit of requests that set none.",
-            to="default_max_tokens",
-        ),
-        F("served_model_name", Str(numbers=True), None, "Name in replies; decoders.", to="served_names"),
-        F(
-            "total_token_limit",
-            Int(1, strict=False),
-            500_000,
-            "Tokens handed to the engine at once.",
-            no_effect="requests wait in the engine's own queue, bounded by max_queue",
-        ),
-        F(
-            "webserver_default_route",
-            Enum(*ROUTES),
-            None,
-            "Where `/predict` of the platform lands; encoders. Absent: by architecture.",
-            to="default_route",
-        ),
-        F(LORA_CACHE_KEYS[0], _positive(), None, "Largest rank in the adapter cache.", to="max_lora_rank"),
-        F(
-            LORA_CACHE_KEYS[1],
-            _positive(),
-            None,
-            "Rank that sizes the cache's pages.",
-            no_effect="adapters are stored at their own rank",
-        ),
-        F(
-            LORA_CACHE_KEYS[2],
-            Float(0, 1, above=True),
-            None,
-            "Share of GPU memory for adapters.",
-            no_effect="adapters are planned by their own size",
-        ),
-        F(
-            LORA_CACHE_KEYS[3],
-            _positive(),
-            None,
-            "Host memory for adapters, bytes.",
-            no_effect="adapters are planned by their own size",
-        ),
-    )
+_RUNTIME_V1_FIELDS: tuple[Field, ...] = (
+    F(
+        "kv_cache_free_gpu_mem_fraction",
+        Float(0, 1, above=True),
+        0.9,
+        "Share of free GPU memory for the KV cache.",
+        to="memory_fraction",
+    ),
+    F(
+        "kv_cache_host_memory_bytes",
+        _positive(),
+        None,
+        "Host memory for KV blocks, bytes.",
+        to="host_kv_bytes",
+    ),
+    F(
+        "enable_chunked_context",
+        Bool(),
+        True,
+        "Split long prompts over steps; needs both plugin flags for decoders.",
+        to="chunked_prefill",
+    ),
+    F(
+        "batch_scheduler_policy",
+        Enum("guaranteed_no_evict", "max_utilization"),
+        "guaranteed_no_evict",
+        "Reserve room for each request's whole output, or fill the cache and pause requests.",
+        to="admission",
+    ),
+    F(
+        "request_default_max_tokens",
+        _positive(),
+        None,
+        "Output limit of requests that set none.",
+        to="default_max_tokens",
+    ),
+    F("served_model_name", Str(numbers=True), None, "Name in replies; decoders.", to="served_names"),
+    F(
+        "total_token_limit",
+        Int(1, strict=False),
+        500_000,
+        "Tokens handed to the engine at once.",
+        no_effect="requests wait in the engine's own queue, bounded by max_queue",
+    ),
+    F(
+        "webserver_default_route",
+        Enum(*ROUTES),
+        None,
+        "Where `/predict` of the platform lands; encoders. Absent: by architecture.",
+        to="default_route",
+    ),
+    F(LORA_CACHE_KEYS[0], _positive(), None, "Largest rank in the adapter cache.", to="max_lora_rank"),
+    F(
+        LORA_CACHE_KEYS[1],
+        _positive(),
+        None,
+        "Rank that sizes the cache's pages.",
+        no_effect="adapters are stored at their own rank",
+    ),
+    F(
+        LORA_CACHE_KEYS[2],
+        Float(0, 1, above=True),
+        None,
+        "Share of GPU memory for adapters.",
+        no_effect="adapters are planned by their own size",
+    ),
+    F(
+        LORA_CACHE_KEYS[3],
+        _positive(),
+        None,
+        "Host memory for adapters, bytes.",
+        no_effect="adapters are planned by their own size",
+    ),
+)
 
 
 RUNTIME_V1 = Section(
     "runtime (v1)",
     "How the engine runs, stack v1.",
-    *_runtime_v1_fields(),
+    *_RUNTIME_V1_FIELDS,
     elsewhere={
         "enable_chunked_prefill": "is the v2 name: write `enable_chunked_context`, or `inference_stack: v2`",
         "tensor_parallel_size": "is the v2 name: write `build.tensor_parallel_count`",
@@ -264,7 +263,7 @@ BUILD = Section(
     F("lora_configuration", LORA, None, "Properties of the adapters."),
     F("skip_build_result", Bool(), False, "v2: weights come from `weights` or `model_cache`.", to="model"),
     elsewhere=dict.fromkeys(
-        (*LORA_CACHE_KEYS, *(field.name for field in _runtime_v1_fields())),
+        (*LORA_CACHE_KEYS, *(field.name for field in _RUNTIME_V1_FIELDS)),
         "must stand under trt_llm.runtime, not trt_llm.build",
     ),
 )

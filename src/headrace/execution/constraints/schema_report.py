@@ -1,6 +1,6 @@
 """Which keywords of a JSON schema the grammar compiler enforces, and the schema that it gets.
 
-The sets below are what JSON-Schema-Test-Suite shows (drafts 7 and 2020-12; tests/unit/serving/schema_suite.py,
+The sets below are what JSON-Schema-Test-Suite shows (drafts 7 and 2020-12; tools/schema_suite.py,
 docs/structured-output.md): of a keyword in ENFORCED no instance of the suite was accepted wrongly.
 """
 

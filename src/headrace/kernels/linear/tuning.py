@@ -7,11 +7,12 @@ order of GemvShape's or SkinnyShape's fields. benchmarks/kernels.py --tune measu
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+
+from headrace.kernels.tuned import tuned
 
 __all__ = [
     "GemvShape",
@@ -25,6 +26,8 @@ __all__ = [
     "skinny_shape",
     "stream_shape",
 ]
+
+_FOLDER = Path(__file__).parent
 
 
 class GemvShape(NamedTuple):
@@ -86,7 +89,7 @@ Shape = GemvShape | SkinnyShape
 
 def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
     """For x [1, k] and weight [n, k]."""
-    found = _tuned(device).get(_key(1, n, k, gated))
+    found = tuned(_FOLDER, device).get(_key(1, n, k, gated))
     if found is not None:
         return GemvShape(*found)
     bk = 1024 if k >= 1024 else 1 << max(k - 1, 15).bit_length()
@@ -96,7 +99,7 @@ def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
 def skinny_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> SkinnyShape:
     """For x [rows, k], rows from 2 to 64, and weight [n, k]."""
     bm = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    found = _tuned(device).get(_key(bm, n, k, gated))
+    found = tuned(_FOLDER, device).get(_key(bm, n, k, gated))
     if found is not None:
         return SkinnyShape(*found)
     bk = 64 if gated or k < 128 else 128
@@ -111,7 +114,7 @@ def skinny_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -
 def stream_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> StreamShape:
     """For x [rows, k], any number of rows, and weight [n, k]."""
     bm = next((size for size in (16, 32, 64, 128) if rows <= size), 256)
-    found = _tuned(device).get("s" + _key(bm, n, k, gated))
+    found = tuned(_FOLDER, device).get("s" + _key(bm, n, k, gated))
     if found is not None:
         return StreamShape(*found)
     bm = min(bm, 128)
@@ -126,7 +129,7 @@ def stream_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -
 def ring_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> RingShape | None:
     """For x [rows, k] and weight [n, k], where rings are the fastest way (gluon_ring.py); else None."""
     bm = next((size for size in (1, 8, 16, 32, 64) if rows <= size), 0)
-    table, key = _tuned(device), _key(bm, n, k, gated)
+    table, key = tuned(_FOLDER, device), _key(bm, n, k, gated)
     if "r" + key in table:
         return RingShape(*table["r" + key])
     ruled = 1 < bm <= 16 and k >= 1024 and "s" + key not in table and _is_hopper(device)
@@ -150,16 +153,3 @@ def _is_hopper(device: torch.device) -> bool:
 
 def _key(rows: int, n: int, k: int, gated: bool) -> str:
     return f"{rows}:{n}x{k}{'g' if gated else ''}"
-
-
-@functools.cache
-def _tuned(device: torch.device) -> dict[str, list[Any]]:
-    """The measurements for this GPU, or none."""
-    if device.type != "cuda":
-        return {}
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
-    path = Path(__file__).parent / "tuned" / f"{name}.json"
-    if not path.exists():
-        return {}
-    table: dict[str, list[Any]] = json.loads(path.read_text())
-    return table

@@ -7,14 +7,13 @@ benchmarks/quantized.py --tune measures and writes them.
 
 from __future__ import annotations
 
-import functools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from headrace.kernels.linear.tuning import GemvShape
+from headrace.kernels.tuned import tuned
 
 __all__ = [
     "CodesShape",
@@ -24,6 +23,8 @@ __all__ = [
     "packed_shape",
     "padded_rows",
 ]
+
+_FOLDER = Path(__file__).parent
 
 
 class PackedShape(NamedTuple):
@@ -52,7 +53,7 @@ def padded_rows(rows: int) -> int:
 
 def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
     """For one row and FP8 weights [n, k]."""
-    found = _tuned(device).get(_key("fp8", 1, n, k, gated))
+    found = tuned(_FOLDER, device).get(_key("fp8", 1, n, k, gated))
     if found is not None:
         return GemvShape(*found)
     bk = 1024 if k >= 1024 else 1 << max(k - 1, 15).bit_length()
@@ -62,7 +63,7 @@ def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
 def packed_shape(device: torch.device, rows: int, n: int, k: int, fp8: bool, gated: bool) -> PackedShape:
     """For x [rows, k] and FP8 or INT8 weights [n, k]: some more programs than an H100 or H200 has multiprocessors."""
     bm = max(16, padded_rows(rows))
-    found = _tuned(device).get(_key("fp8", bm, n, k, gated)) if fp8 else None
+    found = tuned(_FOLDER, device).get(_key("fp8", bm, n, k, gated)) if fp8 else None
     if found is not None:
         return PackedShape(*found)
     bk = 256 if fp8 and bm == 16 and not gated else 128
@@ -73,7 +74,7 @@ def packed_shape(device: torch.device, rows: int, n: int, k: int, fp8: bool, gat
 def codes_shape(device: torch.device, rows: int, n: int, k: int, fp4: bool, gated: bool) -> CodesShape:
     """For x [rows, k] and 4-bit weights [n, k]."""
     bm = padded_rows(rows)
-    found = _tuned(device).get(_key("fp4" if fp4 else "int4", bm, n, k, gated))
+    found = tuned(_FOLDER, device).get(_key("fp4" if fp4 else "int4", bm, n, k, gated))
     if found is not None:
         return CodesShape(*found)
     if bm <= 16:
@@ -91,16 +92,3 @@ def _splits(tiles: int, k: int, bk: int, steps: int, programs: int = 150) -> int
 
 def _key(form: str, rows: int, n: int, k: int, gated: bool) -> str:
     return f"{form}:{rows}:{n}x{k}{'g' if gated else ''}"
-
-
-@functools.cache
-def _tuned(device: torch.device) -> dict[str, list[int]]:
-    """The measurements for this GPU, or none."""
-    if device.type != "cuda":
-        return {}
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
-    path = Path(__file__).parent / "tuned" / f"{name}.json"
-    if not path.exists():
-        return {}
-    table: dict[str, list[int]] = json.loads(path.read_text())
-    return table

@@ -128,14 +128,7 @@ class ChatAnswer:
 
     def end(self) -> bytes:
         """Usage if asked for, and the end."""
-        warnings = current().warnings
-        if not self._usage_end and not warnings:
-            return replies.DONE
-        chunk = self._chunk([])
-        chunk.warnings = warnings or UNSET
-        if self._usage_end:
-            chunk.usage = self._usage()
-        return replies.event(chunk) + replies.DONE
+        return replies.ending(self._chunk([]), self._usage() if self._usage_end else None, current().warnings)
 
     def take(self, choices: list[Completion]) -> None:
         """See Answer."""

@@ -159,14 +159,8 @@ class TextAnswer:
 
     def end(self) -> bytes:
         """Usage if asked for, and the end."""
-        warnings = current().warnings
-        if not self._usage_end and not warnings:
-            return replies.DONE
-        chunk = self._chunk([])
-        chunk.warnings = warnings or UNSET
-        if self._usage_end:
-            chunk.usage = replies.usage_reply(self._run.usage)
-        return replies.event(chunk) + replies.DONE
+        usage = replies.usage_reply(self._run.usage) if self._usage_end else None
+        return replies.ending(self._chunk([]), usage, current().warnings)
 
     def turn(self, index: int) -> Turn:
         """See Writer."""

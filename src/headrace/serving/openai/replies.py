@@ -25,6 +25,7 @@ __all__ = [
     "TokenEntry",
     "UsageReply",
     "encode",
+    "ending",
     "event",
     "finish",
     "usage_reply",
@@ -201,3 +202,13 @@ class TextReply(msgspec.Struct, tag_field="object", tag="text_completion"):
     usage: UsageReply | UnsetType | None = UNSET
     system_fingerprint: str | None = None
     warnings: tuple[str, ...] | UnsetType = UNSET
+
+
+def ending(chunk: ChatChunk | TextReply, usage: UsageReply | None, warnings: tuple[str, ...]) -> bytes:
+    """The last events of a stream: a chunk without choices, if there is something left to tell, and its end."""
+    if usage is None and not warnings:
+        return DONE
+    chunk.warnings = warnings or UNSET
+    if usage is not None:
+        chunk.usage = usage
+    return event(chunk) + DONE
