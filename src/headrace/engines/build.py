@@ -33,6 +33,7 @@ from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.blank_step import is_finite
 from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.encode_runner import EncodeRunner
+from headrace.execution.gather import gather
 from headrace.execution.runner import Runner
 from headrace.execution.threads import ThreadGovernor
 from headrace.kvcache.blocks import BlockPool
@@ -167,10 +168,13 @@ def _build_generate(
     beside.shutdown(wait=False)
     cache_dtype = _refuse_early(spec, checkpoint, dtype)
     shape = read_shape(facts)
-    if not (spec.quantization or isinstance(checkpoint, QuantizedCheckpoint)):
+    converts = bool(spec.quantization) or isinstance(checkpoint, QuantizedCheckpoint)
+    if not converts:
         take_for_weights(device, facts, shape, dtype)
     stages.done("device")
     model = _load(spec, checkpoint, dtype, device, progress)
+    if converts and device.type == "cuda":
+        gather(model)
     stages.done("weights")
     max_model_len = _max_model_len(spec, model)
     step_tokens = spec.max_num_batched_tokens or (

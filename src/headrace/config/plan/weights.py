@@ -110,7 +110,9 @@ def weigh(
         count = _logical(name, tensor, per_word)
         parameters += count
         expert_parameters += count if kind == "experts" and ".shared_expert" not in name else 0
-        if keep_blocks and len(tensor.shape) == 2 and tensor.dtype in KEPT_BLOCKS:
+        if kind == "norm" and shape.wide_norms:
+            by_kind[kind] += count * 4
+        elif keep_blocks and len(tensor.shape) == 2 and tensor.dtype in KEPT_BLOCKS:
             table = kind == "embedding"  # it stays in the file's map and takes no memory of its own
             by_kind["head" if table else kind] += 0 if table and not shape.tied else _kept_bytes(tensor)
         else:
@@ -215,8 +217,9 @@ def _decoder(shape: ModelShape) -> Sizes:
             yield from _experts(shape, f"{prefix}.mlp")
         else:
             yield from _mlp(shape, f"{prefix}.mlp", shape.intermediate)
-        yield f"{prefix}.input_layernorm.weight", (shape.hidden,)
-        yield f"{prefix}.post_attention_layernorm.weight", (shape.hidden,)
+        feed = ("pre_feedforward", "post_feedforward") if shape.sandwich else ()
+        for place in ("input", "post_attention", *feed):
+            yield f"{prefix}.{place}_layernorm.weight", (shape.hidden,)
     yield "model.norm.weight", (shape.hidden,)
     if not shape.tied and not shape.encoder:
         yield "lm_head.weight", (shape.vocab, shape.hidden)
