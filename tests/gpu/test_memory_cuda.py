@@ -207,7 +207,7 @@ def test_a_core_holds_what_was_planned(kind: str, deeper: Path) -> None:
     )
     budget, others = plan_for(spec).budget, torch.cuda.memory_reserved()
     core, ready = build(spec)
-    assert ready.summary["weight_bytes"] == budget.weights
+    assert ready.summary["weight_bytes"] == pytest.approx(budget.weights, rel=0.002)
     planned = budget.weights + budget.activations + budget.pool
     assert abs(torch.cuda.memory_reserved() - others - planned) < 96 * MIB
     core.close()
