@@ -24,7 +24,14 @@ from headrace.engines.finite import require_finite
 from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
-from headrace.engines.memory import give_back, kv_block_bytes, num_kv_blocks, take_for_steps, take_for_weights
+from headrace.engines.memory import (
+    give_back,
+    kv_block_bytes,
+    num_kv_blocks,
+    steady_heap,
+    take_for_steps,
+    take_for_weights,
+)
 from headrace.engines.quality import check_quality
 from headrace.engines.select import select
 from headrace.engines.stages import Stages
@@ -89,6 +96,8 @@ def build(
         )
     threads = spec.num_threads or torch.get_num_threads()
     if device.type == "cpu":
+        if not encodes:  # whose passes are so short that taking pages anew would be a tenth of them
+            steady_heap()
         torch.set_num_threads(1)  # reading files gains little from more, and loses much where others compute
     core: EncodeCore[EncodeRunner] | GenerateCore
     try:

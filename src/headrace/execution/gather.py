@@ -21,13 +21,16 @@ _ROUND = 512  # the allocator's
 
 
 def held_tensors(model: nn.Module) -> list[Tensor]:
-    """Every tensor that a model holds, once: parameters, buffers, and those of plain attributes, at any depth."""
+    """Every tensor that a model holds, once: parameters, buffers, and those of plain attributes, at any depth; of
+    views also what they are views of, which lives as long as they do."""
     found: dict[int, Tensor] = {}
     seen: set[int] = set()
 
     def look(value: object) -> None:
         if isinstance(value, Tensor):
             found.setdefault(id(value), value)
+            if value._is_view() and value._base is not None:
+                found.setdefault(id(value._base), value._base)
             return
         inner = list(_inside(value))
         if inner and id(value) not in seen:

@@ -56,6 +56,19 @@ def test_all_are_found_once_and_keep_values_and_ties() -> None:
     assert model.head is not None and model.head.weight.data_ptr() == model.embed.weight.data_ptr()
 
 
+def test_what_a_view_is_of_moves_with_it() -> None:
+    """Packed codes are often a flattened view; nobody else holds the tensor that it is of, with the memory."""
+    module = torch.nn.Module()
+    module.codes = torch.randint(0, 255, (3, 1, 8), dtype=torch.uint8).flatten(1)
+    found = held_tensors(module)
+    assert [tuple(tensor.shape) for tensor in found] == [(3, 8), (3, 1, 8)]
+    values, old = module.codes.clone(), found[0].untyped_storage().data_ptr()
+    move_together(found)
+    assert torch.equal(module.codes, values)
+    assert {tensor.untyped_storage().data_ptr() for tensor in found} != {old}
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 1
+
+
 def test_views_of_one_storage_stay_views_of_one() -> None:
     whole = torch.randn(6, 10)
     views = [whole[1:3, 2:], whole.t()]
