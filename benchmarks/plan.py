@@ -31,6 +31,7 @@ _LLAMA = {
     "rope_theta": 500000.0,
     "max_position_embeddings": 8192,
 }
+_WIDE = {**SHAPES["qwen3-8b"], "num_hidden_layers": 12}
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3-0.6b": (SHAPES["qwen3-0.6b"], {}),
     "qwen3-0.6b, pool of 4 GiB": (SHAPES["qwen3-0.6b"], {"kv_cache_bytes": 4 << 30}),
@@ -42,8 +43,24 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         SHAPES["qwen3-0.6b"], {"kv_cache_dtype": "fp8", "max_num_seqs": 16, "kv_cache_bytes": 8 << 30}
     ),
     "qwen3-0.6b, eager": (SHAPES["qwen3-0.6b"], {"eager": True, "kv_cache_bytes": 8 << 30}),
+    **{
+        f"qwen3-0.6b, {kind}": (SHAPES["qwen3-0.6b"], {"quantization": kind, "kv_cache_bytes": 8 << 30})
+        for kind in ("fp4", "mxfp4", "int8", "int4", "fp8_block")
+    },
+    **{
+        f"qwen3-0.6b-{kind}-container": (SHAPES["qwen3-0.6b"], {"kv_cache_bytes": 8 << 30})
+        for kind in ("fp8", "fp4", "int8", "int4")
+    },
     "bge-large": (SHAPES["bge-large"], {"pooling": "cls"}),
+    "bge-large, fp8": (SHAPES["bge-large"], {"pooling": "cls", "quantization": "fp8"}),
+    "bge-large, int8": (SHAPES["bge-large"], {"pooling": "cls", "quantization": "int8"}),
     "qwen3-embedding-0.6b": (SHAPES["qwen3-embedding-0.6b"], {"pooling": "last"}),
+    "qwen3-embedding-0.6b, fp8": (
+        SHAPES["qwen3-embedding-0.6b"], {"pooling": "last", "quantization": "fp8"}
+    ),
+    "qwen3-8b of 12 layers": (_WIDE, {"kv_cache_bytes": 8 << 30}),
+    "qwen3-8b of 12 layers, fp8": (_WIDE, {"kv_cache_bytes": 8 << 30, "quantization": "fp8"}),
+    "qwen3-8b of 12 layers, int4": (_WIDE, {"kv_cache_bytes": 8 << 30, "quantization": "int4"}),
     "qwen3-1.7b, pool of 4 GiB": (SHAPES["qwen3-1.7b"], {"kv_cache_bytes": 4 << 30, "max_num_seqs": 64}),
     "llama-3.2-1b": (
         {**_LLAMA, "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -64,7 +81,25 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "final_logit_softcapping": 30.0, "tie_word_embeddings": True},
         {"kv_cache_bytes": 8 << 30},
     ),
+    "gemma3-1b": (
+        {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "rms_norm_eps": 1e-6,
+         "hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+         "max_position_embeddings": 32768, "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912,
+         "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+         "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
+         "tie_word_embeddings": True},
+        {"kv_cache_bytes": 8 << 30},
+    ),
 }  # fmt: skip
+
+# Models that share one card, with pools as `headrace serve` would divide it among them.
+SHARED: dict[str, tuple[str, ...]] = {
+    "qwen3-0.6b beside bge-large": ("qwen3-0.6b", "bge-large"),
+    "qwen3-0.6b beside gemma3-1b and qwen3-embedding-0.6b": (
+        "qwen3-0.6b", "gemma3-1b", "qwen3-embedding-0.6b",
+    ),
+}  # fmt: skip
+_CONTAINER = "-container"  # NAME-TYPE-container: NAME as `headrace quantize --type TYPE` writes it
 
 _READY = "ready"
 
@@ -80,8 +115,23 @@ PACKAGED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def write_model(folder: Path, name: str) -> None:
+    """The files of a model of MODELS, if they are not there. Runs in a process of its own."""
+    if (folder / "config.json").exists() and list(folder.glob("*.safetensors")):
+        return
+    if not name.endswith(_CONTAINER):
+        write_folder(folder, MODELS[name][0])
+        return
+    from headrace.checkpoints.resolve import open_checkpoint
+    from headrace.engines.quantize import quantize_checkpoint
+
+    base, _, kind = name.removesuffix(_CONTAINER).rpartition("-")
+    write_model(folder.parent / base, base)
+    quantize_checkpoint(open_checkpoint(folder.parent / base), kind, folder)
+
+
 def write_folder(folder: Path, config: dict[str, Any]) -> None:
-    """config.json and random bfloat16 weights under their Hugging Face names. Runs in a process of its own."""
+    """config.json and random bfloat16 weights under their Hugging Face names."""
     import torch
     from safetensors.torch import save_file
 
@@ -96,10 +146,6 @@ def write_folder(folder: Path, config: dict[str, Any]) -> None:
     sizes = {
         name: found.shape for name, found in expected_tensors(read_shape(facts, encoder=encodes), 2).items()
     }
-    if config["architectures"][0].startswith("Gemma2"):
-        for layer in range(config["num_hidden_layers"]):
-            for place in ("pre", "post"):
-                sizes[f"model.layers.{layer}.{place}_feedforward_layernorm.weight"] = (config["hidden_size"],)
     tensors = {}
     for name, size in sizes.items():
         tensor = torch.empty(size, dtype=torch.bfloat16, device="cuda")
@@ -248,7 +294,9 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--cpu", action="store_true", help="the packaged models that are here, without a GPU")
     parser.add_argument("--one-cpu", nargs=2, metavar=("MODEL", "SETTINGS"), help=argparse.SUPPRESS)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=[*MODELS, *SHARED], metavar="NAME"
+    )
     parser.add_argument(
         "--packaged", nargs="+", default=list(PACKAGED), choices=list(PACKAGED), metavar="NAME"
     )
@@ -258,12 +306,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no more after so many")
     args = parser.parse_args()
     if args.write:
-        folder = Path(args.write[0])
-        if not (folder / "model.safetensors").exists():
-            write_folder(folder, MODELS[args.write[1]][0])
+        write_model(Path(args.write[0]), args.write[1])
         return
     if args.one:
-        print(json.dumps(measure(Path(args.one[0]), json.loads(args.one[1]))))
+        print(json.dumps(measure(Path(args.one[0]), json.loads(args.one[1]))), flush=True)
+        sys.stdin.readline()  # holds what it took until the end of its input
         return
     if args.one_cpu:
         print(json.dumps(measure_cpu(args.one_cpu[0], json.loads(args.one_cpu[1]))))
@@ -302,22 +349,75 @@ def _gpu_rows(args: argparse.Namespace) -> Iterator[Row]:
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {name: Path(args.folder or scratch) / name.split(",")[0] for name in args.models}
-        for name, folder in folders.items():
-            if not (folder / "model.safetensors").exists():
-                _run("--write", str(folder), name)
-        waiting = {name: _start("--one", str(folders[name]), json.dumps(MODELS[name][1])) for name in folders}
-        for name, child in waiting.items():
+        root = Path(args.folder or scratch)
+        groups = {name: _tenants(root, SHARED.get(name, (name,))) for name in args.models}
+        waiting = {
+            name: [_start("--one", str(folder), json.dumps(settings)) for folder, settings in tenants]
+            for name, tenants in groups.items()
+        }
+        for name, children in waiting.items():
             if time.monotonic() - began > args.seconds:
                 print("no time left for", name, flush=True)
-                child.kill()
+                for child in children:
+                    child.kill()
                 continue
-            output, complaint = child.communicate("go\n")
-            if child.returncode:
-                print(name, "failed:", complaint[-1500:], flush=True)
-                continue
-            settings = MODELS[name][1]
-            yield name, settings.get("quantization", "bf16"), json.loads(output.splitlines()[-1])
+            found = _together(children)
+            if found is None:
+                print(name, "failed", flush=True)
+            else:
+                yield name, MODELS[name][1].get("quantization", "bf16") if name in MODELS else "bf16", found
+
+
+Tenant = tuple[Path, dict[str, Any]]
+
+
+def _tenants(root: Path, names: tuple[str, ...]) -> list[Tenant]:
+    """Folder and settings of each model; several get pools that fit the card together."""
+    from headrace.config.spec import EngineSpec
+    from headrace.engines.plan import plan_together
+
+    folders = [root / name.split(",")[0] for name in names]
+    for folder, name in zip(folders, names):
+        if not list(folder.glob("*.safetensors")):
+            _run("--write", str(folder), name)
+    settings = [dict(MODELS[name][1]) for name in names]
+    if len(names) > 1:
+        specs = [EngineSpec(model=str(at), path=at, **own) for at, own in zip(folders, settings)]
+        for own, (spec, _) in zip(settings, plan_together(specs)):
+            if spec.kv_cache_bytes is not None:
+                own["kv_cache_bytes"] = spec.kv_cache_bytes
+    return list(zip(folders, settings))
+
+
+def _together(children: list[subprocess.Popen[str]]) -> dict[str, Any] | None:
+    """What the last of them says when all hold what they took, with the plans of all added; None when one failed."""
+    found: list[dict[str, Any]] = []
+    for child in children:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        line = next((line for line in child.stdout if line.startswith("{")), "")
+        if not line:
+            print(child.communicate()[1][-1500:], flush=True)
+            break
+        found.append(json.loads(line))
+    for child in children:
+        child.communicate()
+    if len(found) < len(children):
+        return None
+    if len(found) == 1:
+        return found[0]
+    used, planned = found[-1]["used"], sum(one["planned"] for one in found)
+    later = sum(one["device_allocations_later"] for one in found)
+    return {
+        "device": found[0]["device"],
+        "used": used,
+        "planned": planned,
+        "ratio": round(planned / used, 4),
+        "device_allocations_later": later,
+        "planned_each": [one["planned"] for one in found],
+        "used_each": [one["used"] - (found[i - 1]["used"] if i else 0) for i, one in enumerate(found)],
+    }
 
 
 def _start(*arguments: str) -> subprocess.Popen[str]:

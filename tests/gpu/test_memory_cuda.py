@@ -17,8 +17,11 @@ from headrace.config.plan.shape import read_shape
 from headrace.config.plan.weights import expected_tensors
 from headrace.config.spec import EngineSpec
 from headrace.engines.build import build
+from headrace.engines.plan import plan_for
+from headrace.engines.weights import load_weights, open_weights
 from headrace.execution.capture import GraphMemory, borrowed
 from headrace.execution.device_memory import grow, num_device_allocations
+from headrace.execution.gather import gather, held_tensors
 from headrace.types import EncodeParams, EncodeTask, Request, SamplingParams
 from parity.encoders import add_pooling, make
 
@@ -66,11 +69,37 @@ CONFIG = {
 }  # fmt: skip
 
 
+# Logits that are changed after the head, of a vocabulary so large that one copy of them is 250 MiB for 256 rows; heads
+# of 256 with a soft cap of their own, and layers of two kinds.
+CAPPED = {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 8192, "vocab_size": 256000,
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 4096, "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "tie_word_embeddings": True, "dtype": "bfloat16",
+}  # fmt: skip
+# Eight layers, so that what converting leaves between them would be seen.
+DEEPER = {**CONFIG, "num_hidden_layers": 8}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("model")
-    (found / "config.json").write_text(json.dumps(CONFIG))
-    shape = read_shape(Facts(where="", config=CONFIG, container="config"))
+    return write(tmp_path_factory.mktemp("model"), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("capped"), CAPPED)
+
+
+@pytest.fixture(scope="module")
+def deeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("deeper"), DEEPER)
+
+
+def write(found: Path, config: dict[str, Any]) -> Path:
+    (found / "config.json").write_text(json.dumps(config))
+    shape = read_shape(Facts(where="", config=config, container="config"))
     generator = torch.Generator("cuda").manual_seed(1)
     tensors = {}
     for name, tensor in expected_tensors(shape, 2).items():
@@ -133,6 +162,54 @@ def test_generation_asks_for_none(settings: dict[str, Any], folder: Path) -> Non
     again = [generate(core, some, "first", KINDS[:1]) for some in fixed]
     assert again == first
     assert num_device_allocations(CUDA) == before
+    core.close()
+
+
+def test_large_vocabularies_with_a_soft_cap_ask_for_none(capped: Path) -> None:
+    spec = EngineSpec(model=str(capped), path=capped, kv_cache_bytes=400 * MIB, max_num_seqs=256)
+    plan = plan_for(spec)
+    core, ready = build(spec)
+    assert ready.summary["weight_bytes"] == plan.budget.weights
+    before = num_device_allocations(CUDA)
+    rng = random.Random(0)
+    for count, length in ((1, 30), (8, 900), (1, 8000), (256, 40), (256, 1)):
+        for kinds in (KINDS[:1], KINDS):
+            prompts = [tuple(rng.randrange(ready.vocab_size) for _ in range(length)) for _ in range(count)]
+            generate(core, prompts, "other", kinds)
+    assert num_device_allocations(CUDA) == before
+    core.close()
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8_block", "fp4", "mxfp4", "int8", "int4"])
+def test_converting_leaves_nothing_between_weights(kind: str, deeper: Path) -> None:
+    """The weights' bytes, and of the allocator's own no more than its rounding; and they are what they were."""
+    spec = EngineSpec(model=str(deeper), path=deeper, quantization=kind)
+    others = torch.cuda.memory_reserved()
+    model = load_weights(spec, open_weights(spec), torch.bfloat16, CUDA)
+    before = [(tensor, tensor.clone()) for tensor in held_tensors(model)]
+    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > 0
+    wanted = [(tensor, value.cpu()) for tensor, value in before]
+    del before
+    gather(model)
+    storages = {
+        s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in held_tensors(model) if t.is_cuda)
+    }
+    reserved = torch.cuda.memory_reserved() - others
+    assert sum(storages.values()) <= reserved < sum(storages.values()) + 28 * MIB  # of many small tensors
+    for tensor, value in wanted:
+        assert torch.equal(tensor.cpu().contiguous().view(torch.uint8), value.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", ["", "fp8", "fp4", "int8", "int4"])
+def test_a_core_holds_what_was_planned(kind: str, deeper: Path) -> None:
+    spec = EngineSpec(
+        model=str(deeper), path=deeper, quantization=kind, kv_cache_bytes=400 * MIB, max_num_seqs=32
+    )
+    budget, others = plan_for(spec).budget, torch.cuda.memory_reserved()
+    core, ready = build(spec)
+    assert ready.summary["weight_bytes"] == pytest.approx(budget.weights, rel=0.005)
+    planned = budget.weights + budget.activations + budget.pool
+    assert abs(torch.cuda.memory_reserved() - others - planned) < 96 * MIB
     core.close()
 
 

@@ -24,7 +24,14 @@ from headrace.engines.finite import require_finite
 from headrace.engines.generate import GenerateCore
 from headrace.engines.inspect import inspect
 from headrace.engines.loop import Core
-from headrace.engines.memory import give_back, kv_block_bytes, num_kv_blocks, take_for_steps, take_for_weights
+from headrace.engines.memory import (
+    give_back,
+    kv_block_bytes,
+    num_kv_blocks,
+    steady_heap,
+    take_for_steps,
+    take_for_weights,
+)
 from headrace.engines.quality import check_quality
 from headrace.engines.select import select
 from headrace.engines.stages import Stages
@@ -33,6 +40,7 @@ from headrace.errors import ConfigError, MissingFile, UnsupportedCheckpoint
 from headrace.execution.blank_step import is_finite
 from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.encode_runner import EncodeRunner
+from headrace.execution.gather import gather
 from headrace.execution.runner import Runner
 from headrace.execution.threads import ThreadGovernor
 from headrace.kvcache.blocks import BlockPool
@@ -89,6 +97,8 @@ def build(
         )
     threads = spec.num_threads or torch.get_num_threads()
     if device.type == "cpu":
+        if not encodes:  # whose passes are so short that taking pages anew would be a tenth of them
+            steady_heap()
         torch.set_num_threads(1)  # reading files gains little from more, and loses much where others compute
     core: EncodeCore[EncodeRunner] | GenerateCore
     try:
@@ -170,10 +180,13 @@ def _build_generate(
     beside.shutdown(wait=False)
     cache_dtype = _refuse_early(spec, checkpoint, dtype)
     shape = read_shape(facts)
-    if not (spec.quantization or isinstance(checkpoint, QuantizedCheckpoint)):
+    converts = bool(spec.quantization) or isinstance(checkpoint, QuantizedCheckpoint)
+    if not converts:
         take_for_weights(device, facts, shape, dtype)
     stages.done("device")
     model = _load(spec, checkpoint, dtype, device, progress)
+    if converts and device.type == "cuda":
+        gather(model)
     stages.done("weights")
     max_model_len = _max_model_len(spec, model)
     step_tokens = spec.max_num_batched_tokens or (

@@ -19,6 +19,7 @@ from headrace.engines.memory import give_back, take_for_steps, take_for_weights
 from headrace.engines.stages import Stages
 from headrace.errors import ConfigError, UnsupportedCheckpoint
 from headrace.execution.encode_runner import EncodeRunner
+from headrace.execution.gather import gather
 from headrace.messages import Ready
 from headrace.models.encode_card import read_encode_card
 from headrace.models.encode_eight_bits import EightBits
@@ -57,6 +58,8 @@ def build_encode(
         take_for_weights(device, facts, shape, dtype)
     stages.done("device")
     model = load_encode(spec, checkpoint, device, dtype)
+    if device.type == "cuda":
+        gather(model)  # casts, too, leave holes
     stages.done("weights")
     model.max_tokens = _max_tokens(spec, model)
     batch_tokens = spec.max_num_batched_tokens or (

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from headrace.config.plan.facts import Facts
-from headrace.config.plan.memory import CPU_POOL_BYTES, CPU_POOL_SHARE, CUDA_PROCESS_BYTES, pool_blocks
+from headrace.config.plan.memory import CPU_POOL_BYTES, CPU_POOL_SHARE, CUDA_PROCESS_BYTES, MIB, pool_blocks
 from headrace.config.plan.scratch import SMALL_BYTES, Scratch
 from headrace.config.plan.shape import ModelShape
 from headrace.config.plan.weights import weigh
@@ -24,9 +24,14 @@ __all__ = [
     "give_back",
     "kv_block_bytes",
     "num_kv_blocks",
+    "steady_heap",
     "take_for_steps",
     "take_for_weights",
 ]
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_LARGE_BLOCK = 4 * MIB  # whose pages cost less to take anew than what is computed in them
 
 
 class Reserving(Protocol):
@@ -75,6 +80,18 @@ def give_back(device: torch.device) -> None:
         return
     with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing is known to be kept
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def steady_heap() -> None:
+    """Have the C library take large blocks from the system one by one, and give them back, where it is glibc.
+
+    It would otherwise learn from the first large blocks that are freed to keep such in its heap; between small ones
+    that live on, the heap then grows by chance: use differed by 6% from run to run of one server.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        for parameter, size in ((_M_MMAP_THRESHOLD, _LARGE_BLOCK), (_M_TRIM_THRESHOLD, 8 * _LARGE_BLOCK)):
+            library.mallopt(parameter, size)
 
 
 def take_for_steps(device: torch.device, need: Scratch, graphs: Reserving | None) -> None:

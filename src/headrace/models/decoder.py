@@ -235,11 +235,11 @@ class DecoderModel(nn.Module):
         return self.adjust_logits(self.head(hidden).float())
 
     def adjust_logits(self, logits: Tensor) -> Tensor:
-        """Divisor and soft cap of raw logits, float32 [P, V]."""
+        """Divisor and soft cap of raw logits, float32 [P, V], in place: with a large vocabulary they are gigabytes."""
         if self.config.logits_divisor != 1.0:
-            logits = logits / self.config.logits_divisor
+            logits.div_(self.config.logits_divisor)
         if self.config.logit_soft_cap is not None:
-            logits = self.config.logit_soft_cap * torch.tanh(logits / self.config.logit_soft_cap)
+            logits.div_(self.config.logit_soft_cap).tanh_().mul_(self.config.logit_soft_cap)
         return logits
 
 

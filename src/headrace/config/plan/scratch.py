@@ -55,8 +55,8 @@ _PIECES = 1.25  # room that a step needs in one piece of memory, over what lives
 PROMPT_ROWS = 64  # prompt positions whose logits are made at once, on a GPU
 _ORDER_BYTES = 40  # of each logit whose order is found, on a GPU
 _CPU_SCORE_BYTES = 5  # of each logit on a CPU: exponentials, and whether it is larger than the token's own
-_CPU_PACK_BYTES = 12  # of each result of the head in float32: what the library packs and cannot use again
-_CPU_DRAW_BYTES = 27  # of each logit that is filtered and drawn from on a CPU: its order, masses, race
+_CPU_PACK_BYTES = 5  # of each result of the head in float32: what the library packs and cannot use again
+_CPU_DRAW_BYTES = 20  # of each logit that is filtered and drawn from on a CPU: its order, masses, race
 # Seen on an H200: 0.4 to 0.7 MiB a graph of 28 to 36 layers.
 _GRAPH_BYTES_A_LAYER = 18 * 1024
 _DECODE_KINDS = 4  # where a decode graph ends: see GraphKey

@@ -51,6 +51,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         latent: numbers a token and layer keeps with latent attention (DeepSeek); 0: keys and values.
         encoder: answers in one pass, keeps no cache.
         bidirectional: of a family of encoders; else a decoder, whatever it is used for.
+        wide_norms: gains are kept in float32 (Gemma stores them less one).
+        sandwich: attention and feed-forward have a norm before and one after.
     """
 
     layers: int
@@ -80,6 +82,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     qk_norm: bool = False
     encoder: bool = False
     bidirectional: bool = False
+    wide_norms: bool = False
+    sandwich: bool = False
     rope: Mapping[str, Any] | None = None
 
     def kv_elements(self, tensor_parallel: int = 1) -> int:
@@ -135,9 +139,11 @@ def read_shape(facts: Facts, *, encoder: bool = False) -> ModelShape:
         value_dim=_get(config, ("v_head_dim",), 0),
         gated=_gated(config),
         qkv_bias=bool(config.get("attention_bias") or "Qwen2" in facts.architecture or bidirectional),
-        qk_norm="Qwen3" in facts.architecture,
+        qk_norm=facts.architecture.startswith(("Qwen3", "Gemma3")),
         encoder=encoder,
         bidirectional=bidirectional,
+        wide_norms=facts.architecture.startswith("Gemma"),
+        sandwich=facts.architecture.startswith(("Gemma2", "Gemma3")),
         rope=_rope(config),
     )
 

@@ -110,7 +110,9 @@ def weigh(
         count = _logical(name, tensor, per_word)
         parameters += count
         expert_parameters += count if kind == "experts" and ".shared_expert" not in name else 0
-        if keep_blocks and len(tensor.shape) == 2 and tensor.dtype in KEPT_BLOCKS:
+        if kind == "norm" and shape.wide_norms:
+            by_kind[kind] += count * 4
+        elif keep_blocks and len(tensor.shape) == 2 and tensor.dtype in KEPT_BLOCKS:
             table = kind == "embedding"  # it stays in the file's map and takes no memory of its own
             by_kind["head" if table else kind] += 0 if table and not shape.tied else _kept_bytes(tensor)
         else:
@@ -175,8 +177,9 @@ def _converted(kind: str, scheme: str, name: str) -> bool:
 def packed_bytes(shape: tuple[int, ...], scheme: str) -> int:
     """Bytes of one matrix [..., out, in] under a scheme, scales included.
 
-    fp8: float32 a row; fp8_block: float32 a 128 x 128 tile; nvfp4: one byte for 16 and a float32; mxfp4: one byte
-    for 32; int8: a 16-bit scale a row; int4: a 16-bit scale and offset for 32 (``-g64``, ``-g128``: for so many).
+    fp8: float32 a row; fp8_block: float32 a 128 x 128 tile; nvfp4: one byte for 16 and a float32 a row; mxfp4: one
+    byte for 32 and a float32 a row; int8: a 16-bit scale a row (on GPUs six bytes more); int4: a 16-bit scale and
+    offset for 32 (``-g64``, ``-g128``: for so many; on GPUs a float32 scale).
     """
     numel, columns = math.prod(shape), shape[-1]
     rows = numel // max(columns, 1)
@@ -188,9 +191,9 @@ def packed_bytes(shape: tuple[int, ...], scheme: str) -> int:
     if name == "fp8":
         return numel + 4 * rows
     if name == "nvfp4":
-        return -(-numel // 2) + rows * -(-columns // 16) + 4
+        return -(-numel // 2) + rows * (-(-columns // 16) + 4)
     if name == "mxfp4":
-        return -(-numel // 2) + rows * -(-columns // 32)
+        return -(-numel // 2) + rows * (-(-columns // 32) + 4)
     assert name.startswith("int4"), scheme
     group = int(name.removeprefix("int4").removeprefix("-g") or 32)
     return -(-numel // 2) + rows * -(-columns // group) * 4
@@ -215,8 +218,9 @@ def _decoder(shape: ModelShape) -> Sizes:
             yield from _experts(shape, f"{prefix}.mlp")
         else:
             yield from _mlp(shape, f"{prefix}.mlp", shape.intermediate)
-        yield f"{prefix}.input_layernorm.weight", (shape.hidden,)
-        yield f"{prefix}.post_attention_layernorm.weight", (shape.hidden,)
+        feed = ("pre_feedforward", "post_feedforward") if shape.sandwich else ()
+        for place in ("input", "post_attention", *feed):
+            yield f"{prefix}.{place}_layernorm.weight", (shape.hidden,)
     yield "model.norm.weight", (shape.hidden,)
     if not shape.tied and not shape.encoder:
         yield "lm_head.weight", (shape.vocab, shape.hidden)
