@@ -192,7 +192,7 @@ def test_the_plan_of_a_gpu(scheme: str, folder: Path) -> None:
     bits = {"fp8": 8, "fp8_block": 8, "fp4": 4.5, "mxfp4": 4.25, "int8": 8, "int4": 5}[scheme]
     assert plan.by_kind["experts"] == pytest.approx(numbers * bits / 8, rel=0.08)
     dense = 3 * 128 * 128 * bits / 8
-    assert plan.by_kind["mlp"] == pytest.approx(router + dense, rel=0.05)
+    assert plan.by_kind["mlp"] == pytest.approx(router + dense, rel=0.1)
 
 
 def test_scales_moved_between_experts_matrices_are_no_defect(folder: Path) -> None:
