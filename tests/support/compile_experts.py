@@ -14,7 +14,7 @@ from headrace.kernels.experts import triton_plan as plan
 from support.compile_quantized import KINDS, Variant, compile_all
 
 OWN = {
-    **KINDS, "w_ptr": "*bf16", "pairs_ptr": "*i32", "experts_ptr": "*i32", "chosen_ptr": "*i32", "counts_ptr": "*i32",
+    **KINDS, "w_ptr": "*bf16", "pairs_ptr": "*i32", "contents_ptr": "*i32", "chosen_ptr": "*i32", "counts_ptr": "*i32",
     "starts_ptr": "*i32", "logits_ptr": "*bf16", "weights_ptr": "*fp32", "parts_ptr": "*bf16",
 }  # fmt: skip
 
@@ -28,7 +28,7 @@ def plans() -> Iterator[Variant]:
         for chunk in (4, 64):
             yield f"plan {top} {experts}", plan._plan_few, {}, {**common, "BM": 16, "CHUNK": chunk}
         yield "count", plan._count, {}, {**common, "CHUNK": 64}
-        yield "add up", plan._add_up, {}, {**common, "BM": 128, "ROWS": 16}
+        yield "add up", plan._add_up, {}, {"BE": common["BE"], "PDL": True, "BM": 128, "ROWS": 32}
         yield "place", plan._place_many, {}, {**common, "CHUNK": 64}
 
 
@@ -78,7 +78,11 @@ def four_bits() -> Iterator[Variant]:
     )
     for (name, form), shape in itertools.product(forms.items(), shapes):
         types = {"w_ptr": "*i32", "zero_ptr": "*bf16"} | ({"w_scale_ptr": "*i32"} if form["FP4"] else {})
-        yield f"{name} {shape}", codes._expert_codes, types, {**base, **form, **shape}
+        yield f"{name} {shape}", codes._few_codes, types, {**base, **form, **shape}
+    for name, form in forms.items():
+        types = {"w_ptr": "*i32", "zero_ptr": "*bf16"} | ({"w_scale_ptr": "*i32"} if form["FP4"] else {})
+        kept = {key: value for key, value in base.items() if key != "ROWS"}
+        yield f"{name} many", codes._many_codes, types, {**kept, **form, "BM": 128, "T": 8, "GATE": 1}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from support.tiny_folder import write_llama
+from support.tiny_folder import write_llama, write_moe
 
 Written = dict[str, Tensor]
 SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
@@ -110,12 +110,25 @@ def fp4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return packed, torch.tensor(dense)
 
 
-def write_quantized(folder: Path, pack: Any, settings: dict[str, Any] | None) -> dict[str, Tensor]:
+def write_quantized(
+    folder: Path, pack: Any, settings: dict[str, Any] | None, *, moe: bool = False
+) -> dict[str, Tensor]:
     """A tiny Llama whose q, k, v, o, gate, up and down are packed by ``pack(base, weight) -> (tensors, dense)``.
+
+    Args:
+        moe: a Qwen 3 with three experts instead.
 
     Returns the dense tensors that the folder stands for.
     """
-    write_llama(folder, num_hidden_layers=1, **SHAPE)
+    if moe:
+        experts = {
+            "num_experts": 3,
+            "moe_intermediate_size": SHAPE["intermediate_size"],
+            "mlp_only_layers": [],
+        }
+        write_moe(folder, num_hidden_layers=1, **SHAPE, **experts)
+    else:
+        write_llama(folder, num_hidden_layers=1, **SHAPE)
     dense = load_file(folder / "model.safetensors")
     stored = {}
     for name, tensor in list(dense.items()):

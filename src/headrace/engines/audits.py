@@ -35,7 +35,26 @@ Bits = Callable[[str], int]
 
 _UNDONE = 0.15  # of rows times columns from 1: what rounding to 4 bits leaves of their means is far less
 _Packed = PackedLinear | JoinedLinear | ScaledLinear | EightBitLinear
-_NORM_BEFORE = {"attention.qkv": "attention_norm", "mlp.gate_up": "mlp_norm", "mlp.up": "mlp_norm"}
+_NORM_BEFORE = {
+    "attention.qkv": "attention_norm",
+    **dict.fromkeys(
+        (
+            "mlp.gate_up",
+            "mlp.up",
+            "mlp.router",
+            "mlp.experts.gate_up",
+            "mlp.shared.gate_up",
+            "mlp.shared_gate",
+        ),
+        "mlp_norm",
+    ),
+}
+_PAIRS = (
+    ("attention.qkv", "attention.o"),
+    ("mlp.gate_up", "mlp.down"),
+    ("mlp.experts.gate_up", "mlp.experts.down"),
+    ("mlp.shared.gate_up", "mlp.shared.down"),
+)
 
 
 @dataclass(frozen=True)
@@ -136,7 +155,7 @@ class _Both:
 
 def _pair(path: str) -> tuple[str, str] | None:
     """The matrix whose last rows are the columns of the second one, of which this is one."""
-    for first, second in (("attention.qkv", "attention.o"), ("mlp.gate_up", "mlp.down")):
+    for first, second in _PAIRS:
         for each in (first, second):
             if path.startswith("layers.") and path.endswith(f".{each}"):
                 layer = path.removesuffix(each)
@@ -145,27 +164,32 @@ def _pair(path: str) -> tuple[str, str] | None:
 
 
 def _moved(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor | None:
-    """Factors of the last rows of ``first`` that the columns of ``second`` undo (AWQ), float32 [columns]; or None.
+    """Factors of the last rows of ``first`` that the columns of ``second`` undo (AWQ), float32 [E, columns]; or None.
 
-    A factor that nothing undoes is a defect, and 1 here.
+    Of E experts, each one's own; a linear is one. A factor that nothing undoes is a defect, and 1 here.
     """
+    experts = second[1].shape[0] // first[1].shape[1]
     width = second[1].shape[1]
-    mine, other = (side[-width:] for side in first)
-    if mine.shape[0] != width:
+    if not experts or experts * first[1].shape[1] != second[1].shape[0] or first[1].shape[0] % experts:
+        return None
+    mine, other = (side.view(experts, -1, side.shape[1])[:, -width:] for side in first)
+    if mine.shape[1] != width:
         return None  # grouped heads
-    rows = (mine * other).sum(1) / other.square().sum(1).clamp(min=1e-30)
-    columns = (second[0] * second[1]).sum(0) / second[1].square().sum(0).clamp(min=1e-30)
-    undone = (rows * columns - 1).abs() < _UNDONE
-    return torch.where(undone & (rows > 0), rows, 1.0)
+    down, undone = (side.view(experts, -1, width) for side in second)
+    rows = (mine * other).sum(2) / other.square().sum(2).clamp(min=1e-30)
+    columns = (down * undone).sum(1) / undone.square().sum(1).clamp(min=1e-30)
+    return torch.where(((rows * columns - 1).abs() < _UNDONE) & (rows > 0), rows, 1.0)
 
 
 def _without(matrix: Tensor, factors: Tensor, *, rows: bool) -> Tensor:
-    """The last rows without these factors, or the columns without their inverse."""
-    if not rows:
-        return matrix * factors
-    matrix = matrix.clone()
-    matrix[-len(factors) :] /= factors[:, None]
-    return matrix
+    """The last rows of each expert without these factors, or the columns without their inverse."""
+    experts, width = factors.shape
+    each = matrix.clone().view(experts, -1, matrix.shape[1])
+    if rows:
+        each[:, -width:] /= factors[:, :, None]
+    else:
+        each *= factors[:, None]
+    return each.view(matrix.shape)
 
 
 def stored_bits(checkpoint: Checkpoint, *, decoder: bool) -> Bits:

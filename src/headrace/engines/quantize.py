@@ -103,7 +103,7 @@ def converts(name: str, checkpoint: Checkpoint, kind: QuantizationType) -> bool:
     if isinstance(checkpoint, FolderCheckpoint) and info.dtype not in ("F32", "F16", "BF16"):
         return False
     group = classify(name)
-    if name.endswith((".gate.weight", ".router.weight")):
+    if name.endswith((".gate.weight", ".router.weight", ".shared_expert_gate.weight")):
         return False
     return group == "mlp" or group == "experts" or (group == "attention" and kind.layers == "all")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.kernels.activation import activate
+from headrace.kernels.experts import combine, expert_linear, plan_experts, route
 from headrace.layers.linear import Linear, parameter
 
 __all__ = ["ExpertMLP"]
@@ -15,7 +16,8 @@ class ExpertMLP(nn.Module):
     """``sum over the top experts of p_e * (act(x @ up_e.T) @ down_e) + bias`` (Nussbaum and Duderstadt 2025).
 
     Attributes:
-        up, down: [E * I, D], experts one after another, as the checkpoint has them.
+        up: [E * I, D], experts one after another.
+        down: [E * I, D] as checkpoints have it, [E * D, I] after finish().
         bias: [D], one for all experts.
     """
 
@@ -36,17 +38,20 @@ class ExpertMLP(nn.Module):
         self.up = parameter(num_experts * intermediate_size, hidden_size, dtype=dtype, device=device)
         self.down = parameter(num_experts * intermediate_size, hidden_size, dtype=dtype, device=device)
         self.bias = parameter(hidden_size, dtype=dtype, device=device)
+        self._laid_out = False
+
+    def finish(self) -> None:
+        """Called once, when the weights are there: lays the second projection out as products read it."""
+        if not self._laid_out:
+            stored = self.down.data.view(self.num_experts, -1, self.down.shape[1])
+            down = stored.transpose(1, 2).reshape(-1, stored.shape[1])
+            self.down = torch.nn.Parameter(down, requires_grad=False)
+            self._laid_out = True
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        weights, chosen = self.router(x).float().softmax(-1).topk(self.experts_per_token)
-        out = self.bias.expand_as(x).clone()
-        ups, downs = self.up.chunk(self.num_experts), self.down.chunk(self.num_experts)
-        for expert in range(self.num_experts):
-            rows, slots = (chosen == expert).nonzero(as_tuple=True)
-            if rows.numel() == 0:
-                continue
-            inner = activate(x[rows] @ ups[expert].T, self.activation)
-            part = (inner @ downs[expert]) * weights[rows, slots].to(x.dtype)[:, None]
-            out.index_add_(0, rows, part)
-        return out
+        assert self._laid_out, "finish() was not called"
+        weights, chosen = route(self.router(x), self.experts_per_token, renormalize=False)
+        plan = plan_experts(chosen, self.num_experts)
+        inner = activate(expert_linear(x, self.up, plan), self.activation)
+        return combine(expert_linear(inner, self.down, plan), weights) + self.bias

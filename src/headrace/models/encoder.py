@@ -222,7 +222,7 @@ class EncoderModel(nn.Module):
         self.rope = Rotary(self.config.rope, device) if self.config.rope else None
         self.local_rope = Rotary(self.config.local_rope, device) if self.config.local_rope else self.rope
         for module in self.modules():
-            if isinstance(module, Dense | DistanceBias):
+            if isinstance(module, Dense | DistanceBias | ExpertMLP):
                 module.finish()
 
     @torch.inference_mode()

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.errors import HeadraceError, UnsupportedCheckpoint
+from headrace.layers.experts import ExpertLinear
 from headrace.layers.linear import Linear
 from headrace.layers.packed import PackedBatch
 from headrace.models.decoder import DecoderModel
 from headrace.models.loading import load_decoder
 from headrace.quantization.containers import METHODS, QuantizedCheckpoint, open_quantized
+from headrace.quantization.experts import ScaledExperts
 from headrace.quantization.scaled import ScaledLinear
 from support import quantized_folder as write
 
@@ -186,10 +188,10 @@ def load_kept(folder: Path) -> DecoderModel:
     return load_decoder(checkpoint.config, checkpoint, dtype=torch.float32, device="cpu", keep_packed=True)
 
 
-def make(tmp_path: Path, case: str) -> tuple[Path, dict[str, Tensor]]:
+def make(tmp_path: Path, case: str, *, moe: bool = False) -> tuple[Path, dict[str, Tensor]]:
     torch.manual_seed(1)
     pack, settings = CASES[case]
-    dense = write.write_quantized(tmp_path / case, pack, settings)
+    dense = write.write_quantized(tmp_path / case, pack, settings, moe=moe)
     if settings is None:
         block = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
         (tmp_path / case / "hf_quant_config.json").write_text(json.dumps({"quantization": block}))
@@ -225,6 +227,30 @@ def test_models_keep_the_numbers(case: str, tmp_path: Path) -> None:
     error = float((got - want).norm() / want.norm())
     assert error < (0.3 if rounds else 1e-5)
     assert rounds == ("fp8" in case or case == "deepseek")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_experts_keep_the_numbers(case: str, tmp_path: Path) -> None:
+    """Each expert's matrices, where they can be multiplied as they are; those of another order each are dequantized."""
+    folder, dense = make(tmp_path, case, moe=True)
+    checkpoint = open_quantized(FolderCheckpoint(folder))
+    plain = load_decoder(checkpoint.config, checkpoint, dtype=torch.float32, device="cpu")
+    kept = load_decoder(checkpoint.config, checkpoint, dtype=torch.float32, device="cpu", keep_packed=True)
+    experts = kept.layers[0].mlp.experts
+    own_order = case == "gptq_v2_order"
+    assert isinstance(experts.gate_up, ExpertLinear if own_order else ScaledExperts)
+    at = "model.layers.0.mlp.experts."
+    both = torch.cat([dense[f"{at}{e}.{part}_proj.weight"] for e in range(3) for part in ("gate", "up")])
+    got = experts.gate_up.weight if own_order else experts.gate_up.dequantize()
+    torch.testing.assert_close(got, both, rtol=3e-7, atol=0)
+    down = plain.layers[0].mlp.experts.down.weight
+    torch.testing.assert_close(
+        down, torch.cat([dense[f"{at}{e}.down_proj.weight"] for e in range(3)]), rtol=3e-7, atol=0
+    )
+    x = torch.randn(7, both.shape[1])
+    rounds = not own_order and experts.gate_up.activations.kind != "none"
+    want, got = (model.layers[0].mlp(x) for model in (plain, kept))
+    assert float((got - want).norm() / want.norm()) < (0.1 if rounds else 1e-5)
 
 
 def test_plain_checkpoints_pass_through(tmp_path: Path) -> None:

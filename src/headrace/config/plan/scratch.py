@@ -142,8 +142,8 @@ def forward_bytes(shape: ModelShape, tokens: int, dtype_bytes: int, ranks: int =
 
     Of a decoder: the stream before the layer, its sum, and the norm's result; cos and sin in float32; and either
     q, k and v, their rotated copy and the attention's output, or the two halves of the MLP and their product; for
-    experts one row for each chosen one. Of an encoder that norms sums: its input, the attention's norm and the
-    MLP's two results.
+    experts, of each chosen one, its product, the same in 8 bits, and its row of the sum. Of an encoder that norms
+    sums: its input, the attention's norm and the MLP's two results.
     """
     queries = shape.heads * shape.head_dim
     attention = shape.attention_width + queries
@@ -154,7 +154,7 @@ def forward_bytes(shape: ModelShape, tokens: int, dtype_bytes: int, ranks: int =
     feed = halves * shape.intermediate
     if shape.experts:
         routed = (
-            shape.chosen * (halves * shape.expert_size + shape.hidden) + halves * shape.shared_expert_size
+            shape.chosen * (3 * shape.expert_size // 2 + shape.hidden) + halves * shape.shared_expert_size
         )
         feed = max(routed, feed if shape.dense_layers else 0)
     row = (3 * shape.hidden + max(attention, feed) // ranks) * dtype_bytes

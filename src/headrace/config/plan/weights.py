@@ -169,7 +169,7 @@ def _kept_bytes(tensor: Tensor) -> int:
 def _converted(kind: str, scheme: str, name: str) -> bool:
     if kind == "head" and scheme.startswith("int") and name.endswith("lm_head.weight"):
         return True
-    if kind not in _LINEAR or re.search(r"\.(gate|router)\.weight$", name):
+    if kind not in _LINEAR or re.search(r"\.(gate|router|shared_expert_gate)\.weight$", name):
         return False  # routers stay exact
     return kind != "attention" or quantization_type(scheme).layers == "all"
 
@@ -263,11 +263,8 @@ def _mlp(shape: ModelShape, prefix: str, size: int) -> Sizes:
 
 def _experts(shape: ModelShape, prefix: str) -> Sizes:
     yield f"{prefix}.gate.weight", (shape.experts, shape.hidden)
-    for name, size in (
-        ("gate_up_proj", 2 * shape.expert_size * shape.hidden),
-        ("down_proj", shape.expert_size * shape.hidden),
-    ):
-        yield f"{prefix}.experts.{name}", (shape.experts, size // shape.hidden, shape.hidden)
+    yield f"{prefix}.experts.gate_up_proj", (shape.experts, 2 * shape.expert_size, shape.hidden)
+    yield f"{prefix}.experts.down_proj", (shape.experts, shape.hidden, shape.expert_size)
     if shape.shared_expert_size:
         yield from _mlp(shape, f"{prefix}.shared_expert", shape.shared_expert_size)
 

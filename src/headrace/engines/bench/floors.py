@@ -33,10 +33,12 @@ class Work:
     """What a model makes a device do.
 
     Attributes:
-        weight_bytes: read by every step: all linear maps and the head.
+        weight_bytes: read by every step: all linear maps and the head, but for experts.
         body, head: multiplications a token in the layers, and a sampled token in the head.
         key_bytes: of one token in the cache of all layers.
         pair_flops: of one query and key in all layers.
+        expert_bytes: of all experts' weights.
+        expert_share: of the experts that one token meets.
     """
 
     weight_bytes: int
@@ -44,6 +46,8 @@ class Work:
     head: int
     key_bytes: int
     pair_flops: int
+    expert_bytes: int = 0
+    expert_share: float = 1.0
 
     @staticmethod
     def of(model: DecoderModel, caches: Sequence[LayerCache]) -> Work:
@@ -52,9 +56,15 @@ class Work:
         head = config.vocab_size * config.hidden_size
         assert model.head is not None
         tokens = [cache.k[0, 0] for cache in caches]
+        linears = _linears(model.layers)
+        plain = [m for m in linears if not hasattr(m, "num_experts")]
+        routed = [m for m in linears if hasattr(m, "num_experts")]
+        share = config.experts.experts_per_token / config.experts.num_experts if config.experts else 1.0
         return Work(
-            weight_bytes=_bytes(model.layers) + _bytes(model.head),
-            body=sum(m.in_features * m.out_features for m in _linears(model.layers)),
+            weight_bytes=_bytes(plain) + _bytes(_linears(model.head)),
+            body=_numbers(plain) + round(_numbers(routed) * share),
+            expert_bytes=_bytes(routed),
+            expert_share=share,
             head=head,
             key_bytes=2 * sum(token.numel() * token.element_size() for token in tokens),
             pair_flops=4 * config.num_heads * config.head_dim * config.num_layers,
@@ -63,15 +73,19 @@ class Work:
     def decode_seconds(self, lengths: Sequence[int], rates: tuple[float, float]) -> float:
         """A step of one new token for sequences of these lengths."""
         bandwidth, flops = rates
-        read = self.weight_bytes + self.key_bytes * sum(lengths)
+        read = self.weights_read(len(lengths)) + self.key_bytes * sum(lengths)
         return max(read / bandwidth, 2 * (self.body + self.head) * len(lengths) / flops)
+
+    def weights_read(self, tokens: int) -> float:
+        """Bytes in a step of so many tokens, whose experts are as any others'."""
+        return self.weight_bytes + self.expert_bytes * (1 - (1 - self.expert_share) ** tokens)
 
     def prefill_seconds(self, prompts: int, tokens: int, rates: tuple[float, float]) -> float:
         """``prompts`` whole prompts of ``tokens`` each."""
         bandwidth, flops = rates
         products = 2 * self.body * prompts * tokens + 2 * self.head * prompts
         attention = self.pair_flops * prompts * tokens * tokens / 2
-        return max((products + attention) / flops, self.weight_bytes / bandwidth)
+        return max((products + attention) / flops, self.weights_read(prompts * tokens) / bandwidth)
 
     def case_seconds(self, case: Case, rates: tuple[float, float]) -> float:
         """All prompts, then every step of all sequences."""
@@ -88,9 +102,13 @@ def _linears(module: nn.Module) -> list[Any]:
     return [linear for child in module.children() for linear in _linears(child)]
 
 
-def _bytes(module: nn.Module) -> int:
-    """Bytes of the linear maps in it, as they are stored."""
+def _numbers(linears: Sequence[Any]) -> int:
+    """Multiplications of a row in all of them."""
+    return sum(m.in_features * m.out_features for m in linears)
+
+
+def _bytes(linears: Sequence[Any]) -> int:
+    """Bytes of the weights, as they are stored."""
     return sum(
-        m.nbytes if hasattr(m, "nbytes") else m.weight.numel() * m.weight.element_size()
-        for m in _linears(module)
+        m.nbytes if hasattr(m, "nbytes") else m.weight.numel() * m.weight.element_size() for m in linears
     )

@@ -68,7 +68,10 @@ def _window(window: Window, work: Work | None, rates: tuple[float, float] | None
         )
     moved: dict[str, float] = {}
     if work is not None and window.keys:
-        moved = {"linear": work.weight_bytes, "attention": work.key_bytes * window.keys / steps}
+        moved = {
+            "linear": work.weights_read(round(window.tokens / steps)),
+            "attention": work.key_bytes * window.keys / steps,
+        }
         if rates is not None:
             least = sum(moved.values()) / rates[0]
             lines.append(

@@ -17,15 +17,15 @@ class ExpertPlan:
         chosen: int32 [T, k].
         num_experts: E.
         block: rows of a block on a GPU, of one expert each; 0: none are made.
-        pairs: int32 [blocks * block], the pair of each row; T * k where there is none.
-        experts: int32 [blocks], the expert of each block; E where there is none.
+        pairs: int32 [blocks * block], the pair of each row; undefined where there is none.
+        contents: int32 [blocks], of each block its expert, and 65,536 times its rows; E where it has none.
     """
 
     chosen: Tensor
     num_experts: int
     block: int = 0
     pairs: Tensor | None = None
-    experts: Tensor | None = None
+    contents: Tensor | None = None
 
     @property
     def num_pairs(self) -> int:

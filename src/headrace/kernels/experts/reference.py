@@ -85,10 +85,10 @@ def gated(both: Tensor, gate: str) -> Tensor:
 
 
 def combine(parts: Tensor, weights: Tensor, residual: Tensor | None = None) -> Tensor:
-    wide = parts.float().view(*weights.shape, -1)
-    out = wide[:, 0] * weights[:, :1]
+    by_token = parts.view(*weights.shape, -1)
+    out = by_token[:, 0].float() * weights[:, :1]
     for i in range(1, weights.shape[1]):
-        out = torch.addcmul(out, wide[:, i], weights[:, i : i + 1])
+        out = torch.addcmul(out, by_token[:, i].float(), weights[:, i : i + 1])
     if residual is not None:
         out = out + residual.float()
     return out.to(parts.dtype)

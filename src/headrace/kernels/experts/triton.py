@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.experts.plan import ExpertPlan
-from headrace.kernels.experts.triton_parts import GATES, rows_of, store
+from headrace.kernels.experts.triton_parts import GATES, block_of, rows_of, store
 from headrace.kernels.experts.triton_plan import plan_experts, route
 from headrace.kernels.experts.tuning import ProductShape, product_shape
 from headrace.kernels.launch import INTERPRETED, launch_options
@@ -22,7 +22,7 @@ __all__ = ["combine", "expert_linear", "plan_experts", "route"]
 
 
 @triton.jit(do_not_specialize=["P"])
-def _expert_linear(x_ptr, x_row, w_ptr, bias_ptr, out_ptr, pairs_ptr, experts_ptr, P, E, N, K, tiles,
+def _expert_linear(x_ptr, x_row, w_ptr, bias_ptr, out_ptr, pairs_ptr, contents_ptr, P, N, K, tiles,
                    SHARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
                    GATE: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out[pair, n] for the BM pairs of a block and BN outputs of its expert; with a gate rows n and N + n together."""
@@ -30,9 +30,9 @@ def _expert_linear(x_ptr, x_row, w_ptr, bias_ptr, out_ptr, pairs_ptr, experts_pt
         gdc_launch_dependents()
         gdc_wait()
     tile, block = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    expert = tl.load(experts_ptr + block)
-    if expert < E:
-        pair, rows = rows_of(pairs_ptr, block, P, BM, SHARED)
+    expert, count = block_of(contents_ptr, block)
+    if count > 0:
+        pair, rows = rows_of(pairs_ptr, block, count, P, BM, SHARED)
         n = tile * BN + tl.arange(0, BN)
         HALVES: tl.constexpr = 2 if GATE > 0 else 1
         first = expert.to(tl.int64) * (N * HALVES)
@@ -88,15 +88,17 @@ def expert_linear(
     shape: ProductShape | None = None,
 ) -> Tensor:
     """See the package."""
-    assert x.stride(1) == 1 and weight.is_contiguous() and plan.pairs is not None and plan.experts is not None
+    assert (
+        x.stride(1) == 1 and weight.is_contiguous() and plan.pairs is not None and plan.contents is not None
+    )
     k = weight.shape[1]
     n = weight.shape[0] // plan.num_experts // (1 if gate is None else 2)
     out = torch.empty(plan.num_pairs, n, dtype=x.dtype, device=x.device)
     shape = shape or product_shape(plan.block, gate is not None, 4 if INTERPRETED else weight.itemsize)
     tiles = triton.cdiv(n, shape.bn)
-    _expert_linear[(tiles * plan.experts.numel(),)](
-        x, x.stride(0), weight, x if bias is None else bias, out, plan.pairs, plan.experts, plan.num_pairs,
-        plan.num_experts, n, k, tiles, SHARED=plan.num_pairs // x.shape[0], BM=plan.block, BN=shape.bn, BK=shape.bk,
+    _expert_linear[(tiles * plan.contents.numel(),)](
+        x, x.stride(0), weight, x if bias is None else bias, out, plan.pairs, plan.contents, plan.num_pairs,
+        n, k, tiles, SHARED=plan.num_pairs // x.shape[0], BM=plan.block, BN=shape.bn, BK=shape.bk,
         BIAS=bias is not None, GATE=GATES[gate], EVEN=k % shape.bk == 0,
         **launch_options(x.device, shape.warps, shape.stages),
     )  # fmt: skip

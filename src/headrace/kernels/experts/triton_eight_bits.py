@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.experts.plan import ExpertPlan
-from headrace.kernels.experts.triton_parts import GATES, rows_of, store
+from headrace.kernels.experts.triton_parts import GATES, block_of, rows_of, store
 from headrace.kernels.experts.tuning import ProductShape, eight_bit_shape
 from headrace.kernels.launch import INTERPRETED, launch_options
 from headrace.kernels.quantized_linear.triton import eight_bits
@@ -60,7 +60,7 @@ def _part(x_at, xs, w_ptr, scale_ptr, zero_ptr, rows, k, K, groups, BN: tl.const
 
 @triton.jit(do_not_specialize=["P"])
 def _expert_eight_bits(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr,
-                       out_ptr, pairs_ptr, experts_ptr, P, E, N, K, tiles, SHARED: tl.constexpr, BM: tl.constexpr,
+                       out_ptr, pairs_ptr, contents_ptr, P, N, K, tiles, SHARED: tl.constexpr, BM: tl.constexpr,
                        BN: tl.constexpr, BK: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr,
                        HEIGHT: tl.constexpr, XGROUP: tl.constexpr, STATIC: tl.constexpr, ROW_SCALE: tl.constexpr,
                        BIAS: tl.constexpr, GATE: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
@@ -70,9 +70,9 @@ def _expert_eight_bits(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_pt
         gdc_launch_dependents()
         gdc_wait()
     tile, block = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    expert = tl.load(experts_ptr + block)
-    if expert < E:
-        pair, rows = rows_of(pairs_ptr, block, P, BM, SHARED)
+    expert, count = block_of(contents_ptr, block)
+    if count > 0:
+        pair, rows = rows_of(pairs_ptr, block, count, P, BM, SHARED)
         n = tile * BN + tl.arange(0, BN)
         HALVES: tl.constexpr = 2 if GATE > 0 else 1
         first = expert.to(tl.int64) * (N * HALVES)
@@ -128,7 +128,9 @@ def expert_eight_bits(
         row_scale: float32 [E * N] of FP8 with a scale a row (then ``group`` is 0).
         x_scale: float32 [rows, 1], [rows, K / x_group] or a scalar, for FP8.
     """
-    assert x.stride(1) == 1 and weight.is_contiguous() and plan.pairs is not None and plan.experts is not None
+    assert (
+        x.stride(1) == 1 and weight.is_contiguous() and plan.pairs is not None and plan.contents is not None
+    )
     k = weight.shape[1]
     n = weight.shape[0] // plan.num_experts // (1 if gate is None else 2)
     out = torch.empty(plan.num_pairs, n, dtype=out_dtype, device=x.device)
@@ -140,10 +142,10 @@ def expert_eight_bits(
     assert form == INT8 or not group or group % bk == 0 or group >= k
     tiles = triton.cdiv(n, shape.bn)
     x_groups = x_scale.shape[1] if x_group and x_scale is not None else 0
-    _expert_eight_bits[(tiles * plan.experts.numel(),)](
+    _expert_eight_bits[(tiles * plan.contents.numel(),)](
         x, x.stride(0), scale if x_scale is None else x_scale, x_groups, weight, scale,
         scale if zero is None else zero, scale if row_scale is None else row_scale, scale.shape[1] if group else 1,
-        scale if bias is None else bias, out, plan.pairs, plan.experts, plan.num_pairs, plan.num_experts, n, k, tiles,
+        scale if bias is None else bias, out, plan.pairs, plan.contents, plan.num_pairs, n, k, tiles,
         SHARED=plan.num_pairs // x.shape[0], BM=plan.block, BN=shape.bn, BK=bk, FORM=form, GROUP=group, HEIGHT=height,
         XGROUP=x_group, STATIC=x_scale is not None and x_scale.dim() == 0, ROW_SCALE=row_scale is not None,
         BIAS=bias is not None, GATE=GATES[gate], EVEN=k % bk == 0, WIDEN=INTERPRETED,

@@ -8,15 +8,23 @@ import triton.language as tl
 from headrace.kernels.linear.triton_parts import GATES as _GATES
 from headrace.kernels.linear.triton_parts import apply_gate
 
-__all__ = ["GATES", "rows_of", "store"]
+__all__ = ["GATES", "block_of", "rows_of", "store"]
 
 GATES = {**_GATES, "clamped_swiglu": 4}
 
 
 @triton.jit
-def rows_of(pairs_ptr, block, P, BM: tl.constexpr, SHARED: tl.constexpr):
+def block_of(contents_ptr, block):
+    """The expert of a block, and its number of rows (0: there are none)."""
+    found = tl.load(contents_ptr + block)
+    return found % 65536, found // 65536
+
+
+@triton.jit
+def rows_of(pairs_ptr, block, count, P, BM: tl.constexpr, SHARED: tl.constexpr):
     """Pairs of a block (P where there is none), and their rows of x (then some row), int32 [BM]."""
-    pair = tl.load(pairs_ptr + block * BM + tl.arange(0, BM))
+    at = tl.arange(0, BM)
+    pair = tl.load(pairs_ptr + block * BM + at, mask=at < count, other=P)
     return pair, tl.minimum(pair, P - 1) // SHARED
 
 

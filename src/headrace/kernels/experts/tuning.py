@@ -57,15 +57,22 @@ def eight_bit_shape(rows: int, gated: bool, fp8: bool) -> ProductShape:
 
 
 class ExpertCodesShape(NamedTuple):
-    """``bm`` rows and ``tiles`` of 16 outputs a program (both halves of a gate counted), K over its ``warps``."""
+    """``bm`` rows and ``tiles`` of 16 outputs a program (both halves of a gate counted).
+
+    ``many``: decoded weights pass through shared memory; else K is spread over the warps, which decode for themselves.
+    """
 
     bm: int
     tiles: int
     warps: int
+    many: bool = False
+    stages: int = 1
 
 
 def codes_shape(rows: int, blocks: int, gated: bool) -> ExpertCodesShape:
     """For blocks of ``rows`` rows and 4-bit weights of ``blocks`` times 128 columns."""
+    if rows >= 64:
+        return ExpertCodesShape(rows, 8, 8 if rows > 64 else 4, True, 3)
     warps = (
         8 if blocks % 8 == 0 and not gated else 4 if blocks % 4 == 0 or blocks > 8 else 2 if blocks > 1 else 1
     )
