@@ -14,7 +14,7 @@ from headrace.engines.quantize import quantize_checkpoint
 from headrace.errors import UnsupportedCheckpoint
 from headrace.models.loading import load_decoder
 from headrace.quantization.containers import open_quantized
-from headrace.quantization.keep import SplitLinear
+from headrace.quantization.linear import JoinedLinear
 from headrace.quantization.scaled import ScaledLinear
 from parity.decoders import (
     DictSource,
@@ -378,7 +378,7 @@ def test_packed_rows_of_neighbouring_pairs(kind: str, tmp_path: Path) -> None:
         for keep_packed in (False, True)
     )
     linear = kept.layers[1].attention.qkv
-    assert isinstance(linear, (ScaledLinear, SplitLinear))
+    assert isinstance(linear, (ScaledLinear, JoinedLinear))
     assert torch.equal(linear.dequantize(), dense.layers[1].attention.qkv.weight)
     prompts = random_prompts(VOCAB, [20, 3])
     expected = torch.cat(reference_logits(pair, prompts))
