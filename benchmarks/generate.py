@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for a quick look")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantization", default="", help="a type of config/quantization.py")
+    parser.add_argument("--only", default="", help="quantize linears with this in their path: .experts.")
     parser.add_argument("--kv-cache-dtype", choices=["fp8"], help="instead of --dtype")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
@@ -85,6 +86,7 @@ def main() -> None:
         dtype=getattr(torch, args.dtype),
         device=torch.device(args.device),
         quantization=args.quantization,
+        only=args.only,
     )
     if args.deterministic:
         FixedLinear.fix(model)
@@ -92,6 +94,7 @@ def main() -> None:
     sampling["temperature"] = args.temperature
     cache = torch.float8_e4m3fn if args.kv_cache_dtype else None
     precision = args.quantization or args.dtype
+    precision += f" in {args.only.strip('.')}" if args.only else ""
     precision += "+fp8kv" if args.kv_cache_dtype else ""
     cases = [parse_case(text) for text in args.cases]
     core = build_core(

@@ -22,7 +22,7 @@ LENS = [33, 1, 12, 26, 12]
 
 def on_cuda(pair: Pair, dtype: torch.dtype) -> DecoderModel:
     """Our decoder with the pair's weights on the GPU."""
-    names = pair.reference.config.architectures[0].startswith("Mixtral")
+    names = pair.reference.config.architectures[0].startswith(("Mixtral", "GraniteMoe"))
     tensors = stored(pair.reference) if names else dict(pair.reference.state_dict())
     config = pair.reference.config.to_dict()
     if config.get("tie_word_embeddings"):

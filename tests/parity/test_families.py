@@ -14,7 +14,7 @@ from headrace.engines.quantize import quantize_checkpoint
 from headrace.errors import UnsupportedCheckpoint
 from headrace.models.loading import load_decoder
 from headrace.quantization.containers import open_quantized
-from headrace.quantization.keep import SplitLinear
+from headrace.quantization.linear import JoinedLinear
 from headrace.quantization.scaled import ScaledLinear
 from parity.decoders import (
     DictSource,
@@ -60,7 +60,7 @@ LONGROPE = {
 
 MOE = {"moe_intermediate_size": 40, "num_experts": 6, "num_experts_per_tok": 2}
 # Names of experts' tensors in files differ from those in memory; Mixtral's layers, too.
-IN_FILES = ("mixtral",)
+IN_FILES = ("mixtral", "granite-moe")
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("Llama", "LlamaForCausalLM", {}),
@@ -156,6 +156,17 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "residual_multiplier": 0.22,
             "attention_multiplier": 0.3,
             "attention_bias": True,
+        },
+    ),
+    "granite-moe": (
+        "GraniteMoe",
+        "GraniteMoeForCausalLM",
+        {
+            "num_local_experts": 5,
+            "embedding_multiplier": 6.0,
+            "logits_scaling": 4.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.3,
         },
     ),
     "olmo2": ("Olmo2", "Olmo2ForCausalLM", {"rms_norm_eps": 1e-5}),
@@ -329,6 +340,29 @@ def test_internlm3_is_llama_in_other_words() -> None:
         load_decoder({**config, "bias": False}, tensors, dtype=torch.float32, device="cpu")
 
 
+def test_minicpm_is_granite_in_other_words() -> None:
+    words = {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 1.4 / 3**0.5,
+        "logits_scaling": 48 / 16,
+        "attention_multiplier": 8**-0.5,
+    }
+    settings = {**SIZES, "tie_word_embeddings": True}
+    pair = make_pair(hf.GraniteConfig(**settings, **words, rope_parameters=LLAMA3), hf.GraniteForCausalLM)
+    config = {name: value for name, value in pair.reference.config.to_dict().items() if name not in words}
+    config |= {
+        "architectures": ["MiniCPMForCausalLM"],
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 16,
+    }
+    del config["tie_word_embeddings"]
+    tensors = dict(pair.reference.state_dict())
+    del tensors["lm_head.weight"]
+    model = load_decoder(config, DictSource(tensors), dtype=torch.float32, device="cpu")
+    assert model.config == pair.model.config
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8", "nvfp4", "fp8_block"])
 def test_packed_rows_of_neighbouring_pairs(kind: str, tmp_path: Path) -> None:
     """Rows of queries and keys are put in another order, packed as well as dequantized."""
@@ -344,7 +378,7 @@ def test_packed_rows_of_neighbouring_pairs(kind: str, tmp_path: Path) -> None:
         for keep_packed in (False, True)
     )
     linear = kept.layers[1].attention.qkv
-    assert isinstance(linear, (ScaledLinear, SplitLinear))
+    assert isinstance(linear, (ScaledLinear, JoinedLinear))
     assert torch.equal(linear.dequantize(), dense.layers[1].attention.qkv.weight)
     prompts = random_prompts(VOCAB, [20, 3])
     expected = torch.cat(reference_logits(pair, prompts))

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.config.spec import EngineSpec
 from headrace.engines.build import build
+from headrace.engines.verify import verify
 from headrace.models.loading import load_decoder
 from headrace.quantization.containers import open_quantized
 from headrace.quantization.experts import ScaledExperts
@@ -107,3 +109,41 @@ def test_logits_equal_transformers(packed: bool, large: float, tmp_path: Path) -
         )
         assert isinstance(kept.layers[0].mlp.experts.gate_up, ScaledExperts)
         assert max_difference(our_logits(kept, prompts, None), expected) < TOLERANCE
+
+
+def plain_copy(folder: Path, tensors: dict[str, torch.Tensor], out: Path) -> Path:
+    """The same model in 32 bits, decoded by transformers."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    state = reference_of(folder, tensors).state_dict()
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(config))
+    save_file({name: value.contiguous() for name, value in state.items()}, out / "model.safetensors")
+    return out
+
+
+@pytest.mark.parametrize("defect", ["", "scale", "blocks"])
+def test_verify_sees_defects_in_packed_experts(
+    defect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
+    packed = tmp_path / "packed"
+    tensors = write_gpt_oss(packed, packed=True, seed=4)
+    plain = plain_copy(packed, tensors, tmp_path / "plain")
+    if defect:
+        name = f"model.layers.1.mlp.experts.gate_up_proj_{'scales' if defect == 'scale' else 'blocks'}"
+        wrong = tensors[name].clone()
+        if defect == "scale":
+            wrong[2, 7, 1] += 2
+        else:  # two rows of gates in each other's place
+            wrong[3, [10, 14]] = wrong[3, [14, 10]]
+        save_file({**tensors, name: wrong}, packed / "model.safetensors")
+    prompts = random_prompts(TINY_GPT_OSS["vocab_size"], [50, 30], seed=1)
+    report = verify(
+        EngineSpec(model=str(packed), path=packed, device="cpu", dtype="float32"),
+        lambda _: prompts,
+        reference=EngineSpec(model=str(plain), path=plain, device="cpu", dtype="float32"),
+    )
+    assert bool(report.problems) == bool(defect), report.problems
+    if defect:
+        assert any("layers.1.mlp.experts.gate_up" in problem for problem in report.problems)

@@ -132,10 +132,9 @@ def experts(config: ConfigReader, count: str, size: int, **choices: Any) -> Expe
         size: intermediate size of one.
         choices: fields of ExpertsConfig; ``renormalize`` is ``norm_topk_prob`` by default.
     """
-    other = config.get(
-        "num_local_experts" if count == "num_experts" else "num_experts"
-    )  # both words are in use
-    number = config.integer(count, other)
+    other = "num_local_experts" if count == "num_experts" else "num_experts"  # both words are in use
+    number = config.integer(count, config.get(other))
+    config.only(other, [number])
     chosen = config.integer("num_experts_per_tok")
     if chosen > number:
         raise config.refuse("num_experts_per_tok", chosen, f"at most {count} ({number})")

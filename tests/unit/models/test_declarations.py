@@ -36,6 +36,7 @@ HF_CONFIGS = {
     "GlmForCausalLM": hf.GlmConfig,
     "Glm4ForCausalLM": hf.Glm4Config,
     "Ernie4_5ForCausalLM": hf.Ernie4_5Config,
+    "GraniteMoeForCausalLM": hf.GraniteMoeConfig,
 }
 # Fields that are free to change: training, tokens, bookkeeping, and output switches.
 FREE = {
@@ -140,7 +141,7 @@ def outcome(config: dict[str, Any]) -> object:
         ("rope_scaling", {"type": "spiral", "factor": 2.0}),
         ("rope_scaling", {"type": "linear", "factor": "two"}),
         ("rope_scaling", {"type": "linear", "factor": 2.0, "mystery": 3}),
-        ("num_experts", 8),
+        ("num_experts", 7),
         ("alibi_bias", True),
         ("attention_sinks", 4),
         ("num_hidden_layers", 0),

@@ -48,9 +48,18 @@ def read_shape(name: str) -> dict[str, Any]:
 
 
 def random_model(
-    config: dict[str, Any], *, dtype: torch.dtype, device: torch.device, quantization: str = ""
+    config: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str = "",
+    only: str = "",
 ) -> DecoderModel:
-    """A decoder of random weights, quantized as loading does. Raises as read_config, and ConfigError."""
+    """A decoder of random weights, quantized as loading does. Raises as read_config, and ConfigError.
+
+    Args:
+        only: part of the paths of linears that are quantized.
+    """
     model = random_weights(read_config(config), dtype=dtype, device=device)
     if model.head is None:
         raise ConfigError(
@@ -58,15 +67,15 @@ def random_model(
             param="random",
         )
     if quantization:
-        quantize(model, quantization)
+        quantize(model, quantization, only)
     return model
 
 
-def quantize(model: DecoderModel, scheme: str) -> None:
-    """Swap the linears as loading does."""
+def quantize(model: DecoderModel, scheme: str, only: str = "") -> None:
+    """Swap the linears as loading does; of those, the ones with ``only`` in their path."""
     transform = load_time(quantization_type(scheme), model.embed.weight.device)
     for path, module in list(model.named_modules()):
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) and only in path:
             model.set_submodule(path, transform(path, module))
 
 
