@@ -6,10 +6,13 @@ PORT   ?= 8000
 MODELS ?= smollm2-135m minilm
 BIN    := $(VENV)/bin
 
-.PHONY: serve test test-all lint bench setup setup-dev clean
+.PHONY: help serve test test-all lint docs bench setup setup-dev clean
 
-setup: $(VENV)/.serve
-setup-dev: $(VENV)/.dev
+help:  ## these lines
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.serve  ## install what serve needs into .venv (PYTHON=python3.12, VENV=...)
+setup-dev: $(VENV)/.dev  ## the same and what tests need
 
 $(VENV)/bin/python:
 	$(PYTHON) scripts/check_python.py
@@ -23,23 +26,26 @@ $(VENV)/.dev: pyproject.toml constraints.txt scripts/setup.py | $(VENV)/.serve
 	$(BIN)/python scripts/setup.py dev
 	@touch $@
 
-serve: setup
+serve: setup  ## serve two small real models, fetched once (MODELS="a b" HOST= PORT=)
 	$(BIN)/headrace serve $(MODELS) --host $(HOST) --port $(PORT)
 
-test: setup-dev
+test: setup-dev  ## all that a change must pass, about 9 minutes on 2 cores
 	$(BIN)/python -m pytest
 
-test-all: setup-dev
+test-all: setup-dev  ## the slow tests, too
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-lint: setup-dev
+lint: setup-dev  ## format, types and the import rules of ARCHITECTURE.md
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup-dev
+docs: setup-dev  ## rewrite the tables in docs/ that are made from the code
+	$(BIN)/python scripts/generated_docs.py
+
+bench: setup-dev  ## the benchmarks that make sense on this machine, as JSON lines
 	$(BIN)/python -m benchmarks.run
 
-clean:
+clean:  ## remove .venv and built packages
 	rm -rf $(VENV) build dist

@@ -14,11 +14,11 @@ def _core() -> None:
 
     def import_all(device: str, stages: Stages) -> None:
         load(device, stages)
-        from headrace.engines import build
+        from headrace.engines import generate_build
         from headrace.models.loading import random_weights
         from headrace.models.registry import read_config
 
-        build.load_weights = lambda spec, checkpoint, dtype, device, progress: random_weights(  # type: ignore[assignment]
+        generate_build.load_weights = lambda spec, checkpoint, dtype, device, progress: random_weights(  # type: ignore[assignment]
             read_config(checkpoint.config), dtype=dtype, device=device
         )
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.engines.build import _prefix_regime
 from headrace.engines.generate import GenerateCore
+from headrace.engines.generate_build import _prefix_regime
 from headrace.execution.graphs import GraphRunner
 from headrace.execution.runner import Runner
 from headrace.kernels.attention.fp4 import FP4

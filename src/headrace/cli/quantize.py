@@ -106,8 +106,8 @@ def _plain(spec: EngineSpec) -> EngineSpec:
 def _calibration(
     args: argparse.Namespace, spec: EngineSpec, checkpoint: Checkpoint, tell: Callable[[str, int, int], None]
 ) -> Calibration:
-    from headrace.engines.build import choose_device
     from headrace.engines.calibration import Calibration
+    from headrace.engines.choices import choose_device
 
     return Calibration(checkpoint, _texts(args, spec, checkpoint), choose_device(spec), tell)
 

@@ -1,1 +1,1 @@
-"""Replicas and ranks placed on hosts; KV transfer."""
+"""Empty yet. Replicas and ranks placed on hosts; KV transfer."""

@@ -11,12 +11,21 @@ import torch
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config import env
+from headrace.config.quantization import known_harm
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError
 from headrace.kernels.attention.fp4 import FP4
 from headrace.quantization.containers import QuantizedCheckpoint
 
-__all__ = ["MAX_DIFFERENCE", "Measured", "check_quality", "describe", "load_measured", "save_measured"]
+__all__ = [
+    "MAX_DIFFERENCE",
+    "Measured",
+    "check_quality",
+    "describe",
+    "load_measured",
+    "save_measured",
+    "tell_harm",
+]
 
 MAX_DIFFERENCE = 0.02  # of a classifier's probability or a reranker's score
 
@@ -130,3 +139,11 @@ def _beyond(found: Measured, spec: EngineSpec) -> str:
     if found.max_difference is not None and not found.max_difference <= MAX_DIFFERENCE:
         return f"a probability of its is off by {found.max_difference:.3f} from the unquantized model's"
     return ""
+
+
+def tell_harm(spec: EngineSpec, layers: int, hidden: int, *, encodes: bool) -> None:
+    """Warn of what is known of the type's harm to models of this size."""
+    if not spec.quantization:
+        return
+    if harm := known_harm(spec.quantization, layers=layers, hidden=hidden, encodes=encodes):
+        logger.warning("%s: %s", spec.name, harm)

@@ -13,7 +13,7 @@ from torch import Tensor
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
 from headrace.engines.audits import PLAIN, Bits, audits, is_fitted, is_packed, stored_bits
-from headrace.engines.build import choose_device, choose_dtype
+from headrace.engines.choices import choose_device, choose_dtype
 from headrace.engines.layer_errors import LayerErrors
 from headrace.engines.quality import Measured, describe, save_measured
 from headrace.engines.scoring import piecewise_logits

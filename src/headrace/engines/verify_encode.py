@@ -13,7 +13,7 @@ import torch
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
 from headrace.engines.audits import PLAIN, Bits, audits, is_fitted, is_packed, stored_bits
-from headrace.engines.build import choose_device, choose_encode_dtype
+from headrace.engines.choices import choose_device, choose_encode_dtype
 from headrace.engines.encode_build import load_encode
 from headrace.engines.layer_errors import LayerErrors
 from headrace.engines.quality import MAX_DIFFERENCE, Measured, describe, save_measured

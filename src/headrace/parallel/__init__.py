@@ -1,1 +1,1 @@
-"""Mesh, collectives, placement."""
+"""Empty yet. Mesh, collectives, placement."""

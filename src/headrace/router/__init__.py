@@ -1,1 +1,1 @@
-"""KV-aware routing: index, cost, policy, app. Never imports torch."""
+"""Empty yet. KV-aware routing: index, cost, policy, app. Never imports torch."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from headrace.engines.build import eos_token_ids
+from headrace.engines.generate_build import eos_token_ids
 from headrace.errors import UnsupportedCheckpoint
 
 

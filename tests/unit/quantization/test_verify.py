@@ -213,7 +213,7 @@ def test_quality_gate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_serving_refuses_before_it_loads(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from headrace.engines import build as module
+    from headrace.engines import build, generate_build
 
     monkeypatch.setenv("HEADRACE_HOME", str(tmp_path))
     (folder / "tokenizer.json").unlink(missing_ok=True)
@@ -222,13 +222,13 @@ def test_serving_refuses_before_it_loads(
     def loads(*_: object) -> None:
         raise RuntimeError("weights are read")
 
-    monkeypatch.setattr(module, "load_weights", loads)
+    monkeypatch.setattr(generate_build, "load_weights", loads)
     with pytest.raises(ConfigError, match="nobody has measured it here; run: headrace verify"):
-        module.build(msgspec.structs.replace(spec, quality="refuse"))
+        build.build(msgspec.structs.replace(spec, quality="refuse"))
     for quality in ("warn", "off"):
         caplog.clear()
         with pytest.raises(RuntimeError, match="weights are read"):
-            module.build(msgspec.structs.replace(spec, quality=quality))
+            build.build(msgspec.structs.replace(spec, quality=quality))
         assert ("nobody has measured" in caplog.text) == (quality == "warn")
         assert "models of this size" in caplog.text
 

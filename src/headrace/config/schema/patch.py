@@ -185,7 +185,7 @@ class EngineOptions(Type):
         return "map of native options"
 
 
-_ROUTING = "set on the router: headrace router"
+_ROUTING = "there is no router here yet"
 
 ROUTING = Section(
     "b10_routing_config",

@@ -15,7 +15,8 @@ from headrace.engines.bench.cores import build_core, random_model, read_shape
 from headrace.engines.bench.floors import Work, ceilings, device_name
 from headrace.engines.bench.profile import WindowProfiler
 from headrace.engines.bench.report import summary
-from headrace.engines.build import build, choose_device
+from headrace.engines.build import build
+from headrace.engines.choices import choose_device
 from headrace.engines.generate import GenerateCore
 from headrace.engines.weights import kv_dtype
 from headrace.errors import ConfigError

@@ -24,8 +24,6 @@ from headrace.kernels.linear.tuning import RingShape
 
 __all__ = ["covers", "launch"]
 
-_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6, 3.7
-
 
 @gluon.jit
 def _grid_dependency(INSTRUCTION: gl.constexpr):
@@ -103,7 +101,7 @@ def _products(
             first = _product(w_smem.index(slot), x, acc, X_FIRST)
             acc = warpgroup_mma_wait(0, deps=(first,))
         if t + STAGES < count:
-            _barrier()  # all warps have read the tile
+            gl.thread_barrier()  # all warps have read the tile
             k = lo + (t + STAGES) * w_desc.block_shape[1]
             _ask_weights(w_desc, bars, w_smem, slot, w_row, half, k, BYTES, GATE)
             tma.async_copy_global_to_shared(x_desc, [0, k], bars.index(slot), x_smem.index(slot))
@@ -127,10 +125,10 @@ def _gather_parts(
     gl.store(mine, acc)
     if GATE > 0:
         gl.store(mine + SIZE, acc2)
-    _barrier()
+    gl.thread_barrier()
     last = gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
     if last:
-        _barrier()
+        gl.thread_barrier()
         acc = gl.zeros([BN, BM], gl.float32, OUT)
         for i in gl.static_range(SPLITS):
             acc += gl.load(base + i * (HALVES * SIZE), cache_modifier=".cg")
@@ -200,7 +198,7 @@ def _ring(
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
-    _barrier()
+    gl.thread_barrier()
     w_row, half = tile * (BN * FOLD), N * FOLD
     for i in gl.static_range(STAGES):
         if i < count:
