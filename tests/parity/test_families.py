@@ -265,6 +265,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "glm": ("Glm", "GlmForCausalLM", {"head_dim": 12}),
     "glm4": ("Glm4", "Glm4ForCausalLM", {"head_dim": 16, "attention_bias": False}),
     "ernie4.5": ("Ernie4_5", "Ernie4_5ForCausalLM", {"head_dim": 12, "use_bias": True}),
+    "nemotron": ("Nemotron", "NemotronForCausalLM", {"mlp_bias": True, "head_dim": 12}),
+    "arcee": ("Arcee", "ArceeForCausalLM", {"attention_bias": True, "rope_parameters": YARN}),
     "gpt-oss": (
         "GptOss",
         "GptOssForCausalLM",

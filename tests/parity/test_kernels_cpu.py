@@ -208,7 +208,7 @@ def test_gates(name: str, dtype: torch.dtype) -> None:
     close(getattr(activation_cpu, name)(x.clone()), getattr(activation_reference, name)(x))
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
 def test_activations(name: str) -> None:
     x = torch.randn(3, 7)
     close(activation_cpu.activate(x.clone(), name), activation_reference.activate(x, name))

@@ -22,7 +22,7 @@ from headrace.kernels.pooling import triton as pooling
 from headrace.layers.packed import AttentionBatch
 from triton_device import DEVICE, DTYPES, error, randn, tolerance
 
-NAMES = ["gelu", "gelu_tanh", "silu", "relu", "tanh"]
+NAMES = ["gelu", "gelu_tanh", "silu", "relu", "tanh", "relu2"]
 
 
 def batch_of(lens: list[int], causal: bool = False) -> AttentionBatch:

@@ -62,15 +62,32 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm (Ba et al. 2016)."""
+    """Layer norm (Ba et al. 2016).
+
+    Args:
+        plus_one: the checkpoint stores weight - 1 (Nemotron).
+    """
 
     def __init__(
-        self, dim: int, eps: float, *, bias: bool = True, dtype: torch.dtype, device: torch.device | str
+        self,
+        dim: int,
+        eps: float,
+        *,
+        bias: bool = True,
+        plus_one: bool = False,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         super().__init__()
         self.eps = eps
+        self.plus_one = plus_one
         self.weight = parameter(dim, dtype=dtype, device=device)
         self.bias = parameter(dim, dtype=dtype, device=device) if bias else None
+
+    def finish(self) -> None:
+        """Called once, after the weights are loaded."""
+        if self.plus_one:
+            self.weight.data.add_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

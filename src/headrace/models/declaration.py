@@ -54,7 +54,8 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         max_position_embeddings: the checkpoint's context, in tokens.
-        norm: ``rms``, ``rms_plus_one`` (Gemma: the checkpoint stores weight - 1) or ``layer``.
+        norm: ``rms``, ``rms_plus_one`` (Gemma: the checkpoint stores weight - 1), ``layer`` or ``layer_plus_one``
+            (Nemotron).
         norm_place: ``pre`` (before each block), ``post`` (on each block's output, OLMo 2) or ``sandwich``
             (both, Gemma 2 and 3), or ``parallel``: one before both blocks, which add to the stream together (Cohere).
         norm_bias: of norm ``layer``.
@@ -89,7 +90,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     local_rope: RopeConfig | None = None
     rope_neighbours: bool = False
     no_rope_layers: frozenset[int] = frozenset()
-    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+    norm: Literal["rms", "rms_plus_one", "layer", "layer_plus_one"] = "rms"
     norm_place: Literal["pre", "post", "sandwich", "parallel"] = "pre"
     norm_bias: bool = True
     norm_eps: float = 1e-6

@@ -44,11 +44,12 @@ class _Builder:
 
     def norm(self) -> Norm:
         """A norm of the residual stream's width."""
-        if self.config.norm == "layer":
+        if self.config.norm in ("layer", "layer_plus_one"):
             return LayerNorm(
                 self.config.hidden_size,
                 self.config.norm_eps,
                 bias=self.config.norm_bias,
+                plus_one=self.config.norm == "layer_plus_one",
                 dtype=self.dtype,
                 device=self.device,
             )

@@ -20,6 +20,7 @@ ACTIVATION_NAMES = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+_UNGATED = {**ACTIVATION_NAMES, "relu": "relu", "relu2": "relu2"}
 
 # Fields that do not touch a forward pass at inference (training, tokens, bookkeeping).
 _HARMLESS_NAMES = """
@@ -89,13 +90,14 @@ class ConfigReader:
             raise self.refuse(name, value, "true or false")
         return value
 
-    def activation(self, *names: str, default: str) -> str:
-        """The activation under the first of these fields that is set."""
+    def activation(self, *names: str, default: str, gated: bool = True) -> str:
+        """The activation under the first of these fields that is set; ``gated``: one that can be a gate."""
+        known = ACTIVATION_NAMES if gated else _UNGATED
         values = [(name, self.get(name)) for name in names]
         name, value = next(((n, v) for n, v in values if v is not None), (names[0], default))
-        if value not in ACTIVATION_NAMES:
-            raise self.refuse(name, value, f"one of {sorted(ACTIVATION_NAMES)}")
-        return ACTIVATION_NAMES[value]
+        if value not in known:
+            raise self.refuse(name, value, f"one of {sorted(known)}")
+        return known[value]
 
     def only(self, name: str, allowed: Iterable[Any]) -> None:
         """Refuse a field that is set to anything but these values."""

@@ -8,6 +8,7 @@ from typing import Any
 from headrace.errors import UnknownArchitecture, UnsupportedCheckpoint, nearest
 from headrace.models.declaration import DecoderConfig
 from headrace.models.families import (
+    arcee,
     cohere,
     ernie,
     exaone4,
@@ -18,6 +19,7 @@ from headrace.models.families import (
     llama,
     minicpm,
     mistral,
+    nemotron,
     olmo2,
     olmoe,
     phi3,
@@ -64,6 +66,8 @@ _ALL = (
     glm.FAMILY,
     glm.GLM4,
     ernie.FAMILY,
+    nemotron.FAMILY,
+    arcee.FAMILY,
 )
 FAMILIES: dict[str, Family] = {name: family for family in _ALL for name in family.architectures}
 

@@ -37,6 +37,8 @@ HF_CONFIGS = {
     "Glm4ForCausalLM": hf.Glm4Config,
     "Ernie4_5ForCausalLM": hf.Ernie4_5Config,
     "GraniteMoeForCausalLM": hf.GraniteMoeConfig,
+    "NemotronForCausalLM": hf.NemotronConfig,
+    "ArceeForCausalLM": hf.ArceeConfig,
 }
 # Fields that are free to change: training, tokens, bookkeeping, and output switches.
 FREE = {
@@ -88,7 +90,9 @@ PARTIAL = (
     "StableLmForCausalLM",
     "GlmForCausalLM",
     "Glm4ForCausalLM",
+    "NemotronForCausalLM",
 )  # rotate a part of each head where the file says so
+UNGATED = ("Starcoder2ForCausalLM", "NemotronForCausalLM", "ArceeForCausalLM")
 
 
 def config_of(architecture: str, **fields: Any) -> dict[str, Any]:
@@ -168,6 +172,17 @@ def test_unknown_activation_is_refused(architecture: str) -> None:
     field = "hidden_activation" if "Gemma" in architecture else "hidden_act"
     with pytest.raises(UnsupportedCheckpoint, match=field):
         read_config({**config_of(architecture), field: "xielu"})
+
+
+@pytest.mark.parametrize("architecture", list(HF_CONFIGS))
+def test_plain_activation_is_no_gate(architecture: str) -> None:
+    config = config_of(architecture)
+    field = "hidden_activation" if "Gemma" in architecture else "hidden_act"
+    if architecture in UNGATED:
+        assert read_config({**config, field: "relu2"}).activation == "relu2"
+    else:
+        with pytest.raises(UnsupportedCheckpoint, match=field):
+            read_config({**config, field: "relu2"})
 
 
 @pytest.mark.parametrize("architecture", list(HF_CONFIGS))

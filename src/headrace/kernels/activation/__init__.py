@@ -8,7 +8,7 @@ from headrace.kernels.dispatch import kernel
 
 __all__ = ["ACTIVATIONS", "activate", "bias_activate", "gelu_mul", "gelu_tanh_mul", "silu_mul"]
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")  # relu2: max(x, 0) ** 2 (So et al. 2021)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ def activate(x: Tensor, name: str) -> Tensor:
         return F.silu(x)
     if name == "relu":
         return F.relu(x)
+    if name == "relu2":
+        return F.relu(x).square()
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 

@@ -15,6 +15,8 @@ def activate(x: Tensor, name: str) -> Tensor:
         return (x32 * torch.sigmoid(x32)).to(x.dtype)
     if name == "relu":
         return F.relu(x)
+    if name == "relu2":
+        return F.relu(x).square()
     return F.gelu(x32, approximate="tanh" if name == "gelu_tanh" else "none").to(x.dtype)
 
 

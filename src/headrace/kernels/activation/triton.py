@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-ACTIVATION_CODES = {"silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "tanh": 5}
+ACTIVATION_CODES = {"silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "tanh": 5, "relu2": 6}
 
 
 @triton.jit
@@ -46,6 +46,8 @@ def activated(x, NAME: tl.constexpr):
         x = tl.where(x > 0.0, x, x * 0.0)
     elif NAME == 5:
         x = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    elif NAME == 6:
+        x = tl.where(x > 0.0, x * x, x * 0.0)
     return x
 
 

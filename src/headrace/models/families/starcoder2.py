@@ -22,7 +22,7 @@ def read(config: ConfigReader) -> DecoderConfig:
         output_bias=bias,
         mlp_bias=bias,
         gated_mlp=False,
-        activation=config.activation("hidden_act", default="gelu_pytorch_tanh"),
+        activation=config.activation("hidden_act", default="gelu_pytorch_tanh", gated=False),
         tied=True,
     )
 
