@@ -6,16 +6,12 @@ their types. Libraries that are not installed are skipped.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from headrace.config.spec import EngineSpec
-from headrace.serving.state import Model, ServerOptions
 from support.serving import LiveServer
 
 pytestmark = pytest.mark.models
@@ -30,24 +26,6 @@ class City(BaseModel):
     name: str = Field(max_length=12)
     kind: Literal["town", "city"]
     people: int = Field(ge=0, le=99_999_999)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    spec = EngineSpec(
-        model="smollm2-135m",
-        served_names=("m",),
-        max_model_len=1024,
-        max_num_seqs=4,
-        kv_cache_bytes=128 << 20,
-        num_threads=1,
-    )
-    server = LiveServer([Model(spec)], ServerOptions(port=0))
-    try:
-        asyncio.run_coroutine_threadsafe(server.server.load(), server.loop).result(120)
-        yield server
-    finally:
-        server.close()
 
 
 def test_responses_parse(server: LiveServer) -> None:

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import threading
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from headrace.config.spec import EngineSpec
-from headrace.serving.state import Model, ServerOptions
 from support.serving import LiveServer
 
 pytestmark = pytest.mark.models
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    spec = EngineSpec(
-        model="smollm2-135m",
-        served_names=("m",),
-        max_model_len=1024,
-        max_num_seqs=8,
-        kv_cache_bytes=256 << 20,
-        num_threads=1,
-    )
-    server = LiveServer([Model(spec)], ServerOptions(port=0))
-    try:
-        asyncio.run_coroutine_threadsafe(server.server.load(), server.loop).result(120)
-        yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture(scope="module")

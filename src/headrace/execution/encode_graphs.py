@@ -70,13 +70,12 @@ def capturable(model: EncodeModel) -> bool:
 
 
 class EncodeGraphs:
-    """Graphs of one model.
+    """Graphs of one model; on a CPU the functions run that a GPU captures.
 
     Args:
         model: capturable.
         pooled: from hidden states and batch to ``GraphPass.pooled``, or None.
         types: whether the model tells segments apart.
-        captures: False runs the captured functions directly (on CPUs, in tests).
     """
 
     def __init__(
@@ -86,10 +85,9 @@ class EncodeGraphs:
         device: torch.device,
         *,
         types: bool,
-        captures: bool = True,
     ) -> None:
         self.model, self.pooled, self.device, self.types = model, pooled, device, types
-        self.captures = captures and device.type == "cuda"
+        self.captures = device.type == "cuda"
         self._graphs: dict[int, _Graph] = {}
         self._memory = GraphMemory(device) if self.captures else None
 

@@ -83,7 +83,7 @@ class _Graph:
 
 
 class GraphRunner(Runner):
-    """A Runner whose steps are graphs.
+    """A Runner whose steps are graphs; on a CPU the functions run that a GPU captures.
 
     Attributes:
         ladders: the graphs that there can be.
@@ -91,7 +91,6 @@ class GraphRunner(Runner):
 
     Args:
         model: a DecoderModel without length-dependent rotary embeddings.
-        capture: False runs the captured functions directly.
         fast: use FastDecoder where it covers the model.
         Others: see Runner.
     """
@@ -105,7 +104,6 @@ class GraphRunner(Runner):
         block_size: int,
         max_num_seqs: int,
         max_model_len: int,
-        capture: bool = True,
         fast: bool = True,
         fixed: bool = False,
     ) -> None:
@@ -125,7 +123,7 @@ class GraphRunner(Runner):
         self._device_tables = torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=device)
         self._log = torch.zeros(max_num_seqs, REPEATS, dtype=torch.int64, device=device)
         self._graphs: dict[GraphKey, _Graph] = {}
-        self._memory = GraphMemory(device) if capture and device.type == "cuda" else None
+        self._memory = GraphMemory(device) if device.type == "cuda" else None
         self.functions = StepFunctions(
             model,
             caches,

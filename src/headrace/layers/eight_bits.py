@@ -16,11 +16,13 @@ class EightBitLinear(nn.Module):
 
     Plain attributes, not parameters: no cast of the model may reach into the packing.
 
+    Attributes:
+        rounds: the result goes to another one of these, and is rounded for it.
+
     Args:
         weight: [out, in] in 16 or 32 bits.
         bias: [out] or None.
         activation: as `Dense` has it.
-        rounds: the result goes to another one of these, and is rounded for it.
     """
 
     def __init__(
@@ -31,7 +33,6 @@ class EightBitLinear(nn.Module):
         *,
         parts: tuple[int, ...] | None = None,
         activation: str | None = None,
-        rounds: bool = False,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -39,7 +40,7 @@ class EightBitLinear(nn.Module):
         self.format, self.dtype = format, weight.dtype
         found = rounding.rows(weight.contiguous(), format)
         self.codes, self.scale = found.codes, found.scale.flatten()
-        self.bias, self.activation, self.rounds = bias, activation, rounds
+        self.bias, self.activation, self.rounds = bias, activation, False
 
     def forward(self, x: Tensor | Rounded) -> Tensor | Rounded:
         """[T, in] -> [T, out]."""

@@ -27,6 +27,9 @@ _WATERMARK = 0.01  # share of blocks left to running sequences when a new one is
 class Scheduler:
     """Queues, budget and blocks of one core.
 
+    Attributes:
+        is_ready: asked before a sequence runs in a step (its grammar may still be compiling, or its mask be made).
+
     Args:
         pool: the KV blocks.
         block_size: tokens of one block.
@@ -38,7 +41,6 @@ class Scheduler:
         prefix_caching: look new prompts up in the prefix index.
         reserve: let a sequence in only when all running ones can reach their limits, so that none is preempted.
         prefix_regime: from a prompt's length to whatever else its keys depend on (length-dependent rope).
-        is_ready: asked before a sequence runs in a step (its grammar may still be compiling, or its mask be made).
     """
 
     def __init__(
@@ -54,7 +56,6 @@ class Scheduler:
         prefix_caching: bool = True,
         reserve: bool = False,
         prefix_regime: Callable[[int], str] = lambda _: "",
-        is_ready: Callable[[Sequence], bool] = lambda _: True,
     ) -> None:
         self.pool = pool
         self.block_size = block_size
@@ -65,7 +66,7 @@ class Scheduler:
         self.prefix_caching = prefix_caching
         self.reserve = reserve
         self.prefix_regime = prefix_regime
-        self.is_ready = is_ready
+        self.is_ready: Callable[[Sequence], bool] = lambda _: True
         self.sequences: dict[str, Sequence] = {}
         self.running: list[Sequence] = []
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []

@@ -268,8 +268,8 @@ class Enum(Type):
 class ListOf(Type):
     """A list of one type."""
 
-    def __init__(self, item: Type, *, min_length: int = 0, unique: str = "") -> None:
-        self.item, self.min_length, self.unique = item, min_length, unique
+    def __init__(self, item: Type, *, min_length: int = 0) -> None:
+        self.item, self.min_length = item, min_length
 
     def read(self, node: Node, path: str, reading: Reading) -> Any:
         if not isinstance(node.value, list):

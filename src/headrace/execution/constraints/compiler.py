@@ -67,7 +67,6 @@ class ConstraintCompiler:
         vocab_size: columns of the logits.
         eos_ids: tokens that the grammar's end allows.
         seconds: that one compilation may take, on the clock.
-        most_bases: of one grammar: as many as threads that make masks.
     """
 
     def __init__(
@@ -77,13 +76,12 @@ class ConstraintCompiler:
         vocab_size: int,
         eos_ids: tuple[int, ...],
         seconds: float = 30.0,
-        most_bases: int | None = None,
     ) -> None:
         self._tokenizer_json = tokenizer_json
         self.vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._seconds = seconds
-        self._most_bases = mask_threads() if most_bases is None else most_bases
+        self._most_bases = mask_threads()  # of one grammar
         self._judge = Judge()
         self._quick = Lane(self._compile_one)
         self._heavy = Lane(self._compile_one, stand_back)
