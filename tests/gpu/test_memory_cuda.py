@@ -22,8 +22,9 @@ from headrace.engines.weights import load_weights, open_weights
 from headrace.execution.capture import GraphMemory, borrowed
 from headrace.execution.device_memory import grow, num_device_allocations
 from headrace.execution.gather import gather, held_tensors
-from headrace.types import EncodeParams, EncodeTask, Request, SamplingParams
+from headrace.types import ConstraintSpec, EncodeParams, EncodeTask, Request, SamplingParams
 from parity.encoders import add_pooling, make
+from support.byte_vocabulary import tokenizer_json
 
 pytestmark = [
     pytest.mark.gpu,
@@ -176,6 +177,33 @@ def test_large_vocabularies_with_a_soft_cap_ask_for_none(capped: Path) -> None:
         for kinds in (KINDS[:1], KINDS):
             prompts = [tuple(rng.randrange(ready.vocab_size) for _ in range(length)) for _ in range(count)]
             generate(core, prompts, "other", kinds)
+    assert num_device_allocations(CUDA) == before
+    core.close()
+
+
+def test_structured_output_asks_for_none(deeper: Path) -> None:
+    """Masks of every row, beside rows without, and with log-probabilities of what they were before."""
+    (deeper / "tokenizer.json").write_text(tokenizer_json())
+    spec = EngineSpec(model=str(deeper), path=deeper, kv_cache_bytes=400 * MIB, max_num_seqs=48)
+    core, _ = build(spec)
+    before = num_device_allocations(CUDA)
+    schema = ConstraintSpec("json_schema", '{"type": "array", "items": {"type": "integer"}}')
+    rng = random.Random(0)
+    for count, free in ((1, 0), (48, 0), (60, 3)):
+        requests = [
+            Request(
+                id=f"{count}-{i}",
+                token_ids=tuple(rng.randrange(200) for _ in range(rng.randint(1, 100))),
+                sampling=SamplingParams(
+                    max_tokens=12,
+                    temperature=float(i % 2),
+                    logprobs=2 if i % 4 == 1 else None,
+                    constraint=None if free and i % free == 0 else schema,
+                ),
+            )
+            for i in range(count)
+        ]
+        assert run(core, requests) == count
     assert num_device_allocations(CUDA) == before
     core.close()
 

@@ -15,6 +15,7 @@ __all__ = ["TOKEN_SECRET", "cached_snapshot", "headers", "is_hub_id", "snapshot"
 
 TOKEN_SECRET = "hf_access_token"  # name of the secret with the hub's token; it may be absent
 
+_SECONDS = 10.0  # for the hub's first answer
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.txt", "merges.txt"]
 _UNWANTED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.onnx", "original/*", "onnx/*", "openvino/*"]
@@ -83,7 +84,9 @@ def headers(
         from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
         api = HfApi(token=revealed)
-        files = frozenset(api.list_repo_files(model, revision=revision))
+        # One request, which fails at once where there is no network: listing the files would try for half a minute.
+        found = api.model_info(model, revision=revision, timeout=_SECONDS)
+        files = frozenset(file.rfilename for file in found.siblings or ())
         folder = Path(
             snapshot_download(
                 model,

@@ -119,8 +119,18 @@ def _print(file: str, report: Report) -> None:
             print(f"{title}:")
         for notice in notices:
             print(f"  {notice}")
-    count = len(report.problems)
-    print(f"{file}: {'ok' if not count else f'{count} problem' + ('s' if count > 1 else '')}")
+    print(f"{file}: {_verdict(report)}")
+
+
+def _verdict(report: Report) -> str:
+    count, missing = len(report.problems), len(report.of_kind("not_yet"))
+    if count:
+        return f"{count} problem" + "s" * (count > 1)
+    if missing:
+        return (
+            f"well formed, but this version does not serve it: {missing} setting{'s' * (missing > 1)} above"
+        )
+    return "ok"
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,10 +68,16 @@ def _spec(
     called = alias or min(names_of(model, alias), key=len)
     found = resolution(args, SERVE_FLAGS, model=model, own=settings, called=called)
     spec = found.spec
-    refused = [(found.origins.get(gap.field, ""), text) for gap, text in gaps(spec) if gap.blocks]
+    refused = [
+        (found.origins.get(gap.field, ""), f"{text}; {gap.way}") for gap, text in gaps(spec) if gap.blocks
+    ]
     if refused:  # before anything is fetched
-        raise ConfigError(
-            [f"{origin if '(' in origin else model}: {text}; leave it out" for origin, text in refused]
+        raise ConfigError([f"{origin if '(' in origin else model}: {text}" for origin, text in refused])
+    if found.accelerator and spec.device != "cpu" and shutil.which("nvidia-smi") is None:
+        print(
+            f"headrace: warning: resources.accelerator: is {found.accelerator}, and no NVIDIA driver is here: "
+            "this machine's CPU serves",
+            file=sys.stderr,
         )
     for notice in found.report.notices:
         print(f"headrace: {notice.kind}: {notice}", file=sys.stderr)

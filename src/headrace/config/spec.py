@@ -87,7 +87,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         max_queue: requests waiting for the engine before new ones get 429.
         block_size: tokens of one KV block.
         kv_cache_bytes: size of the KV pool; None: by memory_fraction.
-        memory_fraction: of the device's free memory that weights, activations and KV may take.
+        memory_fraction: of a GPU's memory, all of it, that the server may take: process, weights, activations and KV.
         num_threads: CPU threads of the core; None: all cores.
         overlap: prepare step n+1 while the device runs step n; None: on where there is a device.
         quality: whether a measurement by ``headrace verify`` must exist for this quantization and cache: ``off``,

@@ -26,12 +26,17 @@ class Gap(msgspec.Struct, frozen=True):
         why: one clause.
         blocks: answers or memory would not be what was asked for, so the server refuses to start; else only
             speed differs, or nothing.
+        way: what to do instead.
     """
 
     field: str
     wanted: Callable[[Any], bool]
     why: str
     blocks: bool = True
+    way: str = "leave it out"
+
+
+_ONE_GPU = "set it to 1, and one GPU"
 
 
 def _is_set(value: Any) -> bool:
@@ -49,14 +54,15 @@ GAPS = (
         lambda value: value not in ("auto", "fp8", "fp4", "bfloat16", "float16", "float32"),
         "the KV cache has the type of the activations",
     ),
-    Gap("tensor_parallel_size", _many, "one GPU a model"),
-    Gap("pipeline_parallel_size", _many, "one GPU a model"),
-    Gap("expert_parallel_size", _many, "one GPU a model"),
+    Gap("tensor_parallel_size", _many, "one GPU a model", way=_ONE_GPU),
+    Gap("pipeline_parallel_size", _many, "one GPU a model", way=_ONE_GPU),
+    Gap("expert_parallel_size", _many, "one GPU a model", way=_ONE_GPU),
     Gap("adapters", _is_set, "no LoRA adapters"),
     Gap(
         "source",
         lambda value: value not in ("auto", "HF", "LOCAL"),
         "checkpoints come from the hub or this machine",
+        way="fetch it, and name its folder with source LOCAL",
     ),
     Gap("speculation", _is_set, "no drafts: the same output, at the usual speed", False),
     Gap("seed", _is_set, "requests without a seed draw one", False),
@@ -88,6 +94,6 @@ def gaps(spec: EngineSpec) -> list[tuple[Gap, str]]:
 
 def require_supported(spec: EngineSpec) -> None:
     """Refuse what would silently be served otherwise. Raises ConfigError with every reason."""
-    problems = [f"{sentence}; leave it out" for gap, sentence in gaps(spec) if gap.blocks]
+    problems = [f"{sentence}; {gap.way}" for gap, sentence in gaps(spec) if gap.blocks]
     if problems:
         raise ConfigError(problems, param=problems[0].split()[0])

@@ -24,6 +24,7 @@ from headrace.config.plan.shape import read_shape
 from headrace.config.plan.share import share_device
 from headrace.config.quantization import cache_harm, quantization_type
 from headrace.config.spec import EngineSpec
+from headrace.config.support import gaps
 from headrace.engines.inspect import inspect, inspect_hub
 from headrace.engines.select import select
 from headrace.errors import ConfigError
@@ -101,6 +102,9 @@ def _facts(spec: EngineSpec) -> Facts:
     """A packaged model is fetched when it is not here; of a hub repository only the headers are."""
     if spec.path is not None:
         return inspect(spec.path)
+    for gap, sentence in gaps(spec):
+        if gap.field == "source":
+            raise ConfigError(f"{spec.model}: {sentence}; {gap.way}", param="source")
     path = Path(spec.model).expanduser()
     if spec.model not in PACKAGED and not path.exists() and is_hub_id(spec.model) and path.suffix != ".gguf":
         return inspect_hub(spec.model, spec.revision, spec.secret_name)

@@ -103,6 +103,6 @@ def test_faults_of_the_hubs_http_library_are_explained_too(monkeypatch: pytest.M
     def offline(*args: object, **kwargs: object) -> list[str]:
         raise ConnectError("[Errno -2] Name or service not known")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
     with pytest.raises(MissingFile, match=r"could not be reached.*ConnectError.*Name or service not known"):
         headers("nobody/nothing")

@@ -89,8 +89,8 @@ def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["x", "--max-num-seqs", "0"], "--max-num-seqs is '0'"),
-        (["x", "--memory-fraction", "1.5"], "--memory-fraction is '1.5'"),
+        (["x", "--max-num-seqs", "0"], "--max-num-seqs is 0"),
+        (["x", "--memory-fraction", "1.5"], "--memory-fraction is 1.5"),
         (["x", "y", "--served-model-name", "z"], "NAME=MODEL"),
         (["x", "--api-key", " "], "--api-key is empty"),
         (["x", "--api-key-file", "/nowhere"], "--api-key-file /nowhere"),

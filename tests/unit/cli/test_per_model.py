@@ -68,7 +68,7 @@ def test_flags_win_over_that_models_file(tmp_path: Path) -> None:
         (["m", "--m.eager=true"], "takes no value"),
         (["m", "e", "--x.dtype", "float32"], "no model 'x' here; models: e, m"),
         (["a/m", "b/m", "--m.dtype", "float32"], "several models are called so"),
-        (["m", "e", "--e.max-model-len", "0"], "--e.max-model-len is '0'"),
+        (["m", "e", "--e.max-model-len", "0"], "--e.max-model-len is 0"),
         (["m", "e", "--e.max-model-len", "1_0k"], "--e.max-model-len is"),
         (["m", "e", "--e.tensor-parallel-size", "2"], "e: tensor_parallel_size 2 is not in this version"),
         (["m", "e", "--served-model-name", "x"], "--NAME.served-model-name"),

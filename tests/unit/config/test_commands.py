@@ -33,7 +33,7 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("config", "check", str(good), str(bad)) == 2
     out = capsys.readouterr().out
     assert f"{bad}:2: resources.accelerator: " in out
-    assert f"{bad}:3: trt_llm: is '3'; expected a mapping" in out
+    assert f"{bad}:3: trt_llm: is 3; expected a mapping" in out
     assert "2 problems" in out
     assert run("config", "check", str(tmp_path / "none.yaml"), str(good)) == 2
     assert "no such file" in capsys.readouterr().out
@@ -126,6 +126,25 @@ def test_plan_is_quick_and_needs_no_torch(tmp_path: Path) -> None:
     assert time.monotonic() - start < 6  # 0.6 s on a quiet machine
 
 
+def test_what_cannot_be_served_yet_is_not_called_ok(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `check`; and `plan` says the same, instead of looking for a folder of that name."""
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "resources: {accelerator: H100}\n"
+        "trt_llm: {build: {checkpoint_repository: {source: S3, repo: 's3://bucket/model'}}}\n"
+    )
+    assert run("config", "check", str(file)) == 0
+    assert (
+        f"{file}: well formed, but this version does not serve it: 1 setting above" in capsys.readouterr().out
+    )
+    assert run("config", "check", str(file), "--strict") == 2
+    capsys.readouterr()
+    with pytest.raises(ConfigError, match="source 'S3' is not in this version"):
+        run("plan", str(file))
+
+
 @pytest.mark.parametrize("gpu", ["", "L4", "H100:2"])
 @pytest.mark.parametrize("model", ["Qwen/Qwen3-8B", "folder", "bert", "odd: name # here"])
 def test_init_is_read_by_us_and_by_truss(
@@ -141,7 +160,7 @@ def test_init_is_read_by_us_and_by_truss(
     view = check_text(text)
     assert [str(problem) for problem in view.report.problems] == []
     kinds = {notice.kind for notice in view.report.notices}
-    assert kinds <= {"lifted"} | ({"not_yet"} if ":" in gpu else set())  # two GPUs
+    assert kinds <= {"lifted"} | ({"not_yet", "differs"} if ":" in gpu else set())  # two GPUs
     spec = resolve_view(view).spec
     assert spec.model == model
     assert spec.engine == ("bert" if "bert" in model else "decoder")

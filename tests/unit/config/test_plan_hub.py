@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,10 +33,11 @@ class FakeHub:
         self.fetched.append(options)
         return str(self.folder)
 
-    def list_repo_files(self, model: str, revision: str | None = None) -> list[str]:
+    def model_info(self, model: str, revision: str | None = None, timeout: float | None = None) -> Any:
         if model == "owner/offline":
             raise OSError("no network")
-        return ["config.json", "LICENSE", "tokenizer.json", "chat_template.jinja", *self.shards]
+        names = ["config.json", "LICENSE", "tokenizer.json", "chat_template.jinja", *self.shards]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
     def get_safetensors_metadata(self, model: str, revision: str | None = None) -> Any:
         types = hub.utils

@@ -170,6 +170,14 @@ def notices(text: str, kind: str) -> list[tuple[str, str]]:
         ),
         (V2, {f"{P}.trust_remote_code": True}, "no_effect", f"{P}.trust_remote_code"),
         (V2, {"resources.node_count": 2}, "not_yet", "resources.node_count"),
+        (
+            V1,
+            {"resources.accelerator": "H100:2", f"{B}.sequence_parallel_count": 2},
+            "not_yet",
+            f"{B}.sequence_parallel_count",
+        ),
+        (V1, {**encoder(), "resources.accelerator": "H100:8"}, "differs", "resources.accelerator"),
+        (V1, {f"{R}.kv_cache_free_gpu_mem_fraction": 0.8}, "differs", f"{R}.kv_cache_free_gpu_mem_fraction"),
     ],
 )
 def test_notices(base: dict, changes: dict, kind: str, path: str) -> None:
@@ -181,6 +189,12 @@ def test_notices(base: dict, changes: dict, kind: str, path: str) -> None:
     assert path in [where for where, _ in notices(build(base, changes), kind)]
     # The same key at its default says nothing.
     assert path not in [where for where, _ in notices(build(base, {}), kind)]
+
+
+def test_gpus_that_would_stay_idle_are_told() -> None:
+    path = f"{R}.tensor_parallel_size"
+    assert path in [where for where, _ in notices(build(V2, {}), "warning")]
+    assert path not in [where for where, _ in notices(build(V2, {path: 2}), "warning")]
 
 
 @pytest.mark.parametrize("gpu", ["B200", "B300", "GB300", "RTX_PRO_6000"])

@@ -431,6 +431,9 @@ def _layouts(facts: Facts, shape: ModelShape, machine: Machine, now: _Layout) ->
     options = []
     free = facts.quantized.method in ("", "gguf")
     gpu = machine.gpu
+    if shape.bidirectional:  # with activations in eight bits, or not at all
+        fp8 = free and gpu is not None and gpu.compute >= 90 and not now.scheme
+        return [(replace(now, scheme="fp8"), "fp8")] if fp8 else []
     if free and (gpu is None or gpu.has_fp8) and not now.scheme.startswith("fp8"):
         options.append((replace(now, scheme="fp8"), "fp8 weights"))
     if free and (gpu is None or gpu.has_fp8) and not now.scheme.startswith("nvfp4"):

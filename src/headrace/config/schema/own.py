@@ -120,7 +120,7 @@ OWN = Section(
     ),
     F("block_size", Int(8, 256, multiple=8), 16, "Tokens of one KV block."),
     F("kv_cache_bytes", Size(), None, "KV pool; absent: by `memory_fraction`."),
-    F("memory_fraction", Float(0, 1, above=True), 0.9, "Share of free device memory to use."),
+    F("memory_fraction", Float(0, 1, above=True), 0.9, "Share of a GPU's memory that the server takes."),
     F("host_kv_bytes", Size(), 0, "Host memory for KV blocks."),
     F("prefix_caching", Bool(), True, "Share prefixes between requests."),
     F("num_threads", Int(1, 4096), None, "CPU threads; absent: all cores."),

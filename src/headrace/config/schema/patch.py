@@ -53,6 +53,7 @@ KV_CACHE_CONFIG = Section(
         None,
         "Share of free memory for the cache.",
         to="memory_fraction",
+        differs="is the share of the whole GPU that the server takes, weights included; not of what they leave free",
     ),
     F("enable_block_reuse", Bool(), True, "Share prefixes between requests.", to="prefix_caching"),
     F("enable_partial_reuse", Bool(), True, "Reuse parts of blocks.", no_effect="whole blocks are shared"),

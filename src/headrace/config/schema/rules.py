@@ -264,10 +264,10 @@ def expert_parallelism(view: View) -> None:
         view.notice("warning", path, f"{option} does not divide tensor_parallel_count, which is {count}")
 
 
-@rule(TRT_RULES, f"{_B}.base_model", when=_B)
+@rule(TRT_RULES, _GPU, f"{_B}.base_model", when=_B)
 def encoders_use_one_gpu(view: View) -> None:
-    """Encoders force the parallel counts to 1 with a warning; a `*_kv` type on `encoder` warns; keys of decoders
-    (context, scheduling, defaults of requests) have no effect on them."""
+    """Encoders force the parallel counts to 1 with a warning, and use one GPU of several; a `*_kv` type on `encoder`
+    warns; keys of decoders (context, scheduling, defaults of requests) have no effect on them."""
     base = _base(view)
     if base not in ENCODERS:
         return
@@ -275,6 +275,11 @@ def encoders_use_one_gpu(view: View) -> None:
         value = view.get(f"{_B}.{name}", 1)
         if value != 1:
             view.notice("warning", f"{_B}.{name}", f"is {value}; an encoder runs on one GPU, so 1 is used")
+    count = accelerator(view)[1]
+    if count > 1:
+        view.notice(
+            "differs", _GPU, f"an encoder uses one of the {count} GPUs; run a server for each of them"
+        )
     for path in _DECODER_KEYS:
         if view.given(path) and view.get(path) not in (None, {}):
             view.notice("no_effect", path, f"is a decoder's; {base} follows its checkpoint")
@@ -289,13 +294,19 @@ _PARALLEL = ("tensor_parallel_count", "pipeline_parallel_count", "sequence_paral
 @rule(TRT_RULES, _GPU, f"{_B}.base_model", *(f"{_B}.{name}" for name in _PARALLEL), when=_B)
 def world_size_matches(view: View) -> None:
     """v1 decoders: TP x PP x SP must equal the number of GPUs; not a power of two warns. v2, stricter than
-    there: `tensor_parallel_size` may not exceed the number of GPUs."""
+    there: `tensor_parallel_size` may not exceed the number of GPUs, and should not be less."""
     gpu, count = accelerator(view)
     if stack(view) == "v2":
         size = view.get(f"{_R}.tensor_parallel_size", 1)
         if gpu and size > count:
             view.error(
                 f"{_R}.tensor_parallel_size", f"is {size}, but resources.accelerator has {count} GPU(s)"
+            )
+        elif gpu and size < count:
+            view.notice(
+                "warning",
+                f"{_R}.tensor_parallel_size",
+                f"is {size}: the other {count - size} GPU(s) stay idle",
             )
         return
     sizes = [view.get(f"{_B}.{name}", 1) for name in _PARALLEL]
@@ -307,6 +318,8 @@ def world_size_matches(view: View) -> None:
             f"but resources.accelerator "
             f"has {count} GPU(s); set tensor_parallel_count: {count} or accelerator: {gpu or 'TYPE'}:{world}",
         )
+    if sizes[2] > 1 and _base(view) not in ENCODERS:
+        view.notice("not_yet", f"{_B}.sequence_parallel_count", f"is {sizes[2]}: one GPU a model")
     if world > 0 and world & (world - 1) and _base(view) not in ENCODERS:
         view.notice(
             "warning", f"{_B}.tensor_parallel_count", f"{world} GPUs is unusual; a power of two is typical"

@@ -59,6 +59,8 @@ LORA = Section(
 )
 
 
+_SHARE = "is the share of the whole GPU that the server takes, weights included; not of what they leave free"
+
 _RUNTIME_V1_FIELDS: tuple[Field, ...] = (
     F(
         "kv_cache_free_gpu_mem_fraction",
@@ -66,6 +68,7 @@ _RUNTIME_V1_FIELDS: tuple[Field, ...] = (
         0.9,
         "Share of free GPU memory for the KV cache.",
         to="memory_fraction",
+        differs=_SHARE,
     ),
     F(
         "kv_cache_host_memory_bytes",

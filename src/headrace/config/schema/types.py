@@ -81,7 +81,8 @@ def shown(node: Node) -> str:
     """The value as the user wrote it, shortened; mappings and lists by kind only (they may hold secrets)."""
     if isinstance(node.value, (dict, list)):
         return node.kind()
-    return repr(node.text[:60] + ("…" if len(node.text) > 60 else ""))
+    text = node.text[:60] + ("…" if len(node.text) > 60 else "")
+    return repr(text) if isinstance(node.value, str) else text
 
 
 def _yaml_trap(node: Node) -> str:
