@@ -115,8 +115,8 @@ def _calibration(
     tokens = sum(map(len, texts))
     if tokens < _ENOUGH:
         print(
-            f"headrace quantize: warning: calibration has {tokens:,} tokens; fewer than {_ENOUGH:,} fit the sample, not "
-            "the model: give more text, or --no-calibration",
+            f"headrace quantize: warning: calibration has {tokens:,} tokens; fewer than {_ENOUGH:,} fit the sample, "
+            "not the model: give more text, or --no-calibration",
             file=sys.stderr,
         )
     return Calibration(checkpoint, texts, choose_device(spec), tell)

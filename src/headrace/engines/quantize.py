@@ -164,6 +164,7 @@ def _write_shard(
     static: bool,
     file: Path,
 ) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -187,7 +188,13 @@ def _write_shard(
             attention = base.removesuffix(".k_proj")
             tensors |= {f"{attention}.k_scale": torch.ones(1), f"{attention}.v_scale": torch.ones(1)}
     part = file.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": "pt"})
+    try:
+        save_file(tensors, part, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, mostly
+        raise ConfigError(
+            f"{part} cannot be written: {error}. Make room and give the same command again: it goes on here",
+            param="out",
+        ) from None
     part.chmod((file.parent / _MARK).stat().st_mode)  # the library leaves it to its owner alone
     part.rename(file)  # a shard is there whole or not at all
 
