@@ -14,7 +14,7 @@ from headrace.config.schema.types import Bool, Enum, Str
 from headrace.config.yaml import scalar
 from headrace.errors import ConfigError
 
-__all__ = ["PLAN_FLAGS", "add_spec_flags", "resolution"]
+__all__ = ["PLAN_FLAGS", "add_spec_flags", "positive", "resolution"]
 
 _FLAG = re.compile(r"^flag: (\w+): ")
 PLAN_FLAGS = (
@@ -32,6 +32,13 @@ PLAN_FLAGS = (
     *("max_num_batched_tokens", "kv_cache_bytes", "memory_fraction", "block_size", "tensor_parallel_size"),
     *("eager", "pooling", "chat_template"),
 )
+
+
+def positive(text: str) -> int:
+    """For ``type=`` of a flag that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
 
 
 def add_spec_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 __all__ = ["COMMANDS", "main"]
 
 CONFIG_ERROR, RUNTIME_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141  # the last two are 128 + the signal
+
+_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
 COMMANDS = {
     "serve": "serve one or more models over HTTP (OpenAI's API)",
@@ -111,6 +114,12 @@ def _run(name: str, args: list[str]) -> int:
     except HeadraceError as error:
         print(f"headrace {name}: {error.message}", file=sys.stderr)
         return RUNTIME_ERROR if isinstance(error, EngineError) else CONFIG_ERROR
+    except OSError as error:
+        if error.errno not in _OUTSIDE:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"headrace {name}: {error.strerror}{where}", file=sys.stderr)
+        return CONFIG_ERROR
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("headrace"):
             raise

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headrace.cli.flags import add_spec_flags, resolution
+from headrace.cli.flags import add_spec_flags, positive, resolution
 
 if TYPE_CHECKING:
     from headrace.checkpoints.base import Checkpoint
@@ -29,6 +30,7 @@ model is for. An interrupted run goes on where it was: give the same command aga
 
 FLAGS = ("revision", "device")
 _MANUAL_ROWS, _MANUAL_TOKENS = 40, 512  # some 20,000 tokens where no data is given
+_ENOUGH = 10_000  # tokens; fewer fit the sample and not the model (docs/quantization.md)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fp8, fp8_kv, fp8_mlp_only, fp4, fp4_kv, fp4_mlp_only, int8, int4 ...",
     )
     add("--data", metavar="FILE|DATASET", help="calibration data: a file, or a data set of the hub")
-    add("--rows", type=int, metavar="N", help="rows used, at most (1024; of Python's manual 40)")
-    add("--max-tokens", type=int, metavar="N", help="tokens of each row (1536; of the manual 512)")
+    add("--rows", type=positive, metavar="N", help="rows used, at most (1024; of Python's manual 40)")
+    add("--max-tokens", type=positive, metavar="N", help="tokens of each row (1536; of the manual 512)")
     add(
         "--static-activations",
         action="store_true",
@@ -109,7 +111,15 @@ def _calibration(
     from headrace.engines.calibration import Calibration
     from headrace.engines.choices import choose_device
 
-    return Calibration(checkpoint, _texts(args, spec, checkpoint), choose_device(spec), tell)
+    texts = _texts(args, spec, checkpoint)
+    tokens = sum(map(len, texts))
+    if tokens < _ENOUGH:
+        print(
+            f"headrace quantize: warning: calibration has {tokens:,} tokens; fewer than {_ENOUGH:,} fit the sample, "
+            "not the model: give more text, or --no-calibration",
+            file=sys.stderr,
+        )
+    return Calibration(checkpoint, texts, choose_device(spec), tell)
 
 
 def _texts(args: argparse.Namespace, spec: EngineSpec, checkpoint: Checkpoint) -> list[list[int]]:

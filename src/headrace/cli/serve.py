@@ -8,6 +8,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from headrace.cli.flags import positive
 from headrace.cli.options import SERVE_FLAGS, add_model_arguments, api_keys, specs
 from headrace.cli.per_model import add_hidden, rewrite
 
@@ -54,14 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api-key-file", action="append", default=[], metavar="FILE", help="one key a line")
     add(
         "--max-body-bytes",
-        type=_positive,
+        type=positive,
         default=8 * 2**20,
         metavar="N",
         help="larger bodies get 413 (8 MiB)",
     )
     add(
         "--max-inputs",
-        type=_positive,
+        type=positive,
         default=2048,
         metavar="N",
         help="texts of one request; more get 413 (2048)",
@@ -73,12 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-dir", metavar="DIR", help="folder for /v1/files and /v1/batches; without it they are off")
     add(
         "--api-server-count",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="HTTP processes on the one port, for one set of engines (1)",
     )
-    add("--drain-seconds", type=float, default=30.0, metavar="S", help="time to finish after SIGTERM (30)")
+    add(
+        "--drain-seconds", type=_duration, default=30.0, metavar="S", help="time to finish after SIGTERM (30)"
+    )
     add("--allow-chat-template", action="store_true", help="let requests bring templates (they are programs)")
     add("--log-prompts", action="store_true", help="write what clients send into the log")
     add_model_arguments(parser)
@@ -90,15 +93,19 @@ def prepare(args: list[str]) -> list[str]:
     return rewrite(args, SERVE_FLAGS)
 
 
+def _duration(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 up")
+    return value
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port from 0 to 65535")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
     return int(text)
 
 

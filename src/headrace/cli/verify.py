@@ -155,6 +155,8 @@ def _show(report: Report | EncodeReport) -> None:
         print(
             f"  matrices        {len(report.matrices)}, off by {by_error.error:.2%} at most ({by_error.name})"
         )
+    for note in report.notes:
+        print(f"note: {note}")
     for problem in report.problems:
         print(f"problem: {problem}")
     print("passed" if report.passed else "FAILED")

@@ -20,6 +20,7 @@ from headrace.quantization.containers import QuantizedCheckpoint
 __all__ = [
     "MAX_DIFFERENCE",
     "Measured",
+    "blind_spots",
     "check_quality",
     "describe",
     "load_measured",
@@ -59,6 +60,17 @@ def describe(
     return f"{spec.name}: {form + ', ' if form else ''}{name}{held}"
 
 
+def blind_spots(checkpoint: Checkpoint, reference: Checkpoint) -> tuple[str, ...]:
+    """What a comparison of these two cannot tell; such a one is no proof for ``quality``."""
+    if not isinstance(reference, QuantizedCheckpoint):
+        return ()
+    itself = checkpoint.fingerprint == reference.fingerprint
+    return (
+        f"the reference is {'this checkpoint itself' if itself else 'quantized too'}, dequantized: what rounding its "
+        "weights lost is not seen, and the result is not kept for serve. Give the 16-bit model with --reference",
+    )
+
+
 def _file(spec: EngineSpec, checkpoint: Checkpoint, dtype: torch.dtype, cache: torch.dtype) -> Path:
     key = f"1|{checkpoint.fingerprint}|{spec.quantization}|{dtype}|{cache}"
     return env.home() / "verify" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -66,13 +78,17 @@ def _file(spec: EngineSpec, checkpoint: Checkpoint, dtype: torch.dtype, cache: t
 
 def save_measured(
     spec: EngineSpec, checkpoint: Checkpoint, dtype: torch.dtype, cache: torch.dtype, measured: Measured
-) -> Path:
-    """Keep a measurement; a later one of the same set-up replaces it."""
+) -> Path | None:
+    """Keep a measurement; a later one of the same set-up replaces it. None, and a warning, where it cannot be."""
     file = _file(spec, checkpoint, dtype, cache)
-    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    part.write_bytes(msgspec.json.encode(measured))
-    part.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(msgspec.json.encode(measured))
+        part.replace(file)
+    except OSError as error:
+        logger.warning("the result is not kept for serve: %s: %s", file.parent, error.strerror)
+        return None
     return file
 
 
@@ -105,7 +121,7 @@ def check_quality(
     found = load_measured(spec, checkpoint, dtype, cache)
     if found is None and spec.quality == "off":
         return None
-    problem = _not_measured(spec) if found is None else _beyond(found, spec)
+    problem = _not_measured(spec, checkpoint) if found is None else _beyond(found, spec)
     if not problem:
         return None
     held = "" if cache is dtype else f", cache {cache}"
@@ -116,9 +132,10 @@ def check_quality(
     return sentence
 
 
-def _not_measured(spec: EngineSpec) -> str:
+def _not_measured(spec: EngineSpec, checkpoint: Checkpoint) -> str:
     flags = f" --quantization {spec.quantization}" if spec.quantization else ""
     flags += "" if spec.kv_cache_dtype == "auto" else f" --kv-cache-dtype {spec.kv_cache_dtype}"
+    flags += " --reference THE_16_BIT_MODEL" if isinstance(checkpoint, QuantizedCheckpoint) else ""
     return f"nobody has measured it here; run: headrace verify {spec.model}{flags}"
 
 

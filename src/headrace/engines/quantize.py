@@ -126,6 +126,8 @@ def uses_calibration(name: str) -> bool:
 
 def _open_folder(out: Path, mark: Mapping[str, Any]) -> None:
     """Make ``out``, or check that it is an earlier run of the same."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; give an empty or new folder", param="out")
     if out.exists() and any(out.iterdir()):
         if not (out / _MARK).is_file():
             raise ConfigError(f"{out} holds something else already; give an empty or new folder", param="out")
@@ -162,6 +164,7 @@ def _write_shard(
     static: bool,
     file: Path,
 ) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -185,7 +188,14 @@ def _write_shard(
             attention = base.removesuffix(".k_proj")
             tensors |= {f"{attention}.k_scale": torch.ones(1), f"{attention}.v_scale": torch.ones(1)}
     part = file.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": "pt"})
+    try:
+        save_file(tensors, part, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, mostly
+        raise ConfigError(
+            f"{part} cannot be written: {error}. Make room and give the same command again: it goes on here",
+            param="out",
+        ) from None
+    part.chmod((file.parent / _MARK).stat().st_mode)  # the library leaves it to its owner alone
     part.rename(file)  # a shard is there whole or not at all
 
 
@@ -202,6 +212,14 @@ def _names_in(file: Path) -> list[str]:
         return list(handle.keys())
 
 
+def _module_folders(path: Path) -> list[str]:
+    """Of a sentence-transformers model: pooling and what comes after it, each in a folder of its own."""
+    file = path / "modules.json"
+    modules = json.loads(file.read_text("utf-8")) if file.is_file() else []
+    names = [str(module.get("path") or "") for module in modules if isinstance(module, dict)]
+    return [name for name in names if name and Path(name).name == name and (path / name).is_dir()]
+
+
 def _copy_text(checkpoint: FolderCheckpoint | GGUFCheckpoint, out: Path) -> None:
     """Tokenizer, templates and generation settings: the files beside the weights, or what the GGUF file says."""
     if isinstance(checkpoint, FolderCheckpoint):
@@ -209,6 +227,8 @@ def _copy_text(checkpoint: FolderCheckpoint | GGUFCheckpoint, out: Path) -> None
             weights = entry.suffix in (".safetensors", ".bin", ".pt", ".gguf") or entry.name == _TABLE
             if entry.is_file() and not weights and entry.name != "config.json":
                 shutil.copyfile(entry, out / entry.name)
+        for folder in _module_folders(checkpoint.path):
+            shutil.copytree(checkpoint.path / folder, out / folder, dirs_exist_ok=True)
         return
     tokenizer = Tokenizer.from_path(checkpoint.path)
     tokenizer.backend.save(str(out / "tokenizer.json"))

@@ -34,8 +34,10 @@ def read_rows(file: Path, *, limit: int | None = None) -> list[Row]:
         content = file.read_text("utf-8")
     except FileNotFoundError:
         raise MissingFile(f"there is no file {file}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read as UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}; give a file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is no UTF-8 text: {error}") from None
     found: list[Row] = []
     for row in _rows(file, content):
         if not isinstance(row, str) or row.strip():

@@ -15,7 +15,7 @@ from headrace.config.spec import EngineSpec
 from headrace.engines.audits import PLAIN, Bits, audits, is_fitted, is_packed, stored_bits
 from headrace.engines.choices import choose_device, choose_dtype
 from headrace.engines.layer_errors import LayerErrors
-from headrace.engines.quality import Measured, describe, save_measured
+from headrace.engines.quality import Measured, blind_spots, describe, save_measured
 from headrace.engines.scoring import piecewise_logits
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError
@@ -62,6 +62,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             model.
         matrices: of quantized matrices whose 16-bit weights were there to compare with.
         problems: what is beyond the limits, as sentences; empty: passed.
+        notes: what this comparison cannot see, as sentences.
     """
 
     setup: str
@@ -79,6 +80,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     layer_errors: tuple[float, ...] = ()
     matrices: tuple[MatrixError, ...] = ()
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -93,7 +95,8 @@ def verify(
     limits: Limits = DEFAULT_LIMITS,
     floor: bool = False,
 ) -> Report:
-    """Load a set-up and its reference, and compare them; what is found is kept for ``spec.quality``.
+    """Load a set-up and its reference, and compare them; what is found is kept for ``spec.quality``, unless the
+    reference is the quantized checkpoint itself.
 
     Args:
         tokenize: the texts in the tokens of the checkpoint.
@@ -128,10 +131,12 @@ def verify(
         floor=_floor(base, base_checkpoint, own, texts, device) if floor else None,
         setup=describe(spec, checkpoint, dtype, cache),
         reference=describe(base, base_checkpoint, base_dtype, base_dtype),
+        notes=blind_spots(checkpoint, base_checkpoint),
     )
     defects = tuple(matrix.problem for matrix in report.matrices if matrix.problem)
     kept = Measured(setup=report.setup, mean_kl=report.mean_kl, top1=report.top1, defects=defects)
-    save_measured(spec, checkpoint, dtype, cache, kept)
+    if not report.notes:
+        save_measured(spec, checkpoint, dtype, cache, kept)
     return report
 
 

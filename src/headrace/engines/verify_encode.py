@@ -16,7 +16,7 @@ from headrace.engines.audits import PLAIN, Bits, audits, is_fitted, is_packed, s
 from headrace.engines.choices import choose_device, choose_encode_dtype
 from headrace.engines.encode_build import load_encode
 from headrace.engines.layer_errors import LayerErrors
-from headrace.engines.quality import MAX_DIFFERENCE, Measured, describe, save_measured
+from headrace.engines.quality import MAX_DIFFERENCE, Measured, blind_spots, describe, save_measured
 from headrace.engines.texts import Row
 from headrace.engines.weights import open_weights
 from headrace.errors import ConfigError
@@ -90,6 +90,7 @@ class EncodeReport(msgspec.Struct, frozen=True, kw_only=True):
         layer_errors: relative error of the hidden states after each layer.
         matrices: of quantized matrices whose unquantized weights were there to compare with.
         problems: what is beyond the limits, as sentences; empty: passed.
+        notes: what this comparison cannot see, as sentences.
     """
 
     setup: str
@@ -100,6 +101,7 @@ class EncodeReport(msgspec.Struct, frozen=True, kw_only=True):
     layer_errors: tuple[float, ...] = ()
     matrices: tuple[MatrixError, ...] = ()
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -141,7 +143,10 @@ def verify_encode(
     bits = stored_bits(checkpoint, decoder=False)
     report = compare_encoders(model, own, inputs, device, limits, bits, fitted=is_fitted(checkpoint))
     report = msgspec.structs.replace(
-        report, setup=describe(spec, checkpoint, dtype), reference=describe(base, base_checkpoint, base_dtype)
+        report,
+        setup=describe(spec, checkpoint, dtype),
+        reference=describe(base, base_checkpoint, base_dtype),
+        notes=blind_spots(checkpoint, base_checkpoint),
     )
     cosines = [each.min_cosine for each in report.changes if each.min_cosine is not None]
     differences = [each.max_difference for each in report.changes if each.max_difference is not None]
@@ -151,7 +156,8 @@ def verify_encode(
         max_difference=max(differences, default=None),
         defects=tuple(matrix.problem for matrix in report.matrices if matrix.problem),
     )
-    save_measured(spec, checkpoint, dtype, dtype, kept)
+    if not report.notes:
+        save_measured(spec, checkpoint, dtype, dtype, kept)
     return report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,50 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["quantize", str(folder), "--type", "fp9", "--out", str(tmp_path / "r")]) == 2
     assert "did you mean" in capsys.readouterr().err
     assert main(["quantize", str(folder), "--out", str(tmp_path / "r")]) == 2
+
+
+@pytest.mark.parametrize(
+    "flags", [["--rows", "0"], ["--rows", "-1"], ["--max-tokens", "-5"], ["--max-tokens", "0"]]
+)
+def test_counts_begin_at_one(flags: list[str], folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["quantize", str(folder), "--type", "fp4", "--out", str(tmp_path / "q"), *flags])
+    assert left.value.code == 2
+
+
+def test_places_that_cannot_be_written_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    for out in (file, file / "below"):
+        assert main(["quantize", str(folder), "--type", "fp8", "--out", str(out)]) == 2
+        assert str(file) in capsys.readouterr().err
+    assert file.read_text() == "x"
+
+
+def test_others_may_read_what_is_written(folder: Path, tmp_path: Path) -> None:
+    written(folder, tmp_path / "q", "fp8")
+    modes = {entry.stat().st_mode for entry in (tmp_path / "q").iterdir() if entry.suffix != ".json"}
+    assert modes == {(tmp_path / "q" / "config.json").stat().st_mode}
+
+
+def test_an_embedder_keeps_its_modules_and_buffers(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "embedder"
+    shutil.copytree(folder, source)
+    tensors = load_file(source / "model.safetensors") | {"embeddings.position_ids": torch.arange(7)}
+    save_file(tensors, source / "model.safetensors")
+    modules = [
+        {"path": "", "type": "x.Transformer"},
+        {"path": "1_Pooling", "type": "x.Pooling"},
+        {"path": "../q"},
+    ]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    checkpoint = written(source, tmp_path / "q", "fp8")
+    assert checkpoint.load("embeddings.position_ids").tolist() == list(range(7))
+    assert (tmp_path / "q" / "1_Pooling" / "config.json").read_text() == '{"pooling_mode_cls_token": true}'
 
 
 def test_what_cannot_be_quantized(tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.engines.quality import Measured, check_quality, save_measured
+from headrace.engines.quantize import quantize_checkpoint
 from headrace.engines.texts import PACKAGED_TEXTS, read_rows
 from headrace.engines.verify import Limits, Report, compare, verify
 from headrace.errors import ConfigError, MissingFile
 from headrace.models.decoder import DecoderModel
 from headrace.models.loading import load_decoder
 from headrace.quantization.audit import audit
+from headrace.quantization.containers import open_quantized
 from headrace.quantization.registry import load_time
 from headrace.quantization.scaled import ScaledLinear
 from headrace.quantization.schemes.fp4 import Fp4Weight
@@ -208,6 +210,40 @@ def test_quality_gate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save_measured(spec, checkpoint, torch.float32, torch.float32, spoilt)
     with pytest.raises(ConfigError, match="block is missing"):
         gate(quality="refuse")
+
+
+def test_a_quantized_checkpoint_is_no_proof_of_itself(folder: Path, tmp_path: Path) -> None:
+    """Its weights dequantized agree with themselves: that says nothing of what they lost, and is not kept."""
+    out = quantize_checkpoint(FolderCheckpoint(folder), "fp4", tmp_path / "q")
+    spec = EngineSpec(model=str(out), path=out, dtype="float32", device="cpu")
+    own = verify(spec, lambda _: TEXTS, limits=LOOSE)
+    assert own.mean_kl < 1e-6
+    assert "16-bit model with --reference" in own.notes[0]
+    assert not (tmp_path / "home").exists()
+    checkpoint = open_quantized(FolderCheckpoint(out))
+
+    def gate() -> str | None:
+        strict = msgspec.structs.replace(spec, quality="refuse", max_kl=LOOSE.max_kl)
+        return check_quality(strict, checkpoint, torch.float32, torch.float32, changed=True)
+
+    with pytest.raises(ConfigError, match="--reference"):
+        gate()
+    original = verify(
+        spec, lambda _: TEXTS, limits=LOOSE, reference=EngineSpec(model=str(folder), path=folder)
+    )
+    assert original.mean_kl > 1e-3
+    assert not original.notes
+    assert gate() is None
+
+
+def test_a_result_that_cannot_be_kept_is_shown_all_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "file"))
+    spec = EngineSpec(model=str(folder), path=folder, quantization="fp8", dtype="float32", device="cpu")
+    assert verify(spec, lambda _: TEXTS, limits=LOOSE).tokens > 0
+    assert "not kept" in caplog.text
 
 
 def test_serving_refuses_before_it_loads(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from headrace.config.schema.fields import F, Section
+from headrace.config.schema.own import OWN
 from headrace.config.schema.patch import BIS_LLM
 from headrace.config.schema.platform import (
     BASE_IMAGE,
@@ -87,6 +88,7 @@ TOP = Section(
     F("apply_library_patches", Bool(), True, "Patches.", no_effect=_CODE),
     F("spec_version", Str(numbers=True), "2.0", "Version of the format.", no_effect=PLATFORM),
     elsewhere={
+        **dict.fromkeys(OWN.by_name, "belongs under `model_metadata.headrace`"),
         "inference_stack": "belongs under `trt_llm`",
         "accelerator": "belongs under `resources`",
         "headrace": "belongs under `model_metadata`, where the hosted system accepts it too",

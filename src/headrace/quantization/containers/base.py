@@ -19,7 +19,7 @@ from headrace.quantization.scaled import Activations, QuantizedWeight
 
 __all__ = ["Container", "Module", "QuantizedCheckpoint", "refuse"]
 
-_PLAIN = frozenset({"F64", "F32", "F16", "BF16", "BOOL"})
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16", "BOOL", "I64"})  # the last: position_ids
 _CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale")
 _KV_SCALES = (*_CACHE_SCALES, ".output_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
 
