@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import transformers as hf
 
+from headrace.config.plan.facts import Facts
+from headrace.config.plan.shape import read_shape
 from headrace.errors import UnknownArchitecture, UnsupportedCheckpoint
 from headrace.models.registry import FAMILIES, read_config
 
@@ -92,6 +94,7 @@ PARTIAL = (
     "Glm4ForCausalLM",
     "NemotronForCausalLM",
 )  # rotate a part of each head where the file says so
+LEFT_OUT = ("tie_word_embeddings", "attention_bias", "use_qkv_bias", "qkv_bias", "use_bias")
 UNGATED = ("Starcoder2ForCausalLM", "NemotronForCausalLM", "ArceeForCausalLM")
 
 
@@ -320,3 +323,32 @@ def test_gemma_2_does_not_look_both_ways() -> None:
     """transformers masks Gemma 2 causally whatever this field of Gemma 3 says."""
     with pytest.raises(UnsupportedCheckpoint, match="use_bidirectional_attention"):
         read_config({**config_of("Gemma2ForCausalLM"), "use_bidirectional_attention": True})
+
+
+@pytest.mark.parametrize("architecture", list(HF_CONFIGS))
+def test_plans_read_the_same_sizes(architecture: str) -> None:
+    """As the file states them, and where it leaves to the family what published files leave out."""
+    whole = config_of(architecture)
+    sparse = {name: value for name, value in whole.items() if name not in LEFT_OUT}
+    biased = {name: True if name in LEFT_OUT and "bias" in name else value for name, value in whole.items()}
+    for config in (whole, sparse, biased):
+        declared = read_config(config)
+        shape = read_shape(Facts(where="", config=config, container="config"))
+        assert (shape.tied, shape.qkv_bias, shape.gated) == (
+            declared.tied,
+            declared.qkv_bias,
+            declared.gated_mlp,
+        )
+        assert (shape.head_dim, shape.kv_heads, shape.context) == (
+            declared.head_dim,
+            declared.num_kv_heads,
+            declared.max_position_embeddings,
+        )
+        windows = [window for window in declared.windows if window is not None]
+        assert shape.windows == len(windows)
+        assert not windows or {shape.window} == set(windows)
+        if declared.experts is not None:
+            assert (shape.experts, shape.expert_size) == (
+                declared.experts.num_experts,
+                declared.experts.intermediate_size,
+            )

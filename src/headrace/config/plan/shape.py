@@ -138,7 +138,7 @@ def read_shape(facts: Facts, *, encoder: bool = False) -> ModelShape:
         rope_dim=rope_dim,
         value_dim=_get(config, ("v_head_dim",), 0),
         gated=_gated(config),
-        qkv_bias=bool(config.get("attention_bias") or "Qwen2" in facts.architecture or bidirectional),
+        qkv_bias=bidirectional or _qkv_bias(config, facts.architecture),
         qk_norm=facts.architecture.startswith(("Qwen3", "Gemma3")),
         encoder=encoder,
         bidirectional=bidirectional,
@@ -154,7 +154,7 @@ def _gated(config: Mapping[str, Any]) -> bool:
         return "n_embd" not in config or "glu" in str(config.get("activation_function") or "swiglu")
     if kind == "bert" and config.get("position_embedding_type") == "alibi":
         return True  # JinaBert calls itself bert
-    default = config.get("hidden_act", "silu") not in ("gelu_new", "relu")
+    default = kind != "starcoder2" and config.get("hidden_act", "silu") not in ("gelu_new", "relu", "relu2")
     return ENCODER_TYPES.get(kind, default)
 
 
@@ -173,7 +173,18 @@ def _context(facts: Facts, config: Mapping[str, Any], encoder: bool) -> int:
 
 def _tied_by_default(architecture: str) -> bool:
     """Families whose config.json leaves tie_word_embeddings out because it is always true."""
-    return architecture.startswith(("Gemma", "Phi3Small", "Cohere"))
+    tied = ("Gemma", "Phi3Small", "Cohere", "Starcoder2", "Ernie4_5", "MiniCPM", "SmolLM3")
+    return architecture.startswith(tied)
+
+
+def _qkv_bias(config: Mapping[str, Any], architecture: str) -> bool:
+    """By whichever name the family states it, or because it always has them."""
+    names = ("attention_bias", "use_qkv_bias", "qkv_bias", "use_bias")
+    stated = next((config[name] for name in names if isinstance(config.get(name), bool)), None)
+    if architecture.startswith("Qwen2") and "Moe" not in architecture:
+        return True
+    always = ("Qwen2", "Glm", "SeedOss", "GptOss", "Starcoder2")
+    return architecture.startswith(always) if stated is None else stated
 
 
 def _number(value: Any) -> int | None:
