@@ -29,7 +29,7 @@ class CoreChild:
         path = os.pathsep.join(path for path in sys.path if path)
         self._address = ""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", *MODULE, spec.device],
+            [sys.executable, "-m", *MODULE, spec.device, str(os.getpid())],
             stdin=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": path} | dict(spec.environment),
         )

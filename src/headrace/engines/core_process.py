@@ -1,8 +1,8 @@
-"""A core in a process of its own, run as ``python -m headrace.engines.core_process [DEVICE]``.
+"""A core in a process of its own, run as ``python -m headrace.engines.core_process DEVICE PARENT``.
 
 It imports what every core needs and, unless DEVICE is cpu, creates the GPU's context. Then it reads its spec, the
 address to listen on and its parent's process id from standard input (pickled by that parent, see child.py). It ends
-with its parent.
+with its parent, whose id is PARENT: who asks the system may have lost it already.
 """
 
 from __future__ import annotations
@@ -155,10 +155,11 @@ def main() -> None:
     stages = Stages(process_began())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the serving process decides when a core ends
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    alone = _Orphaned(os.getppid())
+    device, starter = sys.argv[1], int(sys.argv[2])
+    alone = _Orphaned(starter)
     alone.start()
     stages.done("python")
-    _import_all(sys.argv[1] if len(sys.argv) > 1 else "auto", stages)
+    _import_all(device, stages)
     try:
         spec, address, parent = pickle.load(sys.stdin.buffer)
     except EOFError:  # nobody wants a core any more

@@ -81,6 +81,23 @@ def test_it_ends_when_its_parent_is_killed(told: bool, tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def test_it_ends_when_its_parent_was_gone_before_it_looked() -> None:
+    """Its standard input stays open, so that only the missing parent can end it."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "headrace.engines.core_process", "cpu", str(dead.pid)],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        assert child.wait(60) == 1
+    finally:
+        child.kill()
+        assert child.stdin is not None
+        child.stdin.close()
+
+
 def test_parts_add_up() -> None:
     began = time.time() - 2
     stages = Stages(began)

@@ -75,7 +75,7 @@ def test_hostile_grammars_over_http_disturb_nobody() -> None:
         others: list[int] = []
 
         def bystander() -> None:
-            while not stop.is_set():
+            while not stop.wait(0.01):  # grammars are judged in what others leave of the machine
                 others.append(server.post("/v1/chat/completions", ASK)[0])
 
         thread = threading.Thread(target=bystander)
@@ -90,7 +90,7 @@ def test_hostile_grammars_over_http_disturb_nobody() -> None:
         finally:
             stop.set()
             thread.join(20)
-        assert set(others) == {200}
+        assert len(others) > 20 and set(others) == {200}
 
 
 ATOMS = [
