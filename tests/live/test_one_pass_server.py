@@ -475,6 +475,7 @@ def test_tokenize_decode_info(served: Served) -> None:
     assert facts["max_client_batch_size"] == 64
     status, all_facts, _ = served.server.request("GET", "/info")
     assert [one["model_id"] for one in all_facts] == list(MAKERS)
+    assert all_facts[0]["model_type"] == {"embedding": {"pooling": "mean"}}
 
 
 @pytest.mark.parametrize(
