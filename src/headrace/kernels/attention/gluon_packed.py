@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from headrace.kernels.attention.gluon_fresh import _soften, _step, _zero_behind
+from headrace.kernels.attention.gluon_fresh import _soften, _zero_behind
 from headrace.kernels.launch import num_multiprocessors
 
 __all__ = ["ROWS", "packed_specialized"]
@@ -81,6 +81,30 @@ def _fetch(q_desc, k_desc, v_desc, q_rows, k_ring, v_ring, q_full, k_full, v_ful
 
 
 @gluon.jit
+def _step(acc, p, peak, norm, none, q, k_ring, v_ring, k_full, v_full, k_free, v_free, i, end, last, length, factor,
+          dtype: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr,
+          O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr):  # fmt: skip
+    """As gluon_fresh, but weights go round as float32: pairs of 16 bits would be taken apart and put together again."""
+    stage = i % STAGES
+    before = (i - 1) % STAGES
+    mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+    score = warpgroup_mma(q, k_ring.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
+    narrow = gl.convert_layout(p, P_LAYOUT).to(dtype)
+    acc = warpgroup_mma(narrow, v_ring.index(before), acc, is_async=True)
+    score = warpgroup_mma_wait(1, [score])
+    mbarrier.arrive(k_free.index(stage), count=1)
+    weights, peak, norm, alpha = _soften(
+        score, peak, norm, (end - 1 - i) * TILE, last, length, factor, TILE, MASKED, S_LAYOUT
+    )
+    # This has come long ago. But no instruction is moved over it: exponentials stay before the wait for the product.
+    mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
+    acc, narrow, weights = warpgroup_mma_wait(0, [acc, narrow, weights])
+    mbarrier.arrive(v_free.index(before), count=1)
+    return acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None], weights, peak, norm
+
+
+@gluon.jit
 def _attend(out_ptr, q_rows, k_ring, v_ring, q_full, k_full, v_full, q_free, k_free, v_free, map_ptr, turns, num_heads,
             factor, GROUP: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
             CAUSAL: gl.constexpr):  # fmt: skip
@@ -120,25 +144,31 @@ def _attend(out_ptr, q_rows, k_ring, v_ring, q_full, k_full, v_full, q_free, k_f
             score = warpgroup_mma_wait(0, [score])
             mbarrier.arrive(k_free.index(stage), count=1)
             key = (count - 1) * TILE
-            p, peak, norm, _ = _soften(score, peak, norm, key, last, length, factor, TILE, True, S_LAYOUT)
-            p = gl.convert_layout(p, P_LAYOUT).to(dtype)
+            if CAUSAL or length < count * TILE:
+                p, peak, norm, _ = _soften(score, peak, norm, key, last, length, factor, TILE, True, S_LAYOUT)
+            else:
+                p, peak, norm, _ = _soften(
+                    score, peak, norm, key, last, length, factor, TILE, False, S_LAYOUT
+                )
             if length < count * TILE:
                 mbarrier.wait(v_full.index(stage), phase)
                 _zero_behind(v_ring.index(stage), length - key, TILE, D)
-            for i in range(done + 1, done + gl.maximum(count - unmasked, 1)):
+            first_whole = done + gl.maximum(count - unmasked, 1)
+            for i in range(done + 1, first_whole):
                 acc, p, peak, norm = _step(acc, p, peak, norm, none, mine, k_ring, v_ring, k_full, v_full, k_free,
-                                           v_free, i, done + count, last, length, factor, TILE, STAGES, True, S_LAYOUT,
-                                           O_LAYOUT, P_LAYOUT, dtype)  # fmt: skip
-            for i in range(done + gl.maximum(count - unmasked, 1), done + count):
+                                           v_free, i, done + count, last, length, factor, dtype, TILE, STAGES, True,
+                                           S_LAYOUT, O_LAYOUT, P_LAYOUT)  # fmt: skip
+            for i in range(first_whole, done + count):
                 acc, p, peak, norm = _step(acc, p, peak, norm, none, mine, k_ring, v_ring, k_full, v_full, k_free,
-                                           v_free, i, done + count, last, length, factor, TILE, STAGES, False, S_LAYOUT,
-                                           O_LAYOUT, P_LAYOUT, dtype)  # fmt: skip
+                                           v_free, i, done + count, last, length, factor, dtype, TILE, STAGES, False,
+                                           S_LAYOUT, O_LAYOUT, P_LAYOUT)  # fmt: skip
             taken += 1
             done += count
             mbarrier.arrive(q_free.index(slot), count=1)
             stage = (done - 1) % STAGES
             mbarrier.wait(v_full.index(stage), ((done - 1) // STAGES) & 1)
-            acc = warpgroup_mma(p, v_ring.index(stage), acc, is_async=True)
+            narrow = gl.convert_layout(p, P_LAYOUT).to(dtype)
+            acc = warpgroup_mma(narrow, v_ring.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, [acc])
             mbarrier.arrive(v_free.index(stage), count=1)
 

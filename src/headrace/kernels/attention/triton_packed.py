@@ -218,7 +218,7 @@ def _specializes(q: Tensor, k: Tensor, v: Tensor, num_seqs: int) -> bool:
     """Whether warps are specialized: it pays for texts of some length in large batches (measured on an H200)."""
     tokens, _, dim = q.shape
     even = all(x.stride(1) == dim and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (q, k, v))
-    large = tokens >= 4096 and tokens >= 64 * num_seqs
+    large = tokens >= 4096 and tokens >= 200 * num_seqs
     return large and even and dim in (64, 128) and q.element_size() == 2 and supports_gluon(q.device)
 
 
