@@ -187,7 +187,8 @@ def packed_attention(
         k, v = k.contiguous(), v.contiguous()
     assert q.stride(2) == 1 and k.stride(2) == 1
     num_seqs = batch.seq_lens.shape[0]
-    if window is None and soft_cap is None and bias is None and _specializes(q, k, v, num_seqs):
+    plain = window is None and soft_cap is None and sinks is None and bias is None
+    if plain and _specializes(q, k, v, num_seqs):
         from headrace.kernels.attention.gluon_packed import ROWS, packed_specialized
 
         tiles = _tiles(batch, num_tokens, 1, ROWS)
