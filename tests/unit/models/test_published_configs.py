@@ -115,11 +115,9 @@ MULTILINGUAL = {
     "pooler_size_per_head": 128, "pooler_type": "first_token_transform",
 }  # fmt: skip
 MPNET = {
-    "model_type": "mpnet",
-    "relative_attention_num_buckets": 32,
-    "max_position_embeddings": 514,
-    "pad_token_id": 1,
-}
+    **{name: value for name, value in BERT.items() if name not in ("type_vocab_size", "position_embedding_type")},
+    "model_type": "mpnet", "relative_attention_num_buckets": 32, "max_position_embeddings": 514, "pad_token_id": 1,
+}  # fmt: skip
 SNOWFLAKE = {
     "architectures": ["GteModel"], "model_type": "gte", "matryoshka_dimensions": [256], "rope_scaling": None,
     "rope_theta": 160000, "unpad_inputs": "true", "use_memory_efficient_attention": "true",
