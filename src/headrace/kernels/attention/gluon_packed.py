@@ -1,7 +1,8 @@
 """Attention of one pass on Hopper, specialized by warps as gluon_fresh, for packed texts of some length, in Gluon.
 
 A program takes tiles of 128 query rows one after another (persistent): the copying warp fetches the next tile's
-queries, keys and values while the last one is finished and written.
+queries, keys and values while the last one is finished and written. 16,384 tokens on an H200: texts of 512, 16 heads of
+64, 94 us (triton_packed 114, cuDNN 94); causal, 16 heads of 128 over 8, 106 (130); texts of 256, 58 (72) and 81 (94).
 """
 
 from __future__ import annotations
