@@ -176,6 +176,19 @@ def test_causal_classifiers_look_at_the_last_token_that_is_no_padding(stem: str,
         np.testing.assert_allclose(array(raw), logits_of(model, sequence).numpy(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("stem", ["Llama", "Qwen2", "Qwen3"])
+def test_causal_models_label_tokens(stem: str, tmp_path: Path) -> None:
+    """As process reward models do."""
+    model = make_causal(tmp_path, stem, "ForTokenClassification", num_labels=3)
+    with_labels(tmp_path, 3)
+    ids = sequences(seed=16, count=4)
+    params = EncodeParams(task=EncodeTask.TOKEN_CLASSIFY, raw_scores=True)
+    for sequence, raw in zip(ids, encode(runner(tmp_path), ids, params)):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([sequence])).logits[0].numpy()
+        np.testing.assert_allclose(array(raw), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("stem", ["Llama", "Qwen3", "Gemma3Text"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_causal_embedders_and_their_bidirectional_forms(stem: str, causal: bool, tmp_path: Path) -> None:
