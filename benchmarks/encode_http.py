@@ -12,11 +12,13 @@ request x requests in flight. The client has processes of its own, so that parsi
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import multiprocessing
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,8 @@ WORDS = [
     for b in ("n", "r", "st", "l")
     for c in ("a", "e", "o")
 ]
-CASES = [(16, 64), (16, 256), (1, 256)]
+CASES = ["16x64", "16x256", "1x256"]
+LATENCY_TOKENS = 16
 
 
 def texts_of(count: int, tokens: int, seed: int) -> list[str]:
@@ -239,6 +242,23 @@ def drive(url: str, count: int, tokens: int, batch: int, at_once: int, processes
     queue.put(min(seconds))
 
 
+def latency(url: str, tokens: int, count: int = 300) -> float:
+    """Seconds of one text alone, from the request's first byte to the reply's last; the median."""
+    host = url.removeprefix("http://").rstrip("/")
+    connection = http.client.HTTPConnection(host, timeout=60)
+    times = []
+    for text in texts_of(count, tokens - 2, 3):
+        body = json.dumps({"model": "m", "input": text})
+        began = time.perf_counter()
+        connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        data = reply.read()
+        times.append(time.perf_counter() - began)
+        assert reply.status == 200, data
+    connection.close()
+    return statistics.median(times)
+
+
 def in_process(work: Any, *args: Any) -> Any:
     """What it puts into a queue."""
     context = multiprocessing.get_context("spawn")
@@ -277,14 +297,19 @@ def measure(record: Recorder, name: str, folder: Path, args: Any) -> None:
         if start + 1 < args.starts:
             server.close()
     try:
-        for batch, at_once in CASES:
+        record.row(
+            **common, case=f"1x{LATENCY_TOKENS}", metric="latency_ms",
+            value=latency(server.url, LATENCY_TOKENS) * 1e3,
+        )  # fmt: skip
+        for case in args.cases:
+            batch, at_once = map(int, case.split("x"))
             say(f"{batch} texts a request, {at_once} requests in flight")
             seconds = in_process(
                 drive, server.url, args.texts, args.tokens, batch, at_once, args.client_processes
             )
             rate = args.texts / seconds
             record.row(
-                **common, case=f"{batch}x{at_once}", metric="client_embeddings_s", value=rate, floor=engine,
+                **common, case=case, metric="client_embeddings_s", value=rate, floor=engine,
                 of_engine=round(rate / engine, 3), tokens=args.tokens + 2,
             )  # fmt: skip
     finally:
@@ -302,6 +327,7 @@ def main() -> None:
         "--engine-rate", type=float, help="embeddings a second of the loop alone, measured before"
     )
     parser.add_argument("--starts", type=int, default=2, help="of the server; the first may compile kernels")
+    parser.add_argument("--cases", nargs="+", default=CASES, help="texts a request x requests in flight")
     parser.add_argument("--client-processes", type=int, default=4)
     parser.add_argument("--serve", nargs=argparse.REMAINDER, help="more flags for headrace serve (last)")
     args = parser.parse_args()

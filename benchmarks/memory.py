@@ -171,7 +171,7 @@ def encode(args: argparse.Namespace, meter: Meter) -> None:
     import random
 
     from benchmarks.encode_random import random_model
-    from headrace.execution.encode_graphs import TOKENS
+    from headrace.execution.encode_graphs import graph_sizes
     from headrace.execution.encode_runner import EncodeRunner
     from headrace.types import EncodeParams, EncodeTask, Request
 
@@ -201,10 +201,10 @@ def encode(args: argparse.Namespace, meter: Meter) -> None:
     go(256, 64)
     go(16384 // 512, 512, EncodeTask.EMBED_ALL)
     assert runner.graphs is not None
-    for size in reversed(TOKENS):
+    for size in reversed(graph_sizes()):
         with torch.inference_mode():
             runner.graphs._graphs[size] = runner.graphs._make(size)
-        meter.mark(f"graph {size}")
+        meter.mark(f"graph {size.tokens}x{size.texts}")
     torch.cuda.empty_cache()
     meter.mark("empty_cache")
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from headrace.engines.encode import EncodeCore
 from headrace.execution.encode_runner import EncodeRunner
+from headrace.kernels.attention import triton_packed
 from headrace.kernels.rounding import Format
 from headrace.layers.attention import HeadNorm
 from headrace.models.encode_backbone import Backbone
@@ -138,6 +139,32 @@ def test_cosine(name: str, pooling: PoolingMode) -> None:
     together = vectors(gpu, many)
     for i in (0, 123, 299):
         assert worst(vectors(gpu, [many[i]]), [together[i]]) >= 0.9999
+
+
+@pytest.mark.parametrize(("name", "pooling"), [("bert", "mean"), ("qwen", "last")])
+def test_full_batches_of_long_and_of_short_texts(
+    name: str, pooling: PoolingMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs of both kinds in turn, where attention of long texts has another kernel: the same vectors as without."""
+    gpu, _ = pair(name, pooling, layers=2)
+    graphs = gpu.graphs
+    assert graphs is not None
+    long = [512, 500, 129, 1, *([480] * 31)]
+    short = [90] * 180
+    plain = {}
+    with monkeypatch.context() as patched:
+        patched.setattr(triton_packed, "_specializes", lambda *_: False)
+        gpu.graphs = None
+        for lengths in (long, short):
+            for task in (EncodeTask.EMBED, EncodeTask.EMBED_ALL):
+                given = requests(lengths, gpu.vocab_size, 8, task)
+                plain[len(lengths), task] = vectors(gpu, given)
+        gpu.graphs = graphs
+    for lengths in (long, short, long):
+        for task in (EncodeTask.EMBED, EncodeTask.EMBED_ALL):
+            given = requests(lengths, gpu.vocab_size, 8, task)
+            assert worst(vectors(gpu, given), plain[len(lengths), task]) >= 0.9999
+    assert sorted(graphs._graphs) == [(16384, 64), (16384, 256)]
 
 
 def test_overlapping_loop_answers_right() -> None:

@@ -384,6 +384,58 @@ def test_hugging_face_clients_reach_a_server_of_one_model(served: Served) -> Non
         assert client.sentence_similarity("a", other_sentences=TEXTS) == pytest.approx(alike)
 
 
+def test_hugging_face_clients_classify_and_find_entities(served: Served) -> None:
+    """They send ``parameters``, and read what transformers' pipelines give."""
+    from huggingface_hub import InferenceClient
+
+    ask = {"model": "classifier", "inputs": TEXTS[0]}
+    whole = served.ok("/predict", ask)
+    assert served.ok("/predict", ask | {"parameters": {}}) == [whole]
+    assert served.ok("/predict", ask | {"parameters": {"top_k": 2}}) == [whole[:2]]
+    logits = {row["label"]: row["score"] for row in served.ok("/predict", ask | {"raw_scores": True})}
+    for function, numbers in (
+        ("none", logits),
+        ("sigmoid", {k: 1 / (1 + np.exp(-v)) for k, v in logits.items()}),
+        ("softmax", {row["label"]: row["score"] for row in whole}),
+    ):
+        (rows,) = served.ok("/predict", ask | {"parameters": {"function_to_apply": function}})
+        assert {row["label"]: row["score"] for row in rows} == pytest.approx(numbers, abs=1e-6)
+    for wrong in ({"top_k": 0}, {"function_to_apply": "tanh"}, {"stride": 2}):
+        status, reply, _ = served.post("/predict", ask | {"parameters": wrong})
+        assert (status, reply["error"]["param"]) == (400, f"parameters.{next(iter(wrong))}")
+
+    for name, kind in (("classifier", "text"), ("tagger", "token")):
+        model = Model(EngineSpec(model=name, path=served.folders[name], num_threads=1))
+        with live(model) as server:
+            model.loaded = server.call(_engine(model.spec))
+            client = InferenceClient(model=server.url)
+            if kind == "text":
+                found = client.text_classification(TEXTS[0], top_k=2)
+                assert [(row.label, row.score) for row in found] == [
+                    (r["label"], pytest.approx(r["score"])) for r in whole[:2]
+                ]
+                continue
+            for strategy in (None, "simple", "max"):
+                theirs = served.theirs[name](TEXTS[2], aggregation_strategy=strategy or "none")
+                ours = client.token_classification(TEXTS[2], aggregation_strategy=strategy)
+                field = "entity_group" if strategy else "entity"
+                assert [(getattr(row, field), row.start, row.end) for row in ours] == [
+                    (row[field], row["start"], row["end"]) for row in theirs
+                ]
+                assert [row.score for row in ours] == pytest.approx(
+                    [row["score"] for row in theirs], abs=1e-3
+                )
+
+
+def test_openai_embeddings_without_a_model(served: Served) -> None:
+    """text-embeddings-inference's users leave it out: the only embedder is meant."""
+    named = served.ok("/v1/embeddings", {"model": "embedder", "input": TEXTS})
+    assert served.ok("/v1/embeddings", {"input": TEXTS}) == named
+    assert served.ok("/v1/embeddings", {"model": None, "input": TEXTS}) == named
+    status, reply, _ = served.post("/v1/embeddings", {"model": "", "input": TEXTS})
+    assert (status, reply["error"]["param"]) == (404, "model")
+
+
 def test_limits_and_cuts_of_openai_embeddings(served: Served) -> None:
     """The same as on the other routes: --max-inputs is 64 here, and this embedder does not cut by itself."""
     status, reply, _ = served.post("/v1/embeddings", {"model": "embedder", "input": ["a"] * 65})
@@ -423,6 +475,7 @@ def test_tokenize_decode_info(served: Served) -> None:
     assert facts["max_client_batch_size"] == 64
     status, all_facts, _ = served.server.request("GET", "/info")
     assert [one["model_id"] for one in all_facts] == list(MAKERS)
+    assert all_facts[0]["model_type"] == {"embedding": {"pooling": "mean"}}
 
 
 @pytest.mark.parametrize(

@@ -129,17 +129,23 @@ def test_full_batches_are_graphs_and_half_full_ones_are_not(
 ) -> None:
     monkeypatch.setattr(encode_graphs, "TOKENS", (16,))
     monkeypatch.setattr(encode_graphs, "LARGE", (48, 96))
+    monkeypatch.setattr(encode_graphs, "_LONG", 48)
+    monkeypatch.setattr(encode_graphs, "_LARGE_SEQS", 5)
+    sizes = [(size.tokens, size.texts) for size in encode_graphs.graph_sizes()]
+    assert sizes == [(16, 16), (48, 1), (48, 5), (96, 2), (96, 5)]
     make(tmp_path, "bert")
     add_pooling(tmp_path)
     plain, run = runner(tmp_path), padded(tmp_path)
     graphs = run.graphs
     assert graphs is not None
     for lengths, captured in (
-        ([40, 6], 48),
-        ([48], 48),
+        ([40, 6], (48, 5)),
+        ([48], (48, 1)),
         ([30], None),
-        ([60, 33], 96),
-        ([90, 6], 96),
+        ([60, 33], (96, 2)),
+        ([90, 6], (96, 2)),
+        ([60, 30, 4], (96, 5)),
+        ([16] * 6, None),
         ([60, 40], None),
     ):
         graphs._graphs.clear()

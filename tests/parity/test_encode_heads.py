@@ -71,6 +71,19 @@ def test_multi_label_and_rerank_scores_are_sigmoids(tmp_path: Path) -> None:
         np.testing.assert_allclose(array(output), logits_of(model, sequence).sigmoid().numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("labels", [1, 3])
+def test_quantities_are_not_squeezed(labels: int, tmp_path: Path) -> None:
+    """problem_type regression: what transformers' pipeline gives; as a rerank score still from 0 to 1."""
+    model, _ = make(tmp_path, "bert", "ForSequenceClassification", num_labels=labels)
+    with_labels(tmp_path, labels, problem_type="regression")
+    ids, run = sequences(seed=13, count=4), runner(tmp_path)
+    for sequence, output in zip(ids, encode(run, ids, CLASSIFY)):
+        np.testing.assert_allclose(array(output), logits_of(model, sequence).numpy(), atol=1e-4)
+    if labels == 1:
+        for sequence, output in zip(ids, encode(run, ids, EncodeParams(task=EncodeTask.SCORE))):
+            np.testing.assert_allclose(array(output), logits_of(model, sequence).sigmoid().numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_classifiers(family: str, tmp_path: Path) -> None:
     model, _ = make(tmp_path, family, "ForTokenClassification", num_labels=5)
@@ -161,6 +174,19 @@ def test_causal_classifiers_look_at_the_last_token_that_is_no_padding(stem: str,
     ids = [*sequences(seed=16), [5, 6, 7, 0, 0], [9, 0]]
     for sequence, raw in zip(ids, encode(runner(tmp_path), ids, RAW)):
         np.testing.assert_allclose(array(raw), logits_of(model, sequence).numpy(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stem", ["Llama", "Qwen2", "Qwen3"])
+def test_causal_models_label_tokens(stem: str, tmp_path: Path) -> None:
+    """As process reward models do."""
+    model = make_causal(tmp_path, stem, "ForTokenClassification", num_labels=3)
+    with_labels(tmp_path, 3)
+    ids = sequences(seed=16, count=4)
+    params = EncodeParams(task=EncodeTask.TOKEN_CLASSIFY, raw_scores=True)
+    for sequence, raw in zip(ids, encode(runner(tmp_path), ids, params)):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([sequence])).logits[0].numpy()
+        np.testing.assert_allclose(array(raw), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stem", ["Llama", "Qwen3", "Gemma3Text"])

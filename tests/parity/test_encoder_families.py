@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from headrace.engines.encode import EncodeCore
+from headrace.errors import UnsupportedCheckpoint
 from headrace.execution.encode_runner import EncodeRunner
 from headrace.types import EncodeParams, EncodeTask, Request
 from parity.encoders import (
@@ -83,6 +85,37 @@ def test_the_folder_of_gte_written_without_transformers(head: str, tmp_path: Pat
         with torch.no_grad():
             expected = theirs(input_ids=torch.tensor([sequence]))[0][0].numpy()
         np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [2.0, 8])
+def test_gte_stretched_by_a_fixed_factor(factor: float, tmp_path: Path) -> None:
+    """As gte-v1.5 and gte-multilingual publish it: the base times the factor, then all frequencies / f^(2 / dim)."""
+    model, config = make(tmp_path, "gte")
+    add_pooling(tmp_path)
+    published = {
+        **{k: v for k, v in config.items() if k != "rope_parameters"},
+        "model_type": "new",
+        "architectures": ["NewModel"],
+        "rope_theta": 20000,
+        "rope_scaling": {"type": "ntk", "factor": factor},
+    }
+    dim = config["hidden_size"] // config["num_attention_heads"]
+    plain = 1.0 / (20000 * factor) ** (torch.arange(0, dim, 2).double() / dim)
+    model.rotary_emb.inv_freq.copy_(plain / factor ** (2 / dim))
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    ids = sequences(seed=9, count=5)
+    for sequence, states in zip(ids, hidden_states(runner(tmp_path), ids), strict=True):
+        with torch.no_grad():
+            theirs = model(input_ids=torch.tensor([sequence])).last_hidden_state[0].numpy()
+        np.testing.assert_allclose(states, theirs, atol=2e-5, rtol=1e-4)
+    for wrong in (
+        {"type": "ntk"},
+        {"type": "ntk", "factor": 2.0, "mixed_b": 0.6},
+        {"type": "dynamic", "factor": 2.0},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(published | {"rope_scaling": wrong}))
+        with pytest.raises(UnsupportedCheckpoint, match="rope_scaling"):
+            runner(tmp_path)
 
 
 @pytest.mark.parametrize("graphs", [False, True])

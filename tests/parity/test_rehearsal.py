@@ -85,9 +85,8 @@ def test_layers_of_each_kind_are_rehearsed() -> None:
 
 def test_encoding(tmp_path: Path, rehearsed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    for module in (encode_graphs, encode_warm_up):
-        monkeypatch.setattr(module, "TOKENS", (16, 48, 128))
-        monkeypatch.setattr(module, "LARGE", (256,))
+    monkeypatch.setattr(encode_graphs, "TOKENS", (16, 48, 128))
+    monkeypatch.setattr(encode_graphs, "LARGE", (256,))
     make(tmp_path, "bert")
     add_pooling(tmp_path)
     run = padded(tmp_path)

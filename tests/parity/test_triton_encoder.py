@@ -15,6 +15,7 @@ from headrace.kernels.dense import reference as dense_reference
 from headrace.kernels.dense import triton as dense
 from headrace.kernels.dense import triton_product
 from headrace.kernels.dense.triton_product import Shape, fused_product, takes
+from headrace.kernels.launch import supports_gluon
 from headrace.kernels.norm import reference as norm_reference
 from headrace.kernels.norm import triton as norms
 from headrace.kernels.pooling import reference as pooling_reference
@@ -192,3 +193,33 @@ def test_a_sequence_ignores_its_neighbours() -> None:
     for x in (q, k, v):
         x[:17] = torch.nan
     assert torch.equal(packed_attention(q, k, v, batch_of(lens), scale=0.3)[17:], together[17:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not supports_gluon(torch.device(DEVICE)),
+    reason="needs a Hopper GPU, and the Triton that Gluon is used in",
+)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 16, 64), (8, 2, 128), (3, 1, 64), (5, 5, 128)])
+def test_packed_attention_specialized_by_warps(heads: int, kv_heads: int, dim: int, causal: bool) -> None:
+    """Texts that end before, at and behind a tile; empty ones; a neighbour that is not finite; many turns a program."""
+    from headrace.kernels.attention import triton_packed
+    from headrace.kernels.attention.gluon_packed import ROWS, packed_specialized
+
+    lens = [700, 1, 128, 129, 0, 64, 1300, 200, 512, 512, 255, 0, 33, *([512] * 24), 0, 0]
+    for dtype in (torch.float16, torch.bfloat16):
+        q, k, v = qkv_of(lens, heads, kv_heads, dim, dtype)
+        batch = batch_of(lens, causal)
+        starts = batch.query_starts.tolist()
+        expected = attention_reference.attention(q, k, v, batch, 0, scale=0.09)
+        for x in (q, k, v):
+            x[starts[7] : starts[8]] = torch.inf
+        assert triton_packed._specializes(q, k, v, len(lens))
+        for _ in range(3):
+            tiles = triton_packed._tiles(batch, q.shape[0], 1, ROWS)
+            out = packed_specialized(q, k, v, tiles, scale=0.09, causal=causal)
+            for i in range(len(lens)):
+                if i != 7 and lens[i]:
+                    here = slice(starts[i], starts[i + 1])
+                    assert error(out[here], expected[here]) < tolerance(dtype), (i, lens[i], dtype)

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +26,32 @@ from headrace.models.encode_model import EncodeModel
 from headrace.models.encoder import EncoderModel
 from headrace.types import Request
 
-__all__ = ["TOKENS", "EncodeGraphs", "GraphPass", "capturable"]
+__all__ = ["EncodeGraphs", "GraphPass", "GraphSize", "capturable", "graph_sizes"]
 
 TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 LARGE = ENCODE_FULL_GRAPHS
 _SEQS = 64  # at most, beside the padding
 _LARGE_SEQS = 256
+_LONG = 256  # tokens of a text, on average, from which full batches have graphs of their own
 _STAGES = 4  # host buffers in turn; two passes at most are under way
+
+
+class GraphSize(NamedTuple):
+    """The most tokens and texts of a graph, without those that pad it."""
+
+    tokens: int
+    texts: int
+
+
+def graph_sizes() -> list[GraphSize]:
+    """Every graph there may be, smallest first.
+
+    Kernels are chosen by what a graph can hold, so full batches of long texts have graphs that hold few of them.
+    """
+    small = [GraphSize(size, min(size, _SEQS)) for size in TOKENS]
+    return small + [
+        GraphSize(size, texts) for size in LARGE for texts in (size // _LONG, _LARGE_SEQS) if texts
+    ]
 
 
 @dataclass(slots=True)
@@ -88,7 +108,7 @@ class EncodeGraphs:
     ) -> None:
         self.model, self.pooled, self.device, self.types = model, pooled, device, types
         self.captures = device.type == "cuda"
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[GraphSize, _Graph] = {}
         self._memory = GraphMemory(device) if self.captures else None
 
     def covers(self, tokens: int, seqs: int) -> bool:
@@ -99,11 +119,11 @@ class EncodeGraphs:
 
     def run(self, requests: list[Request], tokens: int) -> GraphPass:
         """A pass over these; its tensors hold until the next one."""
-        sizes = TOKENS if tokens <= TOKENS[-1] else LARGE
-        size = sizes[bisect.bisect_left(sizes, tokens)]
-        graph = self._graphs.get(size)
+        key = _smallest(tokens, len(requests))
+        size = key.tokens
+        graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[size] = self._make(size)
+            graph = self._graphs[key] = self._make(key)
         graph.turn = (graph.turn + 1) % _STAGES
         stage = graph.stages[graph.turn]
         types = None
@@ -124,12 +144,12 @@ class EncodeGraphs:
 
     def capture_next(self) -> bool:
         """Make the smallest graph that is not there; true if another one is missing."""
-        missing = [size for size in (*TOKENS, *LARGE) if size not in self._graphs] if self.captures else []
+        missing = [size for size in graph_sizes() if size not in self._graphs] if self.captures else []
         if missing:
             self.capture(missing[0])
         return len(missing) > 1
 
-    def capture(self, size: int) -> None:
+    def capture(self, size: GraphSize) -> None:
         """Make the graph of this size now, if it is not there yet."""
         with torch.inference_mode():
             if size not in self._graphs:
@@ -156,14 +176,14 @@ class EncodeGraphs:
     def warm_up(self, seconds: float) -> None:
         """Capture graphs for about so long, the smallest first: a short question must not wait for a capture."""
         began = time.perf_counter()
-        for size in TOKENS:
+        for size in graph_sizes()[: len(TOKENS)]:
             if time.perf_counter() - began > seconds:
                 break
             if size not in self._graphs:
                 self._graphs[size] = self._make(size)
 
-    def _make(self, size: int) -> _Graph:
-        seqs = (_LARGE_SEQS if size > TOKENS[-1] else min(size, _SEQS)) + 1
+    def _make(self, key: GraphSize) -> _Graph:
+        size, seqs = key.tokens, key.texts + 1
         given = torch.zeros(buffer_size(size, seqs, types=self.types), dtype=torch.int32, device=self.device)
         stages = [
             torch.zeros(given.shape, dtype=torch.int32, pin_memory=self.captures) for _ in range(_STAGES)
@@ -184,6 +204,15 @@ class EncodeGraphs:
             replay = self._memory.capture(work)
             output[:] = [_borrowed(output[0])]
         return _Graph(given, stages, seqs, replay, output)
+
+
+def _smallest(tokens: int, texts: int) -> GraphSize:
+    """Of the graphs that hold so many; there is one."""
+    if tokens <= TOKENS[-1]:
+        size = TOKENS[bisect.bisect_left(TOKENS, tokens)]
+        return GraphSize(size, min(size, _SEQS))
+    size = LARGE[bisect.bisect_left(LARGE, tokens)]
+    return GraphSize(size, size // _LONG if texts <= size // _LONG else _LARGE_SEQS)
 
 
 def _borrowed(done: GraphPass) -> GraphPass:

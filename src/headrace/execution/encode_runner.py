@@ -184,9 +184,14 @@ class LaunchedPass:
             return whole.unit()[row] if normalize else values
         if task is EncodeTask.EMBED_ALL:
             return _normalized(values) if params.normalize else values
-        if params.raw_scores or task is EncodeTask.SPARSE:
+        card = self.model.card
+        if (
+            params.raw_scores
+            or task is EncodeTask.SPARSE
+            or (task is EncodeTask.CLASSIFY and card.regression)
+        ):
             return values
-        if task is EncodeTask.SCORE or values.shape[-1] == 1 or self.model.card.multi_label:
+        if task is EncodeTask.SCORE or values.shape[-1] == 1 or card.multi_label:
             return _sigmoid(values)
         return _softmax(values)
 

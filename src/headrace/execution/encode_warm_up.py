@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from headrace.execution.encode_graphs import LARGE, TOKENS
+from headrace.execution.encode_graphs import graph_sizes
 from headrace.execution.encode_runner import EncodeRunner
 from headrace.execution.rehearsal import rehearse
 from headrace.kernels.ahead import Progress
@@ -44,7 +44,7 @@ def prepare_kernels(
 
     def steps() -> None:
         if graphs is not None:
-            for size in (*TOKENS, *LARGE):
+            for size in graph_sizes():
                 graphs.capture(size)
                 graphs.forget()
         # Triton tells apart numbers that are 1, that 16 divides, and others; kernels differ by powers of two.

@@ -98,6 +98,7 @@ class EncodeCard:
         modules: what follows, in order.
         labels: names of the outputs of a classifier, by index.
         multi_label: labels do not exclude each other (sigmoid instead of softmax).
+        regression: outputs are quantities, which neither bounds.
         prompts: texts that may be put before an input, by name.
         default_prompt: name of the one that is put there when the request names none.
         similarity: ``cosine``, ``dot``, ``euclidean`` or ``manhattan``.
@@ -115,6 +116,7 @@ class EncodeCard:
     modules: tuple[ModuleSpec, ...] = ()
     labels: tuple[str, ...] = ()
     multi_label: bool = False
+    regression: bool = False
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
     similarity: str = "cosine"
@@ -225,8 +227,11 @@ def _classifier(path: Path, config: dict[str, Any], common: dict[str, Any]) -> E
     tasks: tuple[EncodeTask, ...] = (EncodeTask.CLASSIFY,)
     if len(labels) == 1:
         tasks = (EncodeTask.SCORE, EncodeTask.CLASSIFY)
-    multi = config.get("problem_type") == "multi_label_classification"
-    return EncodeCard(**common, kind="classify", tasks=tasks, labels=labels, multi_label=multi)
+    problem = config.get("problem_type")
+    return EncodeCard(
+        **common, kind="classify", tasks=tasks, labels=labels, multi_label=problem == "multi_label_classification",
+        regression=problem == "regression",
+    )  # fmt: skip
 
 
 def _labels(path: Path, config: dict[str, Any]) -> tuple[str, ...]:
@@ -347,6 +352,13 @@ def _read_module(path: Path, type_: str, folder: str, found: dict[str, Any]) -> 
     """One entry of modules.json, by the last word of its type."""
     name = type_.rsplit(".", 1)[-1]
     where = path / folder
+    if not type_.startswith(("sentence_transformers.", "pylate.")):
+        raise UnsupportedCheckpoint(
+            f"{path / 'modules.json'} has a module of type {type_!r}: code of the checkpoint's own, which is never "
+            f"run. If it does what sentence_transformers.models.{name} does, write that instead, or say how to pool "
+            "with --pooling",
+            param="pooling",
+        )
     if name in ("Transformer", "MLMTransformer"):
         return
     if name == "Pooling":

@@ -48,11 +48,11 @@ def classifier_steps(config: Mapping[str, Any], *, two_layers: bool = False) -> 
     return "last_real", ["linear score.0", "relu", "linear score.2"] if two_layers else ["linear score"]
 
 
-def token_classifier_steps(config: Mapping[str, Any]) -> list[str]:
+def token_classifier_steps(config: Mapping[str, Any], *, causal: bool = False) -> list[str]:
     """Steps of ``*ForTokenClassification``."""
     if config.get("model_type") == "modernbert":
         return [*_modernbert_head(config), "linear classifier"]
-    return ["linear classifier"]
+    return ["linear score" if causal else "linear classifier"]
 
 
 def mlm_steps(config: Mapping[str, Any]) -> list[str]:

@@ -208,7 +208,8 @@ def _add_heads(model: EncodeModel, checkpoint: Checkpoint, build: HeadBuilder) -
         pooling, steps = classifier_steps(config, two_layers="score.0.weight" in build.known)
         model.classifier = SequenceHead(pooling, build.chain(steps, len(card.labels)))
     elif card.kind == "token_classify":
-        model.token_classifier = build.chain(token_classifier_steps(config), len(card.labels))
+        steps = token_classifier_steps(config, causal=model.decoder)
+        model.token_classifier = build.chain(steps, len(card.labels))
     elif card.kind == "m3":
         model.token_weight = build.beside("sparse_linear", 1)
         model.token_vector = build.beside("colbert_linear")

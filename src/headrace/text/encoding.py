@@ -22,7 +22,7 @@ class Truncate:
     """Cut what is too long instead of refusing it.
 
     Attributes:
-        direction: the end that is cut off; None: the one that the tokenizer's truncation_side names.
+        direction: the end that is cut off; None: the one that the tokenizer names.
         limit: tokens to keep, special ones included; None: what the model takes.
     """
 
@@ -64,9 +64,7 @@ class EncodeText:
         inputs = tokenizer.sources.tokenizer_config.get("model_input_names")
         # Checkpoints whose tokenizer says that it gives no segments were trained without them.
         self._types = not isinstance(inputs, list) or "token_type_ids" in inputs
-        self.direction: Direction = (
-            "left" if tokenizer.sources.tokenizer_config.get("truncation_side") == "left" else "right"
-        )
+        self.direction: Direction = "left" if tokenizer.truncation_side == "left" else "right"
         model = tokenizer.backend.model
         # Tokenizers of this kind mark the pieces that continue a word, so that words are known exactly.
         self.joined_words = bool(getattr(model, "continuing_subword_prefix", None))

@@ -33,11 +33,13 @@ class Tokenizer:
         special_tokens: role (``bos_token``, ``eos_token``...) -> text, as chat templates see them.
         bos_id, pad_id: or None.
         eos_ids: every id that ends a generation, the tokenizer's own first.
+        truncation_side: the end that is cut off, ``left`` or ``right``.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, sources: TextSources) -> None:
         self.backend = backend
         self.sources = sources
+        self.truncation_side = _truncation_side(backend, sources)
         backend.no_truncation()
         backend.no_padding()
         self.special_tokens = _special_tokens(sources)
@@ -202,6 +204,14 @@ def _apply_bert_settings(backend: tokenizers.Tokenizer, sources: TextSources) ->
         strip_accents=settings.get("strip_accents"),
         lowercase=settings.get("do_lower_case") is not False,
     )
+
+
+def _truncation_side(backend: tokenizers.Tokenizer, sources: TextSources) -> str:
+    """As transformers reads it: of tokenizer_config.json, else of the section in tokenizer.json."""
+    stated = sources.tokenizer_config.get("truncation_side")
+    if stated is None and backend.truncation is not None:
+        stated = backend.truncation["direction"]
+    return "left" if stated == "left" else "right"
 
 
 def _apply_settings(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:

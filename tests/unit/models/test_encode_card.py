@@ -24,7 +24,12 @@ def folder(path: Path, **files: Any) -> Path:
 
 def modules(*types: str) -> list[dict[str, Any]]:
     return [
-        {"idx": i, "name": str(i), "path": "" if i == 0 else f"{i}_{t}", "type": f"st.{t}"}
+        {
+            "idx": i,
+            "name": str(i),
+            "path": "" if i == 0 else f"{i}_{t}",
+            "type": t if "." in t else f"sentence_transformers.models.{t}",
+        }
         for i, t in enumerate(types)
     ]
 
@@ -70,6 +75,11 @@ def test_an_embedder_as_sentence_transformers_saves_it(tmp_path: Path) -> None:
             "median",
         ),
         ({"config": BERT, "modules": modules("Transformer", "LSTM")}, UnsupportedCheckpoint, "LSTM"),
+        (
+            {"config": BERT, "modules": modules("custom_st.Transformer", "Pooling")},
+            UnsupportedCheckpoint,
+            r"custom_st\.Transformer.*never run.*--pooling",
+        ),
         ({"config": BERT, "modules": "{"}, UnsupportedCheckpoint, r"modules\.json is no valid JSON"),
         ({"config": {"model_type": "bert"}}, UnsupportedCheckpoint, "names no architecture"),
         ({"config": {"architectures": ["LlamaForCausalLM"]}}, MissingFile, "generator.*--pooling yes_no"),

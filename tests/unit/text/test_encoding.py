@@ -75,6 +75,22 @@ def test_what_the_tokenizer_says_decides_when_nobody_else_does(side: str | None)
     assert own.texts([long], truncate=Truncate("right"))[0].ids == tuple(theirs.encode(long).ids)
 
 
+@pytest.mark.parametrize("stated", ["left", "right", None])
+def test_the_section_in_tokenizer_json_says_it_where_no_other_file_does(stated: str | None) -> None:
+    """As transformers: its length, padding and stride count for nothing."""
+    theirs = backend()
+    theirs.enable_truncation(9, direction="left", stride=2)
+    theirs.enable_padding(length=20)
+    theirs = Backend.from_str(theirs.to_str())
+    settings = {} if stated is None else {"truncation_side": stated}
+    own = EncodeText(Tokenizer(theirs, TextSources(Path("x"), tokenizer_config=settings)), text(6).card, 6)
+    expected = backend()
+    expected.enable_truncation(6, direction=stated or "left")
+    long = " ".join(WORDS[:20])
+    assert own.texts([long], truncate=Truncate())[0].ids == tuple(expected.encode(long).ids)
+    assert own.texts(["w1"])[0].ids == tuple(expected.encode("w1").ids)
+
+
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 60))
 def test_longest_first_takes_from_the_longer_text(first: int, second: int, room: int) -> None:
     one, two = longest_first(first, second, room)

@@ -61,7 +61,7 @@ _CPU_DRAW_BYTES = 20  # of each logit that is filtered and drawn from on a CPU: 
 _GRAPH_BYTES_A_LAYER = 18 * 1024
 _DECODE_KINDS = 4  # where a decode graph ends: see GraphKey
 _MIXED_GRAPHS = 64  # captured as traffic needs them
-_ENCODE_GRAPHS = 18
+_ENCODE_GRAPHS = 20
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headrace.kernels.attention.triton_tiles import weigh
-from headrace.kernels.launch import INTERPRETED, launch_options, supports_pdl
+from headrace.kernels.launch import INTERPRETED, launch_options, supports_gluon, supports_pdl
 
 if TYPE_CHECKING:
     from headrace.layers.packed import AttentionBatch
@@ -187,6 +187,12 @@ def packed_attention(
         k, v = k.contiguous(), v.contiguous()
     assert q.stride(2) == 1 and k.stride(2) == 1
     num_seqs = batch.seq_lens.shape[0]
+    plain = window is None and soft_cap is None and sinks is None and bias is None
+    if plain and _specializes(q, k, v, num_seqs):
+        from headrace.kernels.attention.gluon_packed import ROWS, packed_specialized
+
+        tiles = _tiles(batch, num_tokens, 1, ROWS)
+        return packed_specialized(q, k, v, tiles, scale=scale, causal=batch.causal)
     rows, tile, warps, stages, wanted = _shape(padded, num_tokens * group // num_seqs, q.element_size())
     tiles = _tiles(batch, num_tokens, group, rows)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -207,6 +213,17 @@ def packed_attention(
         **launch_options(q.device, warps, stages),
     )  # fmt: skip
     return out
+
+
+def _specializes(q: Tensor, k: Tensor, v: Tensor, num_seqs: int) -> bool:
+    """Whether warps are specialized: large batches of texts that are long on average (one H200's measurements).
+
+    In a captured pass ``num_seqs`` is what the graph can hold.
+    """
+    tokens, _, dim = q.shape
+    even = all(x.stride(1) == dim and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (q, k, v))
+    large = tokens >= 8192 and tokens >= 200 * num_seqs
+    return large and even and dim in (64, 128) and q.element_size() == 2 and supports_gluon(q.device)
 
 
 def _descriptor(x: Tensor, tile: int) -> TensorDescriptor:

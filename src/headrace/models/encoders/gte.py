@@ -31,14 +31,21 @@ def _gte(read: ConfigReader) -> EncoderConfig:
 
 
 def _gte_rope(read: ConfigReader, dim: int) -> RopeConfig:
-    """Plain, or NTK with a fixed factor, which is a larger base: theta * factor ** (dim / (dim - 2))."""
+    """Plain, or stretched by a fixed NTK factor f (Su 2023, kexue.fm/archives/9706).
+
+    Frequencies are then (theta f)^(-2i/dim) / f^(2/dim): those of a larger base, and all of them a little lower.
+    """
     parameters = read.get("rope_parameters") or {}
     theta = float(parameters.get("rope_theta") or read.get("rope_theta") or 160000.0)
-    scaling = read.get("rope_scaling") or {}
-    kind = scaling.get("type") or scaling.get("rope_type") or parameters.get("rope_type") or "default"
-    if kind != "default":
-        raise read.refuse("rope_scaling", scaling or parameters, "null")
-    return RopeConfig(dim=dim, theta=theta)
+    scaling = read.get("rope_scaling") or parameters
+    kind = scaling.get("type") or scaling.get("rope_type") or "default"
+    if kind == "default":
+        return RopeConfig(dim=dim, theta=theta)
+    factor = scaling.get("factor")
+    known = {"type", "rope_type", "factor", "rope_theta"}
+    if kind != "ntk" or not isinstance(factor, int | float) or factor < 1 or not known.issuperset(scaling):
+        raise read.refuse("rope_scaling", scaling, 'null or {"type": "ntk", "factor": F} with F from 1 up')
+    return RopeConfig(dim=dim, theta=theta * factor, kind="linear", factor=factor ** (2 / dim))
 
 
 def _gte_names(config: EncoderConfig) -> Names:

@@ -43,6 +43,9 @@ def _modernbert(read: ConfigReader) -> EncoderConfig:
         "classifier_activation",
         "mlp_dropout",
         "cls_token_id",
+        # Published files state these two, which nothing reads: norm_eps counts, and positions are rotary.
+        "layer_norm_eps",
+        "position_embedding_type",
     ):
         read.get(name)
     return EncoderConfig(

@@ -12,6 +12,7 @@ __all__ = ["MPNET"]
 
 def _mpnet(read: ConfigReader) -> EncoderConfig:
     positions = read.integer("max_position_embeddings", 514)
+    read.only("position_embedding_type", ("absolute",))
     return EncoderConfig(
         **common_fields(read),
         max_tokens=positions - 2,

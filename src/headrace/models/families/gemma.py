@@ -21,6 +21,7 @@ def _read(config: ConfigReader, pattern: int, **choices: Any) -> DecoderConfig:
     """Sandwich norms of 1 + weight, scaled embeddings, every ``pattern``-th layer with full attention."""
     layers = config.integer("num_hidden_layers")
     window = config.integer("sliding_window", 4096)
+    config.only("sliding_window_size", [None, window])  # Gemma 2's files state it twice
     bidirectional = config.flag("use_bidirectional_attention")
     if bidirectional:  # such checkpoints state the window's whole width
         window = window // 2 + 1

@@ -12,9 +12,10 @@ from headrace.serving.body import read
 from headrace.serving.call import open_call
 from headrace.serving.openai.completions import inputs_of
 from headrace.serving.openai.schemas import EmbeddingRequest
-from headrace.serving.tei.common import check_count, direction
+from headrace.serving.state import STATE
+from headrace.serving.tei.common import check_count, direction, only_model
 from headrace.serving.vectors import RAW, reply, vectors
-from headrace.types import EncodeParams
+from headrace.types import EncodeParams, EncodeTask
 
 __all__ = ["embeddings"]
 
@@ -48,7 +49,10 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
     body = await read(request, EmbeddingRequest)
     inputs = inputs_of(body.input)
     check_count(request, len(inputs), "input")
-    async with open_call(request, body.model, len(inputs)) as call:
+    name = body.model
+    if name is None:
+        name = only_model(request.app[STATE], [EncodeTask.EMBED])
+    async with open_call(request, name, len(inputs)) as call:
         call.show_prompt(body.input)
         result = await call.model.engine.embed(
             inputs,
@@ -66,7 +70,7 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
 
         def wrap(rows: list[Any]) -> EmbeddingReply:
             items = [EmbeddingItem(index, row) for index, row in enumerate(rows)]
-            return EmbeddingReply(items, body.model, EmbeddingUsage(tokens, tokens))
+            return EmbeddingReply(items, name, EmbeddingUsage(tokens, tokens))
 
         if body.encoding_format == "base64":
             rows = [base64.b64encode(output.data).decode("ascii") for output in result.outputs]

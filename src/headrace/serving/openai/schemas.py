@@ -214,8 +214,8 @@ class CompletionRequest(GenerateFields):
 class EmbeddingRequest(ApiModel):
     """POST /v1/embeddings"""
 
-    model: str = Field(
-        description="A served name; GET /v1/models lists them.", json_schema_extra={"effect": "acted on"}
+    model: str | None = acts(
+        None, "A served name; GET /v1/models lists them. Only needed where several embedders are served."
     )
     input: str | Many[str] | Many[int] | Many[Many[int]] = Field(
         description="Text, token ids, or a list of either, at most --max-inputs (2048).",

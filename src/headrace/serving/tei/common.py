@@ -15,7 +15,7 @@ from headrace.serving.tei.schemas import OnePass
 from headrace.text.encoding import Direction, Truncate
 from headrace.types import EncodeTask
 
-__all__ = ["check_count", "direction", "listed", "one_pass", "truncation"]
+__all__ = ["check_count", "direction", "listed", "one_pass", "only_model", "truncation"]
 
 
 @asynccontextmanager
@@ -28,14 +28,14 @@ async def one_pass(
     InvalidRequest, Unprocessable, Overloaded.
     """
     state = request.app[STATE]
-    async with open_call(request, name or _only(state, tasks), places) as call:
+    async with open_call(request, name or only_model(state, tasks), places) as call:
         try:
             yield call, call.model.engine.encoder
         except ContextLengthExceeded as error:
             raise PayloadTooLarge(error.message, param=error.param) from error
 
 
-def _only(state: State, tasks: Sequence[EncodeTask]) -> str:
+def only_model(state: State, tasks: Sequence[EncodeTask]) -> str:
     """The model that serves a task, where the request does not say which."""
     names = [model.name for model in state.models.all]
     if len(names) == 1:

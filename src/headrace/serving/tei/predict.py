@@ -12,10 +12,15 @@ from headrace.errors import InvalidRequest
 from headrace.llm.encoder import Encoder
 from headrace.serving.body import read
 from headrace.serving.tei.common import check_count, one_pass, truncation
-from headrace.serving.tei.schemas import PredictRequest, PredictTokensRequest
+from headrace.serving.tei.schemas import (
+    PredictParameters,
+    PredictRequest,
+    PredictTokensRequest,
+    TokenParameters,
+)
 from headrace.serving.vectors import Array, array, reply
 from headrace.text.encoding import Encoded, Truncate
-from headrace.text.spans import Entity, entities
+from headrace.text.spans import Entity, Strategy, entities
 from headrace.types import EncodeParams, EncodeTask
 
 __all__ = ["Label", "labelled", "predict", "predict_tokens"]
@@ -43,15 +48,31 @@ async def predict(request: web.Request) -> web.StreamResponse:
     body = await read(request, PredictRequest)
     inputs, single = _sequences(body.inputs)
     check_count(request, len(inputs), "inputs")
-    params = EncodeParams(task=EncodeTask.CLASSIFY, raw_scores=body.raw_scores)
+    asked = body.parameters or PredictParameters()
+    raw = body.raw_scores or asked.function_to_apply is not None
+    params = EncodeParams(task=EncodeTask.CLASSIFY, raw_scores=raw)
     async with one_pass(request, body.model, len(inputs), EncodeTask.CLASSIFY) as (call, encoder):
         encoder.check(EncodeTask.CLASSIFY)
         call.show_prompt(body.inputs)
         encoded = await _encode(encoder, inputs, truncation(encoder, body))
         result = await encoder.run(encoded, params, deadline=call.deadline)
         call.record.usage = result.usage
-        rows = [labelled(array(output), encoder.card.labels) for output in result.outputs]
-        return reply(request, rows[0] if single else rows)
+        scores = [_applied(array(output), asked.function_to_apply) for output in result.outputs]
+        rows = [labelled(row, encoder.card.labels)[: asked.top_k] for row in scores]
+        return reply(request, rows[0] if single and body.parameters is None else rows)
+
+
+def _applied(logits: Array, function: str | None) -> Array:
+    if function == "sigmoid":
+        scores: Array = np.multiply(0.5, 1 + np.tanh(0.5 * logits), dtype=np.float32)  # does not overflow
+        return scores
+    return _softmax(logits) if function == "softmax" else logits
+
+
+def _softmax(logits: Array) -> Array:
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    scores: Array = np.divide(shifted, shifted.sum(-1, keepdims=True), dtype=np.float32)
+    return scores
 
 
 def labelled(scores: Array, labels: tuple[str, ...]) -> list[Label]:
@@ -110,6 +131,7 @@ async def _encode(encoder: Encoder, inputs: list[list[str]], cut: Truncate | Non
 async def predict_tokens(request: web.Request) -> web.StreamResponse:
     """Labelled tokens or entities of texts, with their places in characters."""
     body = await read(request, PredictTokensRequest)
+    strategy = body.aggregation_strategy or (body.parameters or TokenParameters()).aggregation_strategy
     texts = _texts(body.inputs)
     check_count(request, len(texts), "inputs")
     async with one_pass(request, body.model, len(texts), EncodeTask.TOKEN_CLASSIFY) as (call, encoder):
@@ -122,7 +144,7 @@ async def predict_tokens(request: web.Request) -> web.StreamResponse:
         result = await encoder.run(encoded, params, deadline=call.deadline)
         call.record.usage = result.usage
         rows = [
-            _entities(encoder, body, text, one, array(output))
+            _entities(encoder, body, strategy or "none", text, one, array(output))
             for text, one, output in zip(texts, encoded, result.outputs)
         ]
         return reply(request, rows[0] if isinstance(body.inputs, str) else rows)
@@ -142,30 +164,50 @@ def _texts(inputs: str | list[str | list[str]]) -> list[str]:
 
 
 def _entities(
-    encoder: Encoder, body: PredictTokensRequest, text: str, encoded: Encoded, logits: Array
-) -> list[TokenLabel]:
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    scores = shifted / shifted.sum(-1, keepdims=True)
-    strategy, side = body.aggregation_strategy or "none", encoder.text
-    before = side.prompt(None)
+    encoder: Encoder,
+    body: PredictTokensRequest,
+    strategy: Strategy,
+    text: str,
+    encoded: Encoded,
+    logits: Array,
+) -> list[TokenLabel] | list[dict[str, Any]]:
+    side = encoder.text
+    whole = side.prompt(None) + text
     found = entities(
-        before + text,
+        whole,
         encoded,
-        scores,
+        _softmax(logits),
         encoder.card.labels,
         strategy,
         joined_words=side.joined_words,
         unknown=side.unknown_id,
     )
-    return [_shown(body, encoder, before + text, encoded, logits, entity) for entity in found]
+    if body.parameters is not None:
+        return [_as_pipeline(whole, strategy, entity) for entity in found]
+    return [_shown(body, strategy, encoder, whole, encoded, logits, entity) for entity in found]
+
+
+def _as_pipeline(text: str, strategy: Strategy, entity: Entity) -> dict[str, Any]:
+    """In the words of transformers' pipeline, as Hugging Face's clients read it; ``word`` is spelled as in the text."""
+    named = {"entity": entity.label, "index": entity.rows[0]}
+    if strategy != "none":
+        named = {"entity_group": entity.label}
+    places = {"start": entity.start, "end": entity.end}
+    return {**named, "score": entity.score, "word": text[entity.start : entity.end], **places}
 
 
 def _shown(
-    body: PredictTokensRequest, encoder: Encoder, text: str, encoded: Encoded, logits: Array, entity: Entity
+    body: PredictTokensRequest,
+    strategy: Strategy,
+    encoder: Encoder,
+    text: str,
+    encoded: Encoded,
+    logits: Array,
+    entity: Entity,
 ) -> TokenLabel:
     results: dict[str, Any] = {entity.label: entity.score}
     if body.raw_scores:
         mean = logits[list(entity.rows)].mean(0)
         results = dict(zip(encoder.card.labels, mean.tolist()))
-    token_id = encoded.ids[entity.rows[0]] if body.aggregation_strategy in (None, "none") else 0
+    token_id = encoded.ids[entity.rows[0]] if strategy == "none" else 0
     return TokenLabel(text[entity.start : entity.end], token_id, entity.start, entity.end, results)

@@ -16,6 +16,7 @@ __all__ = [
     "EmbedRequest",
     "JinaRerankRequest",
     "OnePass",
+    "PredictParameters",
     "PredictRequest",
     "PredictTokensRequest",
     "Question",
@@ -24,6 +25,7 @@ __all__ = [
     "SimilarityRequest",
     "SparseRequest",
     "SystemOneRequest",
+    "TokenParameters",
     "TokenizeRequest",
 ]
 
@@ -88,6 +90,26 @@ class SimilarityRequest(ApiModel):
     parameters: SimilarityParameters | None = acts(None, "How texts are read.")
 
 
+class PredictParameters(ApiModel):
+    """What Hugging Face's clients say beside a text to classify."""
+
+    top_k: int | None = acts(None, "Return the best so many labels.", ge=1)
+    function_to_apply: Literal["none", "sigmoid", "softmax"] | None = acts(
+        None, "What makes scores of logits (default: what the checkpoint is for)."
+    )
+
+
+class TokenParameters(ApiModel):
+    """What Hugging Face's clients say beside a text with entities."""
+
+    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] | None = acts(
+        None, "How tokens become entities (default none: every labelled token)."
+    )
+
+
+_PARAMETERS = "As Hugging Face's clients send them; the reply then has the shape that they read."
+
+
 class PredictRequest(OnePass):
     """POST /predict"""
 
@@ -95,6 +117,7 @@ class PredictRequest(OnePass):
         "A text; a pair `[a, b]`; or a list of lists, each one text or a pair."
     )
     raw_scores: bool = acts(False, "Logits instead of probabilities.")
+    parameters: PredictParameters | None = acts(None, _PARAMETERS)
 
 
 class ClassifyRequest(OnePass):
@@ -116,6 +139,7 @@ class PredictTokensRequest(OnePass):
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] | None = acts(
         None, "How tokens become entities (default none: every labelled token)."
     )
+    parameters: TokenParameters | None = acts(None, _PARAMETERS)
 
 
 class RerankRequest(OnePass):

@@ -20,6 +20,9 @@ from headrace.text.encoding import Encoded
 __all__ = ["decode", "info", "tokenize"]
 
 
+_POOLING: dict[str, str] = {"last": "last_token"}  # text-embeddings-inference's word
+
+
 class Token(msgspec.Struct):
     """One token; ``start`` and ``stop`` are characters, null for tokens that were added."""
 
@@ -129,4 +132,5 @@ def _model_type(encoder: Encoder) -> dict[str, Any]:
         return {"reranker": labels}
     if card.kind == "token_classify":
         return {"token_classifier": labels}
-    return {"embedding": {"pooling": card.kind if card.kind != "embed" else "+".join(card.pooling)}}
+    names = [_POOLING.get(mode, mode) for mode in card.pooling] if card.kind == "embed" else [card.kind]
+    return {"embedding": {"pooling": "+".join(names)}}
