@@ -18,7 +18,6 @@ from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope
 from headrace.kernels.attention.triton_fresh import fresh_attention, fresh_covers
 from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
 
-
 FEW = [CASES[0], CASES[1], CASES[4], CASES[6]]  # for the interpreter, which takes seconds a case
 
 
