@@ -18,6 +18,8 @@ from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope
 from headrace.kernels.attention.triton_fresh import fresh_attention, fresh_covers
 from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
 
+FEW = [CASES[0], CASES[1], CASES[4], CASES[6]]  # for the interpreter, which takes seconds a case
+
 
 def sinks_of(heads: int, seed: int = 5) -> torch.Tensor:
     """Some that weigh as a key does, one as a hundred keys do, one that outweighs any number of them."""
@@ -40,8 +42,8 @@ def test_reference_is_a_softmax_with_one_more_key() -> None:
             torch.testing.assert_close(out[row, head], want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES if ON_GPU else DTYPES[-1:], ids=str)
+@pytest.mark.parametrize("case", CASES if ON_GPU else FEW, ids=str)
 def test_paged(case, dtype: torch.dtype) -> None:
     query_lens, seq_lens, heads, kv_heads, dim, window, cap = case
     (q, k, v), batch = make_batch(query_lens, seq_lens, heads, kv_heads, dim, dtype)
@@ -55,7 +57,7 @@ def test_paged(case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8", "fp4"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[4], CASES[6]], ids=str)
+@pytest.mark.parametrize("case", FEW if ON_GPU else FEW[1:3], ids=str)
 def test_smaller_caches(case, kind: str) -> None:
     query_lens, seq_lens, heads, kv_heads, dim, window, cap = case
     dtype = DTYPES[-1]
@@ -115,8 +117,8 @@ def test_any_cut_of_the_keys(
     expected = reference.attention(q, k, v, batch, 0, **options)
     together = attention(q, k, v, batch, 0, **options)
     assert error(together, expected) < tolerance(dtype)
-    again = attention(q, k, v, batch, 0, **options)
-    assert torch.equal(again, together)
+    if ON_GPU:
+        assert torch.equal(attention(q, k, v, batch, 0, **options), together)
     out = torch.full_like(q[:2], torch.nan)
     lens_alone = torch.tensor([lens[2], 0], dtype=torch.int32, device=DEVICE)
     cache = batch.caches[0]
