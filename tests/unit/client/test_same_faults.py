@@ -65,8 +65,8 @@ def test_total_timeout(lib: ModuleType) -> None:
         begun = time.monotonic()
         with pytest.raises(requests.exceptions.Timeout) as caught:
             client(lib, server).embed(["a"] * 10, "m", preference=wanted)
-        assert 0.45 < time.monotonic() - begun < 0.9
-        assert len(server.requests) == 4
+        assert 0.45 < time.monotonic() - begun < 1.4  # all ten take 1.5
+        assert 2 <= len(server.requests) <= 4
     assert caught.value.args[0] == 408
     assert caught.value.args[1].startswith("Local timeout")
 
