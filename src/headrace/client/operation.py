@@ -258,14 +258,9 @@ class Operation:
                 again = self._retries.take(self._started)
             if not again or retries >= preference.max_retries:
                 raise self._verdict(job, reply, fault, retries)
-            log.debug(
-                "request %s-%d: retry %d of %d after %s",
-                self.request_id,
-                job.index,
-                retries + 1,
-                preference.max_retries,
-                repr(fault) if reply is None else f"status {reply.status}",
-            )
+            why = repr(fault) if reply is None else f"status {reply.status}"
+            told = (self.request_id, job.index, retries + 1, preference.max_retries, why)
+            log.debug("request %s-%d: retry %d of %d after %s", *told)
             await asyncio.sleep(_pause(backoff, reply))
             backoff = min(backoff * 4, _MAX_BACKOFF_S)
             retries += 1

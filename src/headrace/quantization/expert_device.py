@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -11,10 +11,12 @@ from headrace.kernels.experts import triton_eight_bits as eight
 from headrace.kernels.experts.triton_codes import expert_codes
 from headrace.kernels.quantized_linear.tiling import ROWS
 from headrace.quantization.device import GROUP, rounded_rows, row_scales, tiles, whole_rows
-from headrace.quantization.experts import ScaledExperts
 from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
 from headrace.quantization.tiled import TiledWeight
+
+if TYPE_CHECKING:
+    from headrace.quantization.experts import ScaledExperts
 
 __all__ = ["product"]
 

@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 
 from headrace.errors import UnsupportedCheckpoint
+from headrace.text.detokenizer import Detokenizer
 from headrace.text.gguf_vocabulary import build_tokenizer
 from headrace.text.pieces import Pieces
 from headrace.text.sources import TextSources, read_sources
@@ -97,8 +98,6 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence: exactly what a Detokenizer gives for it piece by piece."""
-        from headrace.text.detokenizer import Detokenizer
-
         stream = Detokenizer(self, skip_special_tokens=skip_special_tokens)
         return stream.push(ids) + stream.finish()
 
