@@ -98,6 +98,11 @@ def deeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("deeper"), DEEPER)
 
 
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("untied"), {**CONFIG, "tie_word_embeddings": False})
+
+
 def write(found: Path, config: dict[str, Any]) -> Path:
     (found / "config.json").write_text(json.dumps(config))
     shape = read_shape(Facts(where="", config=config, container="config"))
@@ -137,6 +142,7 @@ def generate(
         {},
         {"max_num_batched_tokens": 700},
         {"quantization": "fp8", "max_num_seqs": 4},
+        {"quantization": "fp8_block"},
         {"eager": True},
         {"kv_cache_dtype": "fp8", "overlap": False, "max_num_seqs": 4},
     ],
@@ -228,7 +234,27 @@ def test_converting_leaves_nothing_between_weights(kind: str, deeper: Path) -> N
         assert torch.equal(tensor.cpu().contiguous().view(torch.uint8), value.contiguous().view(torch.uint8))
 
 
-@pytest.mark.parametrize("kind", ["", "fp8", "fp4", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_head_of_its_own(kind: str, untied: Path) -> None:
+    """Integers convert it, too; steps of more rows than its kernel takes unpack it, in memory that was planned."""
+    spec = EngineSpec(
+        model=str(untied), path=untied, quantization=kind, kv_cache_bytes=400 * MIB, max_num_seqs=100
+    )
+    budget, others = plan_for(spec).budget, torch.cuda.memory_reserved()
+    core, ready = build(spec)
+    planned = budget.weights + budget.activations + budget.pool
+    assert abs(torch.cuda.memory_reserved() - others - planned) < 96 * MIB
+    before = num_device_allocations(CUDA)
+    rng = random.Random(0)
+    for count in (1, 20, 100):
+        for kinds in (KINDS[:1], KINDS):
+            prompts = [tuple(rng.randrange(ready.vocab_size) for _ in range(9)) for _ in range(count)]
+            generate(core, prompts, "other", kinds)
+    assert num_device_allocations(CUDA) == before
+    core.close()
+
+
+@pytest.mark.parametrize("kind", ["", "fp8", "fp8_block", "fp4", "int8", "int4"])
 def test_a_core_holds_what_was_planned(kind: str, deeper: Path) -> None:
     spec = EngineSpec(
         model=str(deeper), path=deeper, quantization=kind, kv_cache_bytes=400 * MIB, max_num_seqs=32

@@ -16,25 +16,26 @@ from headrace.models.loading import random_weights
 from headrace.models.registry import read_config
 from headrace.quantization.registry import load_time
 from headrace.quantization.scaled import ScaledLinear
-from headrace.quantization.schemes.fp4 import Fp4Weight
-from headrace.quantization.tiled import tile
+from headrace.quantization.tiled import can_tile, tile
 from triton_device import DEVICE, DTYPES, ON_GPU, error
 
 SHAPE = {**graphs.TINY, **graphs.CONFIGS["qwen3"], "hidden_size": 64, "intermediate_size": 96}
 
 
-def build(scheme: str) -> DecoderModel:
-    model = random_weights(read_config(SHAPE), dtype=torch.float32, device=DEVICE, seed=3)
+def build(scheme: str, *, head: bool = False) -> DecoderModel:
+    """A quantized model; ``head``: with a head of its own, which is quantized, too."""
+    config = read_config({**SHAPE, "tie_word_embeddings": not head})
+    model = random_weights(config, dtype=torch.float32, device=DEVICE, seed=3)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data *= 6
     # On a CPU int8 and int4 are other kernels: the portable ones are meant here.
-    transform = load_time(quantization_type(scheme), DEVICE)
+    transform = load_time(quantization_type(scheme), torch.device("meta") if head else DEVICE)
     for path, module in list(model.named_modules()):
-        if isinstance(module, Linear) and path != "head":
+        if isinstance(module, Linear) and (head or path != "head"):
             model.set_submodule(path, transform(path, module))
     for module in model.modules():
-        if isinstance(module, ScaledLinear) and isinstance(module.held, Fp4Weight):
+        if isinstance(module, ScaledLinear) and can_tile(module.held):
             module.held = tile(module.held)  # as on a GPU
     return model
 
@@ -60,6 +61,16 @@ def test_tokens_of_the_fused_chain(scheme: str, monkeypatch: pytest.MonkeyPatch)
         1 if rounds else 0 :: 1 + rounds
     ]
     assert sum(a == b for a, b in pairs) >= (0.8 * len(pairs) if rounds else len(pairs))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_tokens_with_a_quantized_head(scheme: str) -> None:
+    """Integers convert a head that is not tied: it has no dense weight for the kernels of heads."""
+    model = build(scheme, head=True)
+    assert isinstance(model.head, ScaledLinear) and reason_against(model) is None
+    work = graphs.requests(30 if ON_GPU else 5, 10 if ON_GPU else 3, False)
+    expected = graphs.drain(graphs.build_core(model, graphs=False), work)
+    assert graphs.drain(graphs.build_core(model, graphs=True), work) == expected
 
 
 @pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter rounds to FP8 in another way")

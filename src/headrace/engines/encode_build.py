@@ -72,6 +72,7 @@ def build_encode(
         context=model.max_tokens,
         dtype_bytes=dtype.itemsize,
         cuda=device.type == "cuda",
+        packed=quantization_type(spec.quantization).weights if spec.quantization else "",
     )
     runner = EncodeRunner(model, device, graphs=False if spec.eager else None)
     overlap = device.type == "cuda" if spec.overlap is None else spec.overlap

@@ -14,6 +14,7 @@ from headrace.config.plan.facts import Facts
 from headrace.config.plan.memory import CPU_STEP_TOKENS, CUDA_STEP_TOKENS
 from headrace.config.plan.scratch import Scratch, largest_load, prompt_rows, scratch
 from headrace.config.plan.shape import ModelShape, read_shape
+from headrace.config.plan.weights import packed_format
 from headrace.config.spec import EngineSpec
 from headrace.engines.finite import require_finite
 from headrace.engines.generate import GenerateCore
@@ -84,7 +85,7 @@ def build_generate(
         gather(model)
     stages.done("weights")
     sizes = _sizes(spec, model, device)
-    need = _need(spec, shape, sizes, dtype, device)
+    need = _need(spec, facts, shape, sizes, dtype, device)
     give_back(device)
     cache = _cache(spec, model, cache_dtype, sizes["max_model_len"], need, device)
     stages.done("memory")
@@ -116,7 +117,12 @@ def _sizes(spec: EngineSpec, model: DecoderModel, device: torch.device) -> dict[
 
 
 def _need(
-    spec: EngineSpec, shape: ModelShape, sizes: dict[str, int], dtype: torch.dtype, device: torch.device
+    spec: EngineSpec,
+    facts: Facts,
+    shape: ModelShape,
+    sizes: dict[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Scratch:
     """What steps take of the device beside weights and cache."""
     load = largest_load(
@@ -126,6 +132,7 @@ def _need(
         context=sizes["max_model_len"],
         dtype_bytes=dtype.itemsize,
         cuda=device.type == "cuda",
+        packed=packed_format(facts, spec.quantization),
     )
     return scratch(shape, load)
 

@@ -135,10 +135,12 @@ class FastDecoder:
         self.model = model
         config = self.config = model.config
         assert model.rope is not None and model.head is not None
-        self.head = model.head.weight
+        self.head: Tensor | None = (
+            model.head.weight if isinstance(model.head, Linear) else None
+        )  # None: packed
         assert isinstance(model.norm, RMSNorm)
         self.final_norm = (model.norm.weight, model.norm.eps)
-        device = model.embed.weight.device
+        self.device = device = model.embed.weight.device
         full = _rope_table(model.rope, max_model_len, device)
         local = full if model.local_rope is None else _rope_table(model.local_rope, max_model_len, device)
         self.layers: list[_Layer] = []
@@ -146,20 +148,24 @@ class FastDecoder:
             assert isinstance(layer, DecoderLayer)
             tables = full if config.windows[i] is None else local
             self.layers.append(_read_layer(layer, None if i in config.no_rope_layers else tables))
-        covered = stream_covers(self.head) and all(_streams(layer) for layer in self.layers)
+        head = self.head
+        covered = head is not None and stream_covers(head) and all(_streams(layer) for layer in self.layers)
         self.stream_rows = STREAM_ROWS if covered else 0
         self.one_row_streams = covered and all(
             stream_takes_one_row(weight, gated)
-            for weight, gated in [(self.head, False), *(w for layer in self.layers for w in _weights(layer))]
+            for weight, gated in [(head, False), *(w for layer in self.layers for w in _weights(layer))]
+            if weight is not None
         )
 
     def workspace(self, num_seqs: int) -> DecodeWorkspace:
         """Scratch for steps of up to ``num_seqs`` sequences."""
         c = self.config
-        return DecodeWorkspace.allocate(num_seqs, c.num_heads, c.num_kv_heads, c.head_dim, self.head.device)
+        return DecodeWorkspace.allocate(num_seqs, c.num_heads, c.num_kv_heads, c.head_dim, self.device)
 
     def tokens(self, batch: DecodeBatch, last_tokens: Tensor) -> Tensor:
         """The most likely next tokens, int64 [B] (-1: not finite), also written to last_tokens[rows]."""
+        if self.head is None:
+            return reduce_best(self.logits(batch), None, last_tokens=last_tokens, rows=batch.rows)
         if self._takes_stream(batch):
             return stream_argmax(
                 self._stream(batch),
@@ -176,12 +182,17 @@ class FastDecoder:
 
     def logits(self, batch: DecodeBatch) -> Tensor:
         """float32 [B, V], as DecoderModel.logits."""
+        small = batch.embedded.shape[0] <= SMALL_ROWS
+        if self.head is None:
+            return self.model.logits(
+                rms_norm(self._small(batch), *self.final_norm) if small else self._large(batch)
+            )
         if self._takes_stream(batch):
             logits = stream_linear(
                 self._stream(batch), self.head, eps=self.final_norm[1], out_dtype=torch.float32
             )
             return self.model.adjust_logits(logits)
-        if batch.embedded.shape[0] <= SMALL_ROWS:
+        if small:
             logits = small_linear(
                 self._small(batch), self.head, norm=self.final_norm, out_dtype=torch.float32
             )

@@ -5,16 +5,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from headrace.config.accelerators import ACCELERATORS, parse_accelerator
-from headrace.config.plan.facts import Facts
+from headrace.config.plan.facts import Facts, Quantized, Tensor
 from headrace.config.plan.floors import floors
 from headrace.config.plan.memory import CUDA_PROCESS_BYTES, shard
 from headrace.config.plan.plan import Plan, draw_plan, human_bytes
-from headrace.config.plan.scratch import forward_bytes, largest_load, scratch
+from headrace.config.plan.scratch import Scratch, forward_bytes, largest_load, scratch
 from headrace.config.plan.shape import read_shape
-from headrace.config.plan.weights import classify, expected_tensors, packed_bytes, weigh
+from headrace.config.plan.weights import classify, expected_tensors, packed_bytes, packed_format, weigh
 from headrace.config.spec import EngineSpec
 from headrace.engines.inspect import inspect
 from headrace.engines.plan import cpu_machine, gpu_machine, plan_for
@@ -139,6 +140,50 @@ def test_floors_are_bytes_over_bandwidth_and_work_over_rate() -> None:
     )
     assert one.token == pytest.approx(6.1e9 / 3.35e12, rel=0.02)
     assert 512 / many.throughput == pytest.approx((moe_weights.total - 151936 * 2048 * 2) / 3.35e12, rel=0.02)
+
+
+def _need(packed: str, *, tokens: int, rows: int = 64, quantization: str = "") -> Scratch:
+    shape = read_shape(facts(QWEN3_8B))
+    spec = EngineSpec(model="x", max_num_seqs=rows, quantization=quantization)
+    load = largest_load(
+        spec, shape, tokens=tokens, context=8192, dtype_bytes=2, cuda=True, packed=packed
+    )  # fmt: skip
+    return scratch(shape, load)
+
+
+def test_products_that_unpack_weights_have_room_for_them() -> None:
+    """A short step is less than one matrix in 16 bits, of gate and up; FP8 in blocks goes by way of float32."""
+    halves = 2 * 12288 * 4096
+    direct = _need("fp8", tokens=64).pooled
+    for packed in ("int4", "int8", "nvfp4", "mxfp4", "awq", "gptq"):
+        assert _need(packed, tokens=64).pooled > direct + halves * 2 * 0.8
+    assert _need("fp8_block", tokens=64).pooled > direct + halves * 14 * 0.9
+    assert _need("fp8_block", tokens=8192).pooled > 8192 * 12288 * 15 > _need("fp8", tokens=8192).pooled
+    assert _need("int4", tokens=8192) == _need("", tokens=8192)  # by then the product is larger
+
+
+def test_a_packed_head_is_unpacked_for_many_rows_only() -> None:
+    head = 151936 * 4096 * 2
+    assert _need("int4", tokens=512, rows=65, quantization="int4").pooled > head
+    assert _need("int4", tokens=512, rows=64, quantization="int4").pooled < head
+    assert _need("fp8", tokens=512, rows=256, quantization="fp8").pooled < head
+
+
+def test_encoders_in_eight_bits_take_more_for_a_pass_and_less_for_the_process() -> None:
+    plain, packed = plan(BGE_LARGE, pooling="cls"), plan(BGE_LARGE, pooling="cls", quantization="fp8")
+    assert packed.budget.activations > plain.budget.activations
+    assert packed.budget.process < plain.budget.process == CUDA_PROCESS_BYTES
+
+
+def test_fp8_that_pytorch_does_not_multiply_as_it_is() -> None:
+    tensors = {"a.weight": Tensor((256, 256), "F8_E4M3", 65536)}
+    fp8 = Facts(where="", config={}, tensors=tensors, quantized=Quantized("fp8", "", "config.json"))
+    assert packed_format(fp8, "") == "fp8"
+    for extra in ("a.weight_scale_inv", "a.input_scale"):
+        more = {**tensors, extra: Tensor((2, 2), "F32", 16)}
+        assert packed_format(msgspec.structs.replace(fp8, tensors=more), "") == "fp8_block"
+    assert packed_format(facts(QWEN3_8B), "fp4_mlp_only") == "nvfp4"
+    assert packed_format(facts(QWEN3_8B), "") == ""
 
 
 @pytest.mark.parametrize(

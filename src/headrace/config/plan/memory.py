@@ -37,10 +37,11 @@ CUDA_ENCODE_TOKENS = 16384
 # Of one process, seen on an H200: the driver's context (527 MiB), PyTorch's kernels (92), cuBLAS's (66), streams
 # (70), and our own (12).
 CUDA_PROCESS_BYTES = 767 * MIB
+_CUBLAS_BYTES = 72 * MIB  # with what it takes of streams
 
 # The same without a GPU, seen with PyTorch 2.13 on Linux: what Python, PyTorch, oneDNN and the engine keep beside
 # files, for encoders and for decoders.
-CPU_PROCESS_BYTES = (163 * MIB, 178 * MIB)
+CPU_PROCESS_BYTES = (165 * MIB, 178 * MIB)
 # Of an entry of the vocabulary: WordPiece of encoders, byte pairs with their merges, pieces with scores.
 _TOKENIZER_BYTES = (230, 650, 480)
 
@@ -87,14 +88,15 @@ def pool_blocks(room: int, block_bytes: int, *, max_num_seqs: int, context: int,
     return min(room // block_bytes, most)
 
 
-def process_bytes(shape: ModelShape, *, cuda: bool, pieces: bool = False) -> int:
+def process_bytes(shape: ModelShape, *, cuda: bool, pieces: bool = False, eight_bits: bool = False) -> int:
     """What a core takes of the device before any tensor; without a GPU its tokenizer lies there, too.
 
     Args:
         pieces: the tokenizer has pieces with scores, and no merges.
+        eight_bits: activations are rounded, too: encoders then load nothing of cuBLAS.
     """
     if cuda:
-        return CUDA_PROCESS_BYTES
+        return CUDA_PROCESS_BYTES - (_CUBLAS_BYTES if eight_bits and shape.bidirectional else 0)
     decoder = not shape.bidirectional
     entry = _TOKENIZER_BYTES[2 if decoder and pieces else decoder]
     return CPU_PROCESS_BYTES[decoder] + shape.vocab * entry

@@ -23,7 +23,7 @@ from headrace.config.plan.memory import (
 )
 from headrace.config.plan.scratch import largest_load, scratch
 from headrace.config.plan.shape import ModelShape, read_shape
-from headrace.config.plan.weights import KEPT_BLOCKS, Weights, weigh
+from headrace.config.plan.weights import KEPT_BLOCKS, Weights, packed_format, weigh
 from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError, DoesNotFit
@@ -341,12 +341,13 @@ def _budget(
         dtype_bytes=size,
         cuda=machine.cuda,
         ranks=layout.ranks,
+        packed="" if layout.unpack else packed_format(facts, layout.scheme),
     )
     budget = pool_budget(
         cuda=machine.cuda,
         total=machine.memory,
         fraction=spec.memory_fraction,
-        process=process_bytes(shape, cuda=machine.cuda, pieces=facts.pieces),
+        process=process_bytes(shape, cuda=machine.cuda, pieces=facts.pieces, eight_bits=load.eight_bits),
         weights=shard(weights.by_kind, layout.ranks),
         scratch=scratch(shape, load),
         fixed=spec.kv_cache_bytes,

@@ -60,6 +60,14 @@ _CPU_DRAW_BYTES = 20  # of each logit that is filtered and drawn from on a CPU: 
 # Seen on an H200: 0.4 to 0.7 MiB a graph of 28 to 36 layers.
 _GRAPH_BYTES_A_LAYER = 18 * 1024
 _DECODE_KINDS = 4  # where a decode graph ends: see GraphKey
+# Formats whose products of many rows take the whole matrix in 16 bits.
+_DENSE_FORMATS = ("nvfp4", "mxfp4", "int8", "int4", "int4-g64", "int4-g128", "awq", "gptq")
+_FP8_DENSE_BYTES = (
+    14  # of each number that is made dense from FP8 in blocks: codes, scales and product in float32
+)
+_ROUND_BYTES = 13  # of each number that is rounded to FP8 and back
+_FEW_ROWS = 64  # that kernels multiply without unpacking
+_ENCODE_STATE_BYTES = 24 * MIB  # buffers of passes
 _MIXED_GRAPHS = 64  # captured as traffic needs them
 _ENCODE_GRAPHS = 20
 
@@ -72,6 +80,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         rows: sequences at once.
         context: tokens of one sequence.
         graphs: steps are CUDA graphs.
+        packed: format that matrices are kept in, see packed_format; "" for 16 or 32 bits.
+        packed_head: the head is, too.
     """
 
     tokens: int
@@ -82,6 +92,13 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     graphs: bool
     ranks: int = 1
     block_size: int = 16
+    packed: str = ""
+    packed_head: bool = False
+
+    @property
+    def eight_bits(self) -> bool:
+        """Encoders then round activations, too."""
+        return self.cuda and self.packed in ("fp8", "int8")
 
 
 class Scratch(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,10 +126,12 @@ def largest_load(
     dtype_bytes: int,
     cuda: bool,
     ranks: int = 1,
+    packed: str = "",
 ) -> Load:
     """What a server must be able to take.
 
     Args:
+        packed: see Load.
         tokens: of a step, as set or by default.
         context: of one sequence; encoders take one that is longer than a step in a step of its own.
     """
@@ -127,6 +146,8 @@ def largest_load(
         graphs=cuda and not spec.eager and not by_length,
         ranks=ranks,
         block_size=spec.block_size,
+        packed=packed,
+        packed_head=spec.quantization.startswith("int") and not shape.tied and not shape.encoder,
     )
 
 
@@ -161,6 +182,23 @@ def forward_bytes(shape: ModelShape, tokens: int, dtype_bytes: int, ranks: int =
     return tokens * (row + 2 * shape.head_dim * 4)
 
 
+def _step_bytes(shape: ModelShape, load: Load, tokens: int) -> int:
+    """forward_bytes, and what products over many rows unpack for the time of one: matrices of few bits into 16, and
+    of FP8 in blocks (or with static scales) also inputs, by way of float32."""
+    size, hidden, inner = load.dtype_bytes, shape.hidden, shape.intermediate // load.ranks
+    plain = forward_bytes(shape, tokens, size, load.ranks)
+    if not load.cuda or shape.experts:
+        return plain
+    matrix, stream = hidden * inner, tokens * 3 * hidden * size
+    wide = 2 if shape.gated else 1
+    if load.packed in _DENSE_FORMATS:
+        return max(plain, stream + wide * (tokens * inner + matrix) * size)
+    if load.packed == "fp8_block":
+        rounded = max(_ROUND_BYTES * tokens * inner, tokens * inner * size + _FP8_DENSE_BYTES * matrix)
+        return max(plain, stream + tokens * inner * size + rounded, stream + wide * _FP8_DENSE_BYTES * matrix)
+    return plain
+
+
 def logits_bytes(shape: ModelShape, rows: int, dtype_bytes: int, ranks: int = 1) -> int:
     """The head's product, and the same in float32, where it is not."""
     return rows * shape.vocab * (dtype_bytes + 4 if dtype_bytes < 4 else 4) // ranks
@@ -193,22 +231,30 @@ def _generate(shape: ModelShape, load: Load) -> Scratch:
         prompts += _order_bytes(shape, scored)
     else:
         prompts += scored * shape.vocab * (_CPU_SCORE_BYTES + (_CPU_PACK_BYTES if size == 4 else 0))
-    after = max(logits + sampling_bytes(shape, load.rows, cuda=load.cuda), prompts)
-    forward = forward_bytes(shape, load.tokens, size, ranks)
+    head = _head_bytes(shape, load)
+    after = max(logits + sampling_bytes(shape, load.rows, cuda=load.cuda), prompts, head)
+    forward = _step_bytes(shape, load, load.tokens)
     if not load.cuda:
         return Scratch(plain=max(forward, after))
     partial = _partial_sums(shape, load)
     step = max(forward + partial, load.tokens * shape.hidden * size + after)
     if not load.graphs:
         return Scratch(plain=_in_pieces(step))
-    in_graph = forward_bytes(shape, min(load.tokens, GRAPH_TOKENS), size, ranks) + partial
-    decode = forward_bytes(shape, load.rows, size, ranks) + partial + logits
+    in_graph = _step_bytes(shape, load, min(load.tokens, GRAPH_TOKENS)) + partial
+    decode = _step_bytes(shape, load, load.rows) + partial + max(logits, head)
     return Scratch(
         state=_tables(shape, load) + partial,
         plain=_in_pieces(max(forward + partial, after) if load.tokens <= GRAPH_TOKENS else step),
         pooled=_in_pieces(max(in_graph, decode)) + _SPLIT_BYTES,
         objects=(decode_graphs(shape, load) + _MIXED_GRAPHS) * shape.layers * _GRAPH_BYTES_A_LAYER,
     )
+
+
+def _head_bytes(shape: ModelShape, load: Load) -> int:
+    """The head in 16 bits with its product, where it is packed and there are many rows."""
+    if not (load.cuda and load.packed_head) or load.rows <= _FEW_ROWS:
+        return 0
+    return shape.vocab * (shape.hidden + load.rows) * load.dtype_bytes // load.ranks
 
 
 def decode_graphs(shape: ModelShape, load: Load) -> int:
@@ -240,14 +286,26 @@ def _encode(shape: ModelShape, load: Load) -> Scratch:
     every = (
         load.tokens * shape.hidden * (size + 3 * 4)
     )  # a vector a token, in float32, and once more in one piece
-    plain = max(forward_bytes(shape, load.tokens, size), every)
+    eight = load.eight_bits and shape.bidirectional
+
+    def forward(tokens: int) -> int:
+        """In eight bits the MLP's product lives beside its codes, and every sum beside its own."""
+        if eight:
+            return tokens * (6 * shape.hidden + 3 * shape.intermediate)
+        return forward_bytes(shape, tokens, size)
+
+    plain = max(forward(load.tokens), every)
     if not load.cuda:
         return Scratch(plain=plain)
+    state = _ENCODE_STATE_BYTES + (
+        0 if load.eight_bits else _WORKSPACE_BYTES
+    )  # which exists before it is reserved
     if not load.graphs:
-        return Scratch(plain=_in_pieces(plain))
+        return Scratch(state=state, plain=_in_pieces(plain))
     full = [tokens for tokens in ENCODE_FULL_GRAPHS if tokens - load.tokens <= tokens // ENCODE_GRAPH_WASTE]
-    in_graph = forward_bytes(shape, max([min(load.tokens, ENCODE_GRAPH_TOKENS), *full]), size)
+    in_graph = forward(max([min(load.tokens, ENCODE_GRAPH_TOKENS), *full]))
     return Scratch(
+        state=state,
         plain=_in_pieces(plain),
         pooled=_in_pieces(in_graph),
         objects=_ENCODE_GRAPHS * shape.layers * _GRAPH_BYTES_A_LAYER,

@@ -12,7 +12,7 @@ from headrace.config.plan.facts import DTYPE_BYTES, Facts, Tensor
 from headrace.config.plan.shape import ModelShape
 from headrace.config.quantization import quantization_type
 
-__all__ = ["KEPT_BLOCKS", "KINDS", "Weights", "classify", "expected_tensors", "weigh"]
+__all__ = ["KEPT_BLOCKS", "KINDS", "Weights", "classify", "expected_tensors", "packed_format", "weigh"]
 
 KINDS = ("embedding", "attention", "mlp", "experts", "norm", "head", "vision", "other")
 
@@ -172,6 +172,16 @@ def _converted(kind: str, scheme: str, name: str) -> bool:
     if kind not in _LINEAR or re.search(r"\.(gate|router|shared_expert_gate)\.weight$", name):
         return False  # routers stay exact
     return kind != "attention" or quantization_type(scheme).layers == "all"
+
+
+def packed_format(facts: Facts, scheme: str) -> str:
+    """What matrices are kept in: a type's weights or a container's method; "" for 16 or 32 bits. FP8 whose products
+    PyTorch does not take as they are (blocks, static scales) is ``fp8_block``."""
+    if scheme:
+        return quantization_type(scheme).weights
+    method = facts.quantized.method
+    apart = any(name.endswith(("_scale_inv", "input_scale")) for name in facts.tensors)
+    return "fp8_block" if method == "fp8" and apart else method
 
 
 def packed_bytes(shape: tuple[int, ...], scheme: str) -> int:
