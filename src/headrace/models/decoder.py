@@ -16,6 +16,7 @@ from headrace.layers.mlp import MLP, GatedMLP
 from headrace.layers.norm import LayerNorm, NoNorm, RMSNorm
 from headrace.layers.packed import AttentionBatch, PackedBatch
 from headrace.layers.rotary import Rotary
+from headrace.layers.rounded import add_normed
 from headrace.models.declaration import DecoderConfig, ExpertsConfig, KVLayer
 
 __all__ = ["DecoderLayer", "DecoderModel"]
@@ -150,8 +151,9 @@ class DecoderLayer(nn.Module):
             x = self.post_attention_norm(x)
         if self.residual_multiplier != 1.0:
             x = x * self.residual_multiplier
-        x, residual = self.mlp_norm.add(x, residual)
-        x = self.mlp(x)
+        reader = self.mlp.gate_up if isinstance(self.mlp, GatedMLP) else self.mlp
+        y, residual = add_normed(self.mlp_norm, x, residual, reader)
+        x = self.mlp(y)
         if self.post_mlp_norm is not None:
             x = self.post_mlp_norm(x)
         if self.residual_multiplier != 1.0:

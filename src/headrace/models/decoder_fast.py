@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.kernels import rounding
 from headrace.kernels.activation.triton import gelu_mul, gelu_tanh_mul, silu_mul
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
 from headrace.kernels.linear import GATES, MAX_ROWS
@@ -30,6 +31,7 @@ from headrace.kernels.linear.triton_stream import (
     stream_takes_one_row,
 )
 from headrace.kernels.norm.triton import add_rms_norm, rms_norm
+from headrace.kernels.rounding import Rounded
 from headrace.kernels.step.triton import reduce_best
 from headrace.layers.attention import HeadNorm
 from headrace.layers.experts import ExpertLinear, MixtureOfExperts
@@ -38,6 +40,7 @@ from headrace.layers.mlp import GatedMLP
 from headrace.layers.norm import RMSNorm
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.layers.rotary import Rotary
+from headrace.layers.rounded import takes_rounded
 from headrace.models.decoder import DecoderLayer, DecoderModel
 from headrace.quantization import device as scaled_kernels
 from headrace.quantization.experts import ScaledExperts
@@ -253,6 +256,16 @@ class FastDecoder:
             following = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.final_norm
             x, residual = add_rms_norm(x, residual, *following)
         return x
+
+
+def _add_norm(
+    x: Tensor, residual: Tensor, norm: tuple[Tensor, float], reader: nn.Module | None
+) -> Tensor | Rounded:
+    """norm(residual + x) for ``reader``, of the sum that ``residual`` becomes."""
+    if reader is not None and takes_rounded(reader, x):
+        gain, eps = norm
+        return rounding.norm(x, residual, gain, None, eps, "fp8", layer=False, keep=True)
+    return add_rms_norm(x, residual, *norm)[0]
 
 
 def _weights(layer: _Layer) -> list[tuple[Tensor, bool]]:

@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from headrace.kernels.linear.tuning import GemvShape
+from headrace.kernels.launch import supports_gluon
+from headrace.kernels.linear.tuning import GemvShape, RingShape
 from headrace.kernels.tuned import tuned
 
 __all__ = [
     "CodesShape",
     "PackedShape",
     "codes_shape",
+    "fp8_ring_shape",
     "gemv_shape",
     "packed_shape",
     "padded_rows",
@@ -58,6 +60,12 @@ def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
         return GemvShape(*found)
     bk = 1024 if k >= 1024 else 1 << max(k - 1, 15).bit_length()
     return GemvShape(4, bk, 4, 1)
+
+
+def fp8_ring_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> RingShape | None:
+    """For x [rows, k] and FP8 weights [n, k] where rings are the fastest way (gluon_ring.py); else None."""
+    found = _tuned(device).get(_key("ring", 1 if rows == 1 else padded_rows(rows), n, k, gated))
+    return RingShape(*found) if found is not None and supports_gluon(device) else None
 
 
 def packed_shape(device: torch.device, rows: int, n: int, k: int, fp8: bool, gated: bool) -> PackedShape:
