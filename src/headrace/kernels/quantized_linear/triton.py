@@ -294,7 +294,7 @@ def small_product(
         and x_scale is not None
         and not (group or x_group)
     ):
-        ring = tuning.fp8_ring_shape(x.device, x.shape[0], *weight.shape, gate is not None)
+        ring = tuning.fp8_ring_shape(x.device, x.shape[0], weight.shape[0], weight.shape[1], gate is not None)
         if ring is not None:
             from headrace.kernels.quantized_linear import gluon_ring
 

@@ -8,7 +8,7 @@ benchmarks/quantized.py --tune measures and writes them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,7 +64,7 @@ def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
 
 def fp8_ring_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> RingShape | None:
     """For x [rows, k] and FP8 weights [n, k] where rings are the fastest way (gluon_ring.py); else None."""
-    found = _tuned(device).get(_key("ring", 1 if rows == 1 else padded_rows(rows), n, k, gated))
+    found = tuned(_FOLDER, device).get(_key("ring", 1 if rows == 1 else padded_rows(rows), n, k, gated))
     return RingShape(*found) if found is not None and supports_gluon(device) else None
 
 
