@@ -17,18 +17,18 @@ def takes_rounded(reader: nn.Module, x: Tensor) -> bool:
     return takes is not None and bool(takes(x))
 
 
-def normed(norm: nn.Module, x: Tensor, reader: nn.Module) -> Tensor | Rounded:
-    """The norm of x, for ``reader``."""
-    if isinstance(norm, RMSNorm) and takes_rounded(reader, x):
+def normed(norm: nn.Module, x: Tensor, readers: tuple[nn.Module, ...]) -> Tensor | Rounded:
+    """The norm of x, for ``readers``."""
+    if isinstance(norm, RMSNorm) and all(takes_rounded(reader, x) for reader in readers):
         return rounding.norm(x, None, norm.weight, None, norm.eps, "fp8", layer=False)
     return norm(x)  # type: ignore[no-any-return]
 
 
 def add_normed(
-    norm: RMSNorm | LayerNorm | NoNorm, x: Tensor, residual: Tensor, reader: nn.Module
+    norm: RMSNorm | LayerNorm | NoNorm, x: Tensor, residual: Tensor, readers: tuple[nn.Module, ...]
 ) -> tuple[Tensor | Rounded, Tensor]:
-    """(norm(residual + x), residual + x), the former for ``reader``; ``residual`` may be overwritten with the sum."""
-    if isinstance(norm, RMSNorm) and takes_rounded(reader, x):
+    """(norm(residual + x), residual + x), the former for ``readers``; ``residual`` may be overwritten with the sum."""
+    if isinstance(norm, RMSNorm) and all(takes_rounded(reader, x) for reader in readers):
         found = rounding.norm(x, residual, norm.weight, None, norm.eps, "fp8", layer=False, keep=True)
         return found, residual
     return norm.add(x, residual)

@@ -244,17 +244,23 @@ class FastDecoder:
         """Hidden states after the last norm, [B, D]."""
         gate_mul = _GATE_MUL[self.config.activation]
         residual = batch.embedded
-        x = rms_norm(residual, *self.layers[0].attention_norm)
+        x: Tensor | Rounded = rms_norm(residual, *self.layers[0].attention_norm)
         for i, layer in enumerate(self.layers):
-            x = layer.o(self._attend(layer.qkv(x), layer, i, batch))
-            x, residual = add_rms_norm(x, residual, *layer.mlp_norm)
+            attended = layer.o(self._attend(layer.qkv(x), layer, i, batch))
+            x = _add_norm(attended, residual, layer.mlp_norm, layer.gate_up)
             if layer.mixture is not None:
-                x = layer.mixture(x)
+                out = layer.mixture(x)
             else:
                 assert layer.gate_up is not None and layer.down is not None
-                x = layer.down(gate_mul(layer.gate_up(x)))
-            following = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.final_norm
-            x, residual = add_rms_norm(x, residual, *following)
+                inner = layer.gate_up(x)
+                if takes_rounded(layer.down, inner):
+                    out = layer.down(rounding.gate(inner, None, self.config.activation, "fp8"))
+                else:
+                    out = layer.down(gate_mul(inner))
+            last = i + 1 == len(self.layers)
+            following = self.final_norm if last else self.layers[i + 1].attention_norm
+            x = _add_norm(out, residual, following, None if last else self.layers[i + 1].qkv)
+        assert isinstance(x, Tensor)
         return x
 
 

@@ -57,7 +57,10 @@ def fused(
     common: dict[str, Any] = {"bias": linear.bias, "gate": gate, "residual": residual, "out_dtype": x.dtype}
     if isinstance(weight, Fp8Weight):
         one = x.shape[0] == 1 and whole_rows(weight) and weight.shape[1] % 8 == 0
-        if one and tuning.fp8_ring_shape(x.device, 1, weight.shape[0], weight.shape[1], gate is not None) is None:
+        if (
+            one
+            and tuning.fp8_ring_shape(x.device, 1, weight.shape[0], weight.shape[1], gate is not None) is None
+        ):
             return fp8_gemv(x, weight.codes, row_scales(linear), norm=norm, **common)
         codes, scale = rounded_rows(linear, x, norm)
         blocks = not whole_rows(weight)
@@ -128,7 +131,11 @@ def rounded_product(linear: ScaledLinear, x: Rounded) -> Tensor:
     weight = linear.held
     assert isinstance(weight, Fp8Weight)
     out: Tensor = torch._scaled_mm(
-        x.codes, weight.codes.t(), scale_a=x.scale, scale_b=row_scales(linear)[None, :], out_dtype=torch.bfloat16
+        x.codes,
+        weight.codes.t(),
+        scale_a=x.scale,
+        scale_b=row_scales(linear)[None, :],
+        out_dtype=torch.bfloat16,
     )
     return out if linear.bias is None else out + linear.bias
 

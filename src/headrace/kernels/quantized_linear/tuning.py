@@ -8,7 +8,7 @@ benchmarks/quantized.py --tune measures and writes them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
