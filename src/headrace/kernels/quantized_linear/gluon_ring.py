@@ -18,7 +18,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from headrace.kernels.linear.gluon_ring import (
     _ask_weights,
-    _barrier,
     _gate,
     _gather_parts,
     _grid_dependency,
@@ -55,7 +54,7 @@ def _products(
             first = warpgroup_mma(w_smem.index(slot), x, none, use_acc=False, is_async=True)
             acc += warpgroup_mma_wait(0, deps=(first,))
         if t + STAGES < count:
-            _barrier()  # all warps have read the tile
+            gl.thread_barrier()  # all warps have read the tile
             k = lo + (t + STAGES) * w_desc.block_shape[1]
             _ask_weights(w_desc, bars, w_smem, slot, w_row, half, k, BYTES, GATE)
             tma.async_copy_global_to_shared(x_desc, [0, k], bars.index(slot), x_smem.index(slot))
@@ -84,7 +83,7 @@ def _ring(
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
-    _barrier()
+    gl.thread_barrier()
     w_row, half = tile * (BN * FOLD), N * FOLD
     for i in gl.static_range(STAGES):
         if i < count:

@@ -1,8 +1,8 @@
 """Tile shapes of the few-row kernels over weights of few bits: data for measured GPUs and shapes, a rule for others.
 
-``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` (form: fp8, fp4 or int4; rows: 1, or 8, 16, 32 or 64 for up to
-that many; g: gated, N counting both halves) to a list of numbers in the order of the shape's fields.
-benchmarks/quantized.py --tune measures and writes them.
+``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` to a list of numbers in the order of the shape's fields. Forms:
+fp8, fp4, int4, and ring (FP8 in gluon_ring.py, chosen by the time of a step). Rows: 1, or 8, 16, 32 or 64 for up to that
+many; g: gated, N counting both halves. benchmarks/quantized.py --tune measures and writes them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
 
 def fp8_ring_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> RingShape | None:
     """For x [rows, k] and FP8 weights [n, k] where rings are the fastest way (gluon_ring.py); else None."""
-    found = tuned(_FOLDER, device).get(_key("ring", 1 if rows == 1 else padded_rows(rows), n, k, gated))
+    bm = 1 if rows == 1 else max(16, padded_rows(rows))
+    found = tuned(_FOLDER, device).get(_key("ring", bm, n, k, gated))
     return RingShape(*found) if found is not None and supports_gluon(device) else None
 
 
