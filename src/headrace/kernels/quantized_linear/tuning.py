@@ -1,8 +1,8 @@
 """Tile shapes of the few-row kernels over weights of few bits: data for measured GPUs and shapes, a rule for others.
 
-``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` to a list of numbers in the order of the shape's fields. Forms:
-fp8, fp4, int4, and ring (FP8 in gluon_ring.py, chosen by the time of a step). Rows: 1, or 8, 16, 32 or 64 for up to that
-many; g: gated, N counting both halves. benchmarks/quantized.py --tune measures and writes them.
+``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` to a list of numbers in the order of the shape's fields.
+Forms: fp8, fp4, int4, and ring (FP8 in gluon_ring.py, chosen by the time of a step). Rows: 1, or 8, 16, 32 or 64 for up
+to that many; g: gated, N counting both halves. benchmarks/quantized.py --tune measures and writes them.
 """
 
 from __future__ import annotations
