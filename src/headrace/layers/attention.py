@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from headrace.kernels.attention import attention
 from headrace.kernels.norm import rms_norm
 from headrace.kernels.rotary import qk_norm_rope, rope
+from headrace.kernels.rounding import Rounded
 from headrace.layers.norm import RMSNorm
 from headrace.layers.packed import AttentionBatch
 
@@ -83,7 +84,7 @@ class Attention(nn.Module):
         self.layer, self.scale, self.window, self.soft_cap = layer, scale, window, soft_cap
         self.sinks = sinks
 
-    def forward(self, x: Tensor, cos_sin: CosSin | None, batch: AttentionBatch) -> Tensor:
+    def forward(self, x: Tensor | Rounded, cos_sin: CosSin | None, batch: AttentionBatch) -> Tensor:
         """x [T, D] -> [T, D]. ``cos_sin`` None: no rotary embedding in this layer."""
         hq, hkv = self.num_heads, self.num_kv_heads
         heads = self.qkv(x).view(x.shape[0], hq + 2 * hkv, self.head_dim)

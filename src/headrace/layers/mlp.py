@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from headrace.kernels import rounding
 from headrace.kernels.activation import activate, gelu_mul, gelu_tanh_mul, silu_mul
+from headrace.kernels.rounding import Rounded
+from headrace.layers.rounded import takes_rounded
 
 __all__ = ["GATES", "MLP", "GatedMLP"]
 
@@ -19,9 +22,12 @@ class GatedMLP(nn.Module):
         self.gate_up, self.down = gate_up, down
         self.activation, self.gate = activation, GATES[activation]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Rounded) -> Tensor:
         """[T, D] -> [T, D]."""
-        return self.down(self.gate(self.gate_up(x)))  # type: ignore[no-any-return]
+        gate_up = self.gate_up(x)
+        if takes_rounded(self.down, gate_up):
+            return self.down(rounding.gate(gate_up, None, self.activation, "fp8"))  # type: ignore[no-any-return]
+        return self.down(self.gate(gate_up))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):

@@ -16,6 +16,7 @@ from headrace.layers.mlp import MLP, GatedMLP
 from headrace.layers.norm import LayerNorm, NoNorm, RMSNorm
 from headrace.layers.packed import AttentionBatch, PackedBatch
 from headrace.layers.rotary import Rotary
+from headrace.layers.rounded import add_normed, normed
 from headrace.models.declaration import DecoderConfig, ExpertsConfig, KVLayer
 
 __all__ = ["DecoderLayer", "DecoderModel"]
@@ -139,19 +140,21 @@ class DecoderLayer(nn.Module):
 
         So every addition meets the norm that follows it, and both are one kernel. ``residual`` None: x is it.
         """
+        first = self.mlp.gate_up if isinstance(self.mlp, GatedMLP) else self.mlp
+        readers = (self.attention.qkv, first) if self.parallel else (self.attention.qkv,)
         if residual is None:
-            x, residual = self.attention_norm(x), x
+            y, residual = normed(self.attention_norm, x, readers), x
         else:
-            x, residual = self.attention_norm.add(x, residual)
+            y, residual = add_normed(self.attention_norm, x, residual, readers)
         if self.parallel:
-            return self.attention(x, cos_sin, batch) + self.mlp(x), residual
-        x = self.attention(x, cos_sin, batch)
+            return self.attention(y, cos_sin, batch) + self.mlp(y), residual
+        x = self.attention(y, cos_sin, batch)
         if self.post_attention_norm is not None:
             x = self.post_attention_norm(x)
         if self.residual_multiplier != 1.0:
             x = x * self.residual_multiplier
-        x, residual = self.mlp_norm.add(x, residual)
-        x = self.mlp(x)
+        y, residual = add_normed(self.mlp_norm, x, residual, (first,))
+        x = self.mlp(y)
         if self.post_mlp_norm is not None:
             x = self.post_mlp_norm(x)
         if self.residual_multiplier != 1.0:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.kernels import rounding
 from headrace.kernels.activation.triton import gelu_mul, gelu_tanh_mul, silu_mul
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
 from headrace.kernels.linear import GATES, MAX_ROWS
@@ -30,6 +31,7 @@ from headrace.kernels.linear.triton_stream import (
     stream_takes_one_row,
 )
 from headrace.kernels.norm.triton import add_rms_norm, rms_norm
+from headrace.kernels.rounding import Rounded
 from headrace.kernels.step.triton import reduce_best
 from headrace.layers.attention import HeadNorm
 from headrace.layers.experts import ExpertLinear, MixtureOfExperts
@@ -38,6 +40,7 @@ from headrace.layers.mlp import GatedMLP
 from headrace.layers.norm import RMSNorm
 from headrace.layers.packed import AttentionBatch, LayerCache, PackedBatch
 from headrace.layers.rotary import Rotary
+from headrace.layers.rounded import takes_rounded
 from headrace.models.decoder import DecoderLayer, DecoderModel
 from headrace.quantization import device as scaled_kernels
 from headrace.quantization.experts import ScaledExperts
@@ -252,18 +255,34 @@ class FastDecoder:
         """Hidden states after the last norm, [B, D]."""
         gate_mul = _GATE_MUL[self.config.activation]
         residual = batch.embedded
-        x = rms_norm(residual, *self.layers[0].attention_norm)
+        x: Tensor | Rounded = rms_norm(residual, *self.layers[0].attention_norm)
         for i, layer in enumerate(self.layers):
-            x = layer.o(self._attend(layer.qkv(x), layer, i, batch))
-            x, residual = add_rms_norm(x, residual, *layer.mlp_norm)
+            attended = layer.o(self._attend(layer.qkv(x), layer, i, batch))
+            x = _add_norm(attended, residual, layer.mlp_norm, layer.gate_up)
             if layer.mixture is not None:
-                x = layer.mixture(x)
+                out = layer.mixture(x)
             else:
                 assert layer.gate_up is not None and layer.down is not None
-                x = layer.down(gate_mul(layer.gate_up(x)))
-            following = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.final_norm
-            x, residual = add_rms_norm(x, residual, *following)
+                inner = layer.gate_up(x)
+                if takes_rounded(layer.down, inner):
+                    out = layer.down(rounding.gate(inner, None, self.config.activation, "fp8"))
+                else:
+                    out = layer.down(gate_mul(inner))
+            last = i + 1 == len(self.layers)
+            following = self.final_norm if last else self.layers[i + 1].attention_norm
+            x = _add_norm(out, residual, following, None if last else self.layers[i + 1].qkv)
+        assert isinstance(x, Tensor)
         return x
+
+
+def _add_norm(
+    x: Tensor, residual: Tensor, norm: tuple[Tensor, float], reader: nn.Module | None
+) -> Tensor | Rounded:
+    """norm(residual + x) for ``reader``, of the sum that ``residual`` becomes."""
+    if reader is not None and takes_rounded(reader, x):
+        gain, eps = norm
+        return rounding.norm(x, residual, gain, None, eps, "fp8", layer=False, keep=True)
+    return add_rms_norm(x, residual, *norm)[0]
 
 
 def _weights(layer: _Layer) -> list[tuple[Tensor, bool]]:

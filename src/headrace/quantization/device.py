@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels.norm import rms_norm
-from headrace.kernels.quantized_linear import quantize_rows
+from headrace.kernels.quantized_linear import quantize_rows, tuning
 from headrace.kernels.quantized_linear import triton as kernels
 from headrace.kernels.quantized_linear.formats import to_fp8
 from headrace.kernels.quantized_linear.triton_codes import four_bit_product
 from headrace.kernels.quantized_linear.triton_dequantize import dequantize_codes
 from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
+from headrace.kernels.rounding import Rounded
 from headrace.quantization.native_fp4 import NativeFp4Weight, native_product
 from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
@@ -55,7 +56,11 @@ def fused(
     weight = linear.held
     common: dict[str, Any] = {"bias": linear.bias, "gate": gate, "residual": residual, "out_dtype": x.dtype}
     if isinstance(weight, Fp8Weight):
-        if x.shape[0] == 1 and whole_rows(weight) and weight.shape[1] % 8 == 0:
+        one = x.shape[0] == 1 and whole_rows(weight) and weight.shape[1] % 8 == 0
+        if (
+            one
+            and tuning.fp8_ring_shape(x.device, 1, weight.shape[0], weight.shape[1], gate is not None) is None
+        ):
             return fp8_gemv(x, weight.codes, row_scales(linear), norm=norm, **common)
         codes, scale = rounded_rows(linear, x, norm)
         blocks = not whole_rows(weight)
@@ -109,15 +114,31 @@ def product(linear: ScaledLinear, x: Tensor) -> Tensor:
         return fused(linear, x)
     if isinstance(weight, Fp8Weight):
         if _torch_multiplies(linear, x):
-            codes, scale = quantize_rows(x.contiguous())
-            factors = row_scales(linear)[None, :]
-            out: Tensor = torch._scaled_mm(
-                codes, weight.codes.t(), scale_a=scale, scale_b=factors, out_dtype=torch.bfloat16
-            )
-            return out if linear.bias is None else out + linear.bias
+            return rounded_product(linear, Rounded(*quantize_rows(x.contiguous())))
         rounded = linear.activations.rounded(x).to(x.dtype)
         return F.linear(rounded, weight.dequantize().to(x.dtype), linear.bias)
     return F.linear(x, _dense(linear, x.dtype), linear.bias)
+
+
+def takes_rounded(linear: ScaledLinear, x: Tensor) -> bool:
+    """Whether ``product`` of rows like x rounds them first, and ``rounded_product`` takes them as they are then."""
+    many = isinstance(linear.held, Fp8Weight) and x.shape[0] > kernels.MAX_ROWS
+    return many and _torch_multiplies(linear, x)
+
+
+def rounded_product(linear: ScaledLinear, x: Rounded) -> Tensor:
+    """bfloat16 ``x @ weight.T + bias`` of rows that are FP8 already.
+
+    Sums stay in the tensor core's own accumulator, which saves 5 to 10% of the product: rounding to FP8 costs random
+    numbers 0.03745, and with it 0.03747 (4,096 columns) or 0.03753 (12,288).
+    """
+    weight = linear.held
+    assert isinstance(weight, Fp8Weight)
+    out: Tensor = torch._scaled_mm(
+        x.codes, weight.codes.t(), scale_a=x.scale, scale_b=row_scales(linear)[None, :], out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip
+    return out if linear.bias is None else out + linear.bias
 
 
 def _dense(linear: ScaledLinear, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headrace.kernels.quantized_linear import round_activations
+from headrace.kernels.rounding import Rounded
 from headrace.quantization.native_fp4 import NativeFp4Weight, can_multiply, native, round_rows
 from headrace.quantization.schemes.fp4 import Fp4Weight
 from headrace.quantization.schemes.fp8 import Fp8Weight
@@ -97,8 +98,20 @@ class ScaledLinear(nn.Module):
         if not isinstance(weight, Fp8Weight) and can_tile(weight):
             self.held = tile(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], in the type of x."""
+    def takes_rounded(self, x: Tensor) -> bool:
+        """Whether forward rounds rows like x [T, *] to FP8 with a scale each, and takes them so."""
+        if not self._on_gpu or x.dim() != 2:
+            return False
+        from headrace.quantization.device import takes_rounded
+
+        return takes_rounded(self, x)
+
+    def forward(self, x: Tensor | Rounded) -> Tensor:
+        """[..., in] -> [..., out], in the type of x; of rounded rows [T, in] in bfloat16."""
+        if isinstance(x, Rounded):
+            from headrace.quantization.device import rounded_product
+
+            return rounded_product(self, x)
         rows = x.reshape(-1, self.in_features)
         if self._on_gpu:
             from headrace.quantization.device import product  # only here: it needs Triton

@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from headrace.kernels.launch import INTERPRETED, launch_options, prefetch_l2
 from headrace.kernels.linear.triton_parts import GATES as _GATES
 from headrace.kernels.linear.triton_parts import SCRATCH as _SCRATCH
+from headrace.kernels.quantized_linear import tuning
 from headrace.kernels.quantized_linear.triton_parts import FP8_MAX, finish, gather_parts
 from headrace.kernels.quantized_linear.tuning import PackedShape, packed_shape, padded_rows
 
@@ -69,6 +70,29 @@ def _quantize_rows(x_ptr, x_row, gain_ptr, codes_ptr, scale_ptr, K, groups, eps,
             y = x / scale
         y = tl.clamp(y, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
         tl.store(codes_ptr + row * K + k + cols, y.to(codes_ptr.dtype.element_ty), mask=k + cols < K)
+
+
+@triton.jit
+def _quantize_row(x_ptr, x_row, gain_ptr, codes_ptr, scale_ptr, K, eps, BLOCK: tl.constexpr, NORM: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """One row with one scale, read once."""
+    if PDL:
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    ok = cols < K
+    if NORM:
+        gain = tl.load(gain_ptr + cols, mask=ok, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    x = tl.load(x_ptr + row * x_row + cols, mask=ok, other=0.0)
+    y = x.to(tl.float32)
+    if NORM:
+        y = (y * tl.rsqrt(tl.sum(y * y, 0) / K + eps) * gain).to(x.dtype).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(y), 0), 1e-10) / FP8_MAX
+    tl.store(scale_ptr + row, scale)
+    y = tl.clamp(y / scale, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(codes_ptr + row * K + cols, y.to(codes_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -219,6 +243,13 @@ def quantize_rows(
     codes = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     gain, eps = norm if norm is not None else (x, 0.0)
+    block = triton.next_power_of_2(k)
+    if group is None and 512 <= block <= 16384:
+        _quantize_row[(rows,)](
+            x, x.stride(0), gain, codes, scale, k, eps, BLOCK=block, NORM=norm is not None,
+            **launch_options(x.device, min(16, block // 512), 1),
+        )  # fmt: skip
+        return codes, scale
     bk = min(4096, max(triton.next_power_of_2(k), group or 1))
     assert group is None or bk % group == 0
     options = launch_options(x.device, 4 if bk >= 1024 else 1, 1)
@@ -256,6 +287,22 @@ def small_product(
         x_scale: float32 [M, 1] or [M, K / x_group], or a scalar (static), for FP8.
         gate: the first N / 2 outputs go through it and multiply the others.
     """
+    if (
+        shape is None
+        and form == FP8
+        and row_scale is not None
+        and x_scale is not None
+        and not (group or x_group)
+    ):
+        ring = tuning.fp8_ring_shape(x.device, x.shape[0], weight.shape[0], weight.shape[1], gate is not None)
+        if ring is not None:
+            from headrace.kernels.quantized_linear import gluon_ring
+
+            if gluon_ring.covers(x, weight, ring):
+                return gluon_ring.ring_product(
+                    x, weight, row_scale, x_scale, bias=bias, gate=gate, residual=residual, out_dtype=out_dtype,
+                    shape=ring,
+                )  # fmt: skip
     shape = shape or packed_shape(
         x.device, x.shape[0], weight.shape[0], x.shape[1], form == FP8, gate is not None
     )

@@ -1,8 +1,8 @@
 """Tile shapes of the few-row kernels over weights of few bits: data for measured GPUs and shapes, a rule for others.
 
-``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` (form: fp8, fp4 or int4; rows: 1, or 8, 16, 32 or 64 for up to
-that many; g: gated, N counting both halves) to a list of numbers in the order of the shape's fields.
-benchmarks/quantized.py --tune measures and writes them.
+``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` to a list of numbers in the order of the shape's fields.
+Forms: fp8, fp4, int4, and ring (FP8 in gluon_ring.py, chosen by the time of a step). Rows: 1, or 8, 16, 32 or 64 for up
+to that many; g: gated, N counting both halves. benchmarks/quantized.py --tune measures and writes them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from headrace.kernels.linear.tuning import GemvShape
+from headrace.kernels.launch import supports_gluon
+from headrace.kernels.linear.tuning import GemvShape, RingShape
 from headrace.kernels.tuned import tuned
 
 __all__ = [
     "CodesShape",
     "PackedShape",
     "codes_shape",
+    "fp8_ring_shape",
     "gemv_shape",
     "packed_shape",
     "padded_rows",
@@ -58,6 +60,13 @@ def gemv_shape(device: torch.device, n: int, k: int, gated: bool) -> GemvShape:
         return GemvShape(*found)
     bk = 1024 if k >= 1024 else 1 << max(k - 1, 15).bit_length()
     return GemvShape(4, bk, 4, 1)
+
+
+def fp8_ring_shape(device: torch.device, rows: int, n: int, k: int, gated: bool) -> RingShape | None:
+    """For x [rows, k] and FP8 weights [n, k] where rings are the fastest way (gluon_ring.py); else None."""
+    bm = 1 if rows == 1 else max(16, padded_rows(rows))
+    found = tuned(_FOLDER, device).get(_key("ring", bm, n, k, gated))
+    return RingShape(*found) if found is not None and supports_gluon(device) else None
 
 
 def packed_shape(device: torch.device, rows: int, n: int, k: int, fp8: bool, gated: bool) -> PackedShape:
