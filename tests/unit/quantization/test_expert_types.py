@@ -56,7 +56,7 @@ def load(folder: Path, scheme: str = "", dtype: torch.dtype = torch.float32) -> 
 
 
 def logits(model: DecoderModel) -> torch.Tensor:
-    return model.logits(model(PackedBatch.for_encoding(TEXTS))).float()
+    return model.logits(model(PackedBatch.for_encoding(TEXTS, causal=True))).float()
 
 
 @pytest.mark.parametrize("scheme", TYPES)
@@ -159,9 +159,9 @@ def test_what_each_expert_meets(folder: Path) -> None:
     assert sum(inputs.rows for inputs in found[paths[1]]) == 2 * shared.rows  # two experts a token
     met: list[torch.Tensor] = []
     mixture = model.layers[1].mlp
-    handle = mixture.register_forward_pre_hook(lambda _, given: met.append(given[0]))
+    handle = mixture.register_forward_pre_hook(lambda _, given: met.append(given[0].clone()))
     for ids in TEXTS:
-        model(PackedBatch.for_encoding([ids]))
+        model(PackedBatch.for_encoding([ids], causal=True))
     handle.remove()
     x = torch.cat(met)
     torch.testing.assert_close(shared.gram, x.T @ x / len(x), rtol=1e-4, atol=1e-4)
