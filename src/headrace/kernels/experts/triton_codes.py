@@ -183,7 +183,9 @@ def expert_codes(
     assert plan.pairs is not None and plan.contents is not None and x.stride(1) == 1 and words.is_contiguous()
     assert each % ROWS == 0 and (gate is None or n % ROWS == 0)
     most = min(plan.block, plan.chosen.shape[0])  # an expert has no more rows than there are tokens
-    shape = shape or codes_shape(x.device, most, blocks, gate is not None, x.itemsize)
+    shape = shape or codes_shape(
+        x.device, plan.block, most, blocks, gated=gate is not None, itemsize=x.itemsize, even=k == blocks * COLUMNS
+    )  # fmt: skip
     halves = 1 if gate is None else 2
     tiles = triton.cdiv(n, shape.tiles * ROWS // halves)
     out = torch.empty(plan.num_pairs, n, dtype=x.dtype, device=x.device)

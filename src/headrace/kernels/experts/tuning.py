@@ -19,7 +19,7 @@ __all__ = [
 
 # All as measured on an H200, on layers of Qwen3-30B-A3B.
 _FEW_BLOCKS = 16  # as one token has
-_MANY_CODES = {32: (8, 4, True, 3), 64: (8, 8, True, 3), 128: (8, 4, True, 2)}
+_MANY_CODES = {16: (4, 4, True, 4), 32: (8, 4, True, 3), 64: (8, 8, True, 3), 128: (8, 4, True, 2)}
 
 
 class ProductShape(NamedTuple):
@@ -90,15 +90,28 @@ class ExpertCodesShape(NamedTuple):
     stages: int = 1
 
 
-def codes_shape(device: torch.device, rows: int, blocks: int, gated: bool, itemsize: int) -> ExpertCodesShape:
-    """For blocks of ``rows`` rows of ``itemsize`` bytes a number and 4-bit weights of ``blocks`` times 128 columns."""
-    if rows > 8 and (itemsize == 4 or not _roomy(device)):
-        return ExpertCodesShape(min(rows, 32), 2, 2)
-    if rows > 8:
-        return (
-            ExpertCodesShape(rows, *_MANY_CODES[rows]) if rows in _MANY_CODES else ExpertCodesShape(16, 4, 2)
+def codes_shape(
+    device: torch.device, block: int, most: int, chunks: int, *, gated: bool, itemsize: int, even: bool
+) -> ExpertCodesShape:
+    """For x of ``itemsize`` bytes a number and 4-bit weights of ``chunks`` times 128 columns.
+
+    Args:
+        block: rows of the plan's blocks, of which ``most`` at most hold something.
+        even: the columns fill all chunks; where they do not, what each warp masks for itself takes too many registers.
+    """
+    if most <= 8:
+        warps = (
+            8
+            if chunks % 8 == 0 and not gated
+            else 4
+            if chunks % 4 == 0 or chunks > 8
+            else 2
+            if chunks > 1
+            else 1
         )
-    warps = (
-        8 if blocks % 8 == 0 and not gated else 4 if blocks % 4 == 0 or blocks > 8 else 2 if blocks > 1 else 1
-    )
-    return ExpertCodesShape(8, 2 if gated else 1, warps)
+        return ExpertCodesShape(8, 2 if gated else 1, warps)
+    if itemsize == 4 or not _roomy(device):
+        return ExpertCodesShape(16 if most <= 16 else 32, 2, 2)
+    if block == 16 and even and chunks % 2 == 0:
+        return ExpertCodesShape(16, 4, 2)
+    return ExpertCodesShape(block, *_MANY_CODES[block])
