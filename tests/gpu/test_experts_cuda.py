@@ -67,7 +67,7 @@ def dense(model: DecoderModel) -> DecoderModel:
 def logits(model: DecoderModel, tokens: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.randint(0, SIZES["vocab_size"], (tokens,), generator=generator).tolist()
-    return model.logits(model(PackedBatch.for_encoding([ids], device=CUDA)))
+    return model.logits(model(PackedBatch.for_encoding([ids], device=CUDA, causal=True)))
 
 
 @pytest.mark.parametrize("scheme", ["", *TYPES])

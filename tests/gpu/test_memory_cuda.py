@@ -79,6 +79,10 @@ CAPPED = {
     "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 4096, "query_pre_attn_scalar": 256,
     "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "tie_word_embeddings": True, "dtype": "bfloat16",
 }  # fmt: skip
+MIXTURE = {
+    **CONFIG, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 16,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 768, "norm_topk_prob": True,
+}  # fmt: skip
 # Eight layers, so that what converting leaves between them would be seen.
 DEEPER = {**CONFIG, "num_hidden_layers": 8}
 
@@ -91,6 +95,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("capped"), CAPPED)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("mixture"), MIXTURE)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +177,26 @@ def test_generation_asks_for_none(settings: dict[str, Any], folder: Path) -> Non
         generate(core, prompts(count, 2, longest), "other", KINDS)
     again = [generate(core, some, "first", KINDS[:1]) for some in fixed]
     assert again == first
+    assert num_device_allocations(CUDA) == before
+    core.close()
+
+
+@pytest.mark.parametrize("kind", ["", "fp8", "fp4"])
+def test_mixtures_hold_what_was_planned_and_ask_for_none(kind: str, mixture: Path) -> None:
+    spec = EngineSpec(
+        model=str(mixture), path=mixture, quantization=kind, kv_cache_bytes=400 * MIB, max_num_seqs=32
+    )
+    budget, others = plan_for(spec).budget, torch.cuda.memory_reserved()
+    core, ready = build(spec)
+    assert ready.engine == "moe"
+    assert ready.summary["weight_bytes"] == pytest.approx(budget.weights, rel=0.005)
+    planned = budget.weights + budget.activations + budget.pool
+    assert abs(torch.cuda.memory_reserved() - others - planned) < 96 * MIB
+    before = num_device_allocations(CUDA)
+    rng = random.Random(0)
+    for count, length in ((1, 30), (8, 900), (32, 60), (3, 9000), (32, 1)):
+        prompts = [tuple(rng.randrange(ready.vocab_size) for _ in range(length)) for _ in range(count)]
+        generate(core, prompts, "other", KINDS)
     assert num_device_allocations(CUDA) == before
     core.close()
 

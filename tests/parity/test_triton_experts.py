@@ -254,6 +254,17 @@ def test_shapes_of_codes(form: str, shape: ExpertCodesShape) -> None:
     assert error(out, expected(back, x, plan, None)) < 2 * tolerance(dtype)
 
 
+@pytest.mark.parametrize(("tokens", "top", "k"), [(11, 1, 160), (20, 1, 96), (9, 2, 256), (70, 1, 160)])
+def test_chosen_shapes(tokens: int, top: int, k: int) -> None:
+    """Blocks that are fuller than there are tokens, columns that fill no chunk, and all others."""
+    dtype = DTYPES[-1]
+    module = quantized("mxfp4", 2, 64, k, dtype, halves=2)
+    x = randn(tokens, k, dtype=dtype, seed=5)
+    plan = fast.plan_experts(choose(tokens, 2, top, skew=3), 2)
+    out = expert_device.product(module, x, plan, "silu")
+    assert error(out, expected(module, x, plan, "silu")) < 2 * tolerance(dtype)
+
+
 def test_halves_within_a_tile() -> None:
     """Gates and ups of 40 rows: an expert ends with a tile, its halves do not."""
     module = quantized("nvfp4", 3, 80, 64, DTYPES[-1])

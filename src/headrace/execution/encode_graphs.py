@@ -80,10 +80,10 @@ class _Graph:
 
 
 def capturable(model: EncodeModel) -> bool:
-    """Whether a pass never asks the device anything, nor depends on the lengths of its sequences."""
+    """Whether a pass does not depend on the lengths of its sequences."""
     backbone = model.backbone
     if isinstance(backbone, EncoderModel):
-        return not backbone.config.expert_layers
+        return True
     assert isinstance(backbone, DecoderModel)
     ropes = (backbone.config.rope, backbone.config.local_rope)
     return not any(rope is not None and rope.length_dependent for rope in ropes)

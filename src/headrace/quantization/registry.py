@@ -80,7 +80,7 @@ def _scaled(weights: str, activations: Activations) -> Quantizer:
     }
 
     def quantize(weight: Tensor, bias: Tensor | None, parts: tuple[int, ...], experts: int) -> nn.Module:
-        pieces = [make[weights](part) for part in weight.split(parts)]  # as if each lay in a file of its own
+        pieces = _pieces(make[weights], weights, weight, parts)
         build: Callable[..., ScaledLinear] = ScaledLinear
         if experts:
             _check_experts(pieces[0], weight, experts)
@@ -90,6 +90,20 @@ def _scaled(weights: str, activations: Activations) -> Quantizer:
         return joined
 
     return quantize
+
+
+def _pieces(
+    make: Callable[[Tensor], QuantizedWeight], form: str, weight: Tensor, parts: tuple[int, ...]
+) -> list[QuantizedWeight]:
+    """Each part rounded as if it lay in a file of its own; those of experts are many, and some go at once."""
+    height = parts[0]
+    count = max(1, _AT_ONCE // (height * weight.shape[1]))
+    if len(parts) <= 2 or len(set(parts)) > 1 or (form == "fp8_block" and height % 128):
+        return [make(part) for part in weight.split(parts)]
+    several = weight.split(height * count)
+    if form == "nvfp4":
+        return [quantize_nvfp4(part, matrices=part.shape[0] // height) for part in several]
+    return [make(part) for part in several]
 
 
 def _check_experts(piece: QuantizedWeight, weight: Tensor, experts: int) -> None:
@@ -143,6 +157,9 @@ def _quantizer(kind: QuantizationType, device: torch.device) -> Quantizer:
     if not rounds:
         return _scaled(kind.weights, Activations())
     return _scaled(kind.weights, Activations("group" if kind.weights == "fp8_block" else "token"))
+
+
+_AT_ONCE = 1 << 23  # numbers that are rounded at once, of several experts
 
 
 def load_time(kind: QuantizationType, device: torch.device) -> Callable[[str, Any], nn.Module]:

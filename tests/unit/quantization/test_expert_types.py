@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.config.quantization import TYPES, quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.engines.build import build
-from headrace.engines.calibration import Calibration
+from headrace.engines.calibration import Calibration, input_statistics
 from headrace.engines.plan import cpu_machine, gpu_machine, plan_for
 from headrace.engines.quantize import quantize_checkpoint
 from headrace.engines.verify import Limits, compare, verify
@@ -55,7 +56,7 @@ def load(folder: Path, scheme: str = "", dtype: torch.dtype = torch.float32) -> 
 
 
 def logits(model: DecoderModel) -> torch.Tensor:
-    return model.logits(model(PackedBatch.for_encoding(TEXTS))).float()
+    return model.logits(model(PackedBatch.for_encoding(TEXTS, causal=True))).float()
 
 
 @pytest.mark.parametrize("scheme", TYPES)
@@ -139,14 +140,46 @@ def test_a_wrong_scale_of_one_expert_is_caught(name: str, folder: Path, tmp_path
 
 @pytest.mark.parametrize("name", ["fp4", "int4"])
 def test_calibration(name: str, folder: Path, tmp_path: Path) -> None:
-    """What an expert meets decides how its matrices are rounded, and the model is nearer to its original for it."""
+    """What an expert meets decides how its matrices are rounded."""
     texts = [[RNG.randrange(300) for _ in range(200)] for _ in range(8)]
     calibration = Calibration(FolderCheckpoint(folder), texts, CPU)
     fitted = quantize_checkpoint(FolderCheckpoint(folder), name, tmp_path / "fitted", calibration=calibration)
     plain = quantize_checkpoint(FolderCheckpoint(folder), name, tmp_path / "plain")
-    wanted = logits(load(folder))
-    errors = [float((logits(load(out)) - wanted).norm()) for out in (fitted, plain)]
-    assert errors[0] < 0.95 * errors[1]
+    source = load_file(folder / "model.safetensors")
+    names = [name for name in source if ".experts." in name]
+    met = calibration(names)
+    lost = []
+    for out in (fitted, plain):
+        checkpoint = open_quantized(FolderCheckpoint(out))
+        errors = [(checkpoint.load(name) - source[name], met[name].gram) for name in names]
+        lost.append(sum(float((error @ gram * error).sum()) for error, gram in errors))
+    assert lost[0] < 0.8 * lost[1]
+
+
+def test_what_each_expert_meets(folder: Path) -> None:
+    model = load(folder)
+    paths = [f"layers.1.mlp.experts.{name}" for name in ("gate_up", "down")]
+    found = input_statistics(model, TEXTS, paths)
+    (shared,) = found[paths[0]]
+    assert shared.rows == sum(map(len, TEXTS))
+    assert sum(inputs.rows for inputs in found[paths[1]]) == 2 * shared.rows  # two experts a token
+    met: list[torch.Tensor] = []
+    mixture = model.layers[1].mlp
+    handle = mixture.register_forward_pre_hook(lambda _, given: met.append(given[0].clone()))
+    for ids in TEXTS:
+        model(PackedBatch.for_encoding([ids], causal=True))
+    handle.remove()
+    x = torch.cat(met)
+    torch.testing.assert_close(shared.gram, x.T @ x / len(x), rtol=1e-4, atol=1e-4)
+    chosen = mixture.router(x).topk(2).indices
+    for expert in range(6):
+        rows = x[(chosen == expert).any(1)]
+        gate, up = (rows @ mixture.experts.gate_up.weight.view(6, 256, 128)[expert].T).chunk(2, 1)
+        inner = F.silu(gate) * up
+        own = found[paths[1]][expert]
+        assert own.rows == len(rows)
+        torch.testing.assert_close(own.gram, inner.T @ inner / max(len(rows), 1), rtol=1e-3, atol=1e-3)
+        assert own.peak == pytest.approx(float(inner.abs().max()) if len(rows) else own.peak, rel=1e-4)
 
 
 def test_one_tensor_for_all_experts_is_not_written(folder: Path, tmp_path: Path) -> None:

@@ -169,7 +169,8 @@ def forward_bytes(shape: ModelShape, tokens: int, dtype_bytes: int, ranks: int =
     queries = shape.heads * shape.head_dim
     attention = shape.attention_width + queries
     if shape.encoder and not shape.gated:
-        return tokens * (3 * shape.hidden + max(attention, shape.intermediate)) * dtype_bytes
+        feed = shape.chosen * (2 * shape.expert_size + shape.hidden) if shape.experts else shape.intermediate
+        return tokens * (3 * shape.hidden + max(attention, feed)) * dtype_bytes
     attention += shape.attention_width - shape.kv_heads * shape.head_dim
     halves = 3 if shape.gated else 2
     feed = halves * shape.intermediate

@@ -94,7 +94,9 @@ def expert_linear(
     k = weight.shape[1]
     n = weight.shape[0] // plan.num_experts // (1 if gate is None else 2)
     out = torch.empty(plan.num_pairs, n, dtype=x.dtype, device=x.device)
-    shape = shape or product_shape(plan.block, gate is not None, 4 if INTERPRETED else weight.itemsize)
+    shape = shape or product_shape(
+        x.device, plan.block, plan.contents.numel(), gate is not None, 4 if INTERPRETED else weight.itemsize
+    )
     tiles = triton.cdiv(n, shape.bn)
     _expert_linear[(tiles * plan.contents.numel(),)](
         x, x.stride(0), weight, x if bias is None else bias, out, plan.pairs, plan.contents, plan.num_pairs,

@@ -140,10 +140,13 @@ def _many_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, group
                 a = decode_integers(
                     w, zero_ptr, tiles2 * groups, k, groups, x.dtype, T, 1, GROUP, ZERO, PLAIN
                 )
-                group = tl.minimum((k * 128 + cols) // GROUP, groups - 1)
+                group = tl.minimum(
+                    (k * 128 + tl.arange(0, 4) * 32) // GROUP, groups - 1
+                )  # of each 32 columns
                 factor = tl.load(
                     w_scale_ptr + (tile_row[:, None] * groups + group[None, :]) * 16 + (tall % 16)[:, None]
                 )
+                factor = tl.broadcast_to(factor[:, :, None], (16 * T, 4, 32)).reshape(16 * T, 128)
                 a = (_natural(a, T, FP4).to(tl.float32) * factor).to(x.dtype)
             acc = tl.dot(a, x, acc, out_dtype=tl.float32, input_precision="ieee")
         first = expert.to(tl.int64) * (2 * N if GATE > 0 else N)
@@ -180,7 +183,9 @@ def expert_codes(
     assert plan.pairs is not None and plan.contents is not None and x.stride(1) == 1 and words.is_contiguous()
     assert each % ROWS == 0 and (gate is None or n % ROWS == 0)
     most = min(plan.block, plan.chosen.shape[0])  # an expert has no more rows than there are tokens
-    shape = shape or codes_shape(most, blocks, gate is not None)
+    shape = shape or codes_shape(
+        x.device, plan.block, most, blocks, gated=gate is not None, itemsize=x.itemsize, even=k == blocks * COLUMNS
+    )  # fmt: skip
     halves = 1 if gate is None else 2
     tiles = triton.cdiv(n, shape.tiles * ROWS // halves)
     out = torch.empty(plan.num_pairs, n, dtype=x.dtype, device=x.device)

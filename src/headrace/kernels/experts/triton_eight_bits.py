@@ -134,7 +134,9 @@ def expert_eight_bits(
     k = weight.shape[1]
     n = weight.shape[0] // plan.num_experts // (1 if gate is None else 2)
     out = torch.empty(plan.num_pairs, n, dtype=out_dtype, device=x.device)
-    shape = shape or eight_bit_shape(plan.block, gate is not None, form == FP8)
+    shape = shape or eight_bit_shape(
+        x.device, plan.block, plan.contents.numel(), gate is not None, form == FP8
+    )
     bk = min(shape.bk, x_group or shape.bk, group or shape.bk)
     if form == INT8:  # a step has whole groups, or lies in one
         bk = shape.bk if group % shape.bk == 0 or shape.bk % group == 0 or group >= k else group

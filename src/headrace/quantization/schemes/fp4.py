@@ -103,7 +103,7 @@ class Fp4Weight:
         )
 
 
-def quantize_nvfp4(weight: Tensor, importance: Tensor | None = None) -> Fp4Weight:
+def quantize_nvfp4(weight: Tensor, importance: Tensor | None = None, *, matrices: int = 1) -> Fp4Weight:
     """Round 16- or 32-bit weights [rows, columns] to nearest, losing precision.
 
     The largest scale is E4M3's largest number. Each group takes the better, in squared error, of two scales: its
@@ -112,13 +112,15 @@ def quantize_nvfp4(weight: Tensor, importance: Tensor | None = None) -> Fp4Weigh
     Args:
         importance: float32 [columns], weight of each column's squared error (the mean square of what it meets in
             calibration); more scales are then tried.
+        matrices: how many of equal height lie one after another, each with a scale of its own for all of it.
 
     Raises UnsupportedCheckpoint when the columns are no multiple of 16.
     """
     grouped = _grouped(weight, NVFP4_GROUP, "nvfp4")
     peak = grouped.abs().amax(-1)
-    top = peak.max()
-    whole = torch.where(top > 0, top / (FP4_MAX * FP8_MAX), torch.ones_like(top))
+    height = weight.shape[0] // matrices
+    top = peak.view(matrices, -1).amax(1).repeat_interleave(height)[:, None]
+    whole = torch.where(top > 0, top / (FP4_MAX * FP8_MAX), torch.ones_like(top))  # of each row
     best_error = torch.full_like(peak, torch.inf)
     packed = torch.zeros(*grouped.shape[:2], NVFP4_GROUP // 2, dtype=torch.uint8, device=weight.device)
     codes = torch.zeros(peak.shape, dtype=torch.uint8, device=weight.device)
@@ -132,8 +134,7 @@ def quantize_nvfp4(weight: Tensor, importance: Tensor | None = None) -> Fp4Weigh
         best_error = torch.where(better, error, best_error)
         packed = torch.where(better[..., None], trial, packed)
         codes = torch.where(better, scale.view(torch.uint8), codes)
-    rows = torch.full((weight.shape[0],), float(whole), device=weight.device)
-    return Fp4Weight(packed.flatten(1), codes.view(torch.float8_e4m3fn), rows)
+    return Fp4Weight(packed.flatten(1), codes.view(torch.float8_e4m3fn), whole[:, 0].contiguous())
 
 
 def quantize_mxfp4(weight: Tensor, importance: Tensor | None = None) -> Fp4Weight:
