@@ -16,7 +16,7 @@ class DecodeShape(NamedTuple):
 
     Attributes:
         tile: keys of one load.
-        min_split: keys of the smallest piece.
+        min_split: keys of a piece at most, where that makes no more than MAX_SPLITS pieces.
         programs: on each multiprocessor.
         registers: of a thread at most; None: the compiler decides.
         early: programs may start while the kernel before still runs.

@@ -108,7 +108,7 @@ def _decode(
     num_heads = num_kv_heads * G
     s_all = tl.arange(0, SEQS)
     len_all = tl.load(lens_ptr + s_all, mask=s_all < num_seqs, other=0)
-    _, count_all, _ = pieces(len_all, WINDOW, MAX_SPLITS, MIN_SPLIT)
+    _, count_all, _ = pieces(len_all, WINDOW, MAX_SPLITS, MIN_SPLIT, TILE)
     if STARTS:
         start_all = tl.load(starts_ptr + s_all, mask=s_all < num_seqs, other=0)
         end_all = tl.load(starts_ptr + s_all + 1, mask=s_all < num_seqs, other=0)
@@ -133,7 +133,7 @@ def _decode(
         if ROWS:
             table = tl.load(rows_ptr + seq)
         table_ptr = tables_ptr + table.to(tl.int64) * table_row
-        first, count, size = pieces(length, WINDOW, MAX_SPLITS, MIN_SPLIT)
+        first, count, size = pieces(length, WINDOW, MAX_SPLITS, MIN_SPLIT, TILE)
         base = tl.sum(tl.where(s_all < seq, count_all, 0), 0)
         split = first + piece - base
         lo = split * size

@@ -97,20 +97,20 @@ def add_sink(norm, peak, sinks_ptr, heads, ok):
 
 
 @triton.jit
-def pieces(length, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
+def pieces(length, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr):
     """(first piece, number of pieces, keys a piece) of sequences of ``length`` keys.
 
-    A piece has MIN_SPLIT keys, doubled until MAX_SPLITS of them suffice; those before the window are left out.
+    As few equal pieces as have MIN_SPLIT keys or fewer, or else MAX_SPLITS; of whole tiles, so that one tile at most is
+    not full. Those before the window are left out.
     """
-    size = length * 0 + MIN_SPLIT
-    span = length
     MOST: tl.constexpr = (
         MAX_SPLITS if WINDOW == 0 else MAX_SPLITS - 2
     )  # a window may begin and end inside a piece
+    span = length
     if WINDOW > 0:
         span = tl.minimum(length, WINDOW)
-    for _ in tl.static_range(14):
-        size = tl.where(span > size * MOST, size * 2, size)
+    count = tl.minimum(tl.maximum((span + MIN_SPLIT - 1) // MIN_SPLIT, 1), MOST)
+    size = tl.maximum((span + count * TILE - 1) // (count * TILE), 1) * TILE
     first = length * 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0) // size
