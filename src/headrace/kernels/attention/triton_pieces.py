@@ -97,7 +97,9 @@ def add_sink(norm, peak, sinks_ptr, heads, ok):
 
 
 @triton.jit
-def pieces(length, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr):
+def pieces(
+    length, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr
+):
     """(first piece, number of pieces, keys a piece) of sequences of ``length`` keys.
 
     As few equal pieces as have MIN_SPLIT keys or fewer, or else MAX_SPLITS; of whole tiles, so that one tile at most is
