@@ -7,10 +7,12 @@ import torch
 
 from headrace.kernels.activation import reference as gate_reference
 from headrace.kernels.activation import triton as gates
+from headrace.kernels.attention.triton import write_cache
 from headrace.kernels.norm import reference as norm_reference
 from headrace.kernels.norm import triton as norms
 from headrace.kernels.rotary import reference as rotary_reference
 from headrace.kernels.rotary import triton as rotary
+from headrace.layers.packed import LayerCache
 from triton_device import DEVICE, DTYPES, error, randn, tolerance
 
 
@@ -65,3 +67,32 @@ def test_qk_norm_rope(heads: int, dim: int, width: int, dtype: torch.dtype) -> N
 def test_gates(name: str, dtype: torch.dtype) -> None:
     x = randn(3, 2 * 1100, dtype=dtype, seed=0).to(DEVICE)
     assert error(getattr(gates, name)(x), getattr(gate_reference, name)(x)) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "norm"), [(4, 2, 64, True), (7, 1, 16, False), (16, 8, 128, True)]
+)
+def test_norm_rope_store(heads: int, kv_heads: int, dim: int, norm: bool, dtype: torch.dtype) -> None:
+    """Equal to norm, rotation and cache write one after another; nothing else is written."""
+    tokens, block, every = 5, 4, heads + 2 * kv_heads
+    qkv = randn(tokens, every, dim, dtype=dtype, seed=0)
+    weight = randn(heads + kv_heads, dim, dtype=dtype, seed=1) if norm else None
+    angle = randn(tokens, 1, dim // 2, dtype=torch.float32, seed=2)
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
+    slots = torch.tensor([5, -1, 0, 11, 6], device=qkv.device)
+    cache = LayerCache(
+        *torch.full((2, 3, block, kv_heads, dim), 7.0, dtype=dtype, device=qkv.device).unbind()
+    )
+    wanted = LayerCache(cache.k.clone(), cache.v.clone())
+    expected = qkv.clone()
+    qk = expected[:, : heads + kv_heads]
+    qk = rotary.rope(qk, cos, sin) if weight is None else rotary.qk_norm_rope(qk, weight, 1e-6, cos, sin)
+    write_cache(qk[:, heads:], expected[:, heads + kv_heads :], wanted.k, wanted.v, slots)
+    assert rotary.norm_rope_store(qkv, kv_heads, weight, 1e-6, cos, sin, cache, slots)
+    assert torch.equal(qkv, expected)
+    assert torch.equal(cache.k, wanted.k) and torch.equal(cache.v, wanted.v)
+    assert (cache.k[0, 1] == 7).all() and (cache.k[2, 3] != 7).any()
+    narrow = LayerCache(cache.k.to(torch.float8_e4m3fn), cache.v.to(torch.float8_e4m3fn))
+    assert not rotary.norm_rope_store(qkv, kv_heads, weight, 1e-6, cos, sin, narrow, slots)
+    assert torch.equal(qkv, expected)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from headrace.kernels.attention import attention
 from headrace.kernels.norm import rms_norm
-from headrace.kernels.rotary import qk_norm_rope, rope
+from headrace.kernels.rotary import norm_rope_store, qk_norm_rope, rope
 from headrace.layers.norm import RMSNorm
 from headrace.layers.packed import AttentionBatch
 
@@ -88,7 +88,10 @@ class Attention(nn.Module):
         hq, hkv = self.num_heads, self.num_kv_heads
         heads = self.qkv(x).view(x.shape[0], hq + 2 * hkv, self.head_dim)
         qk, v = heads[:, : hq + hkv], heads[:, hq + hkv :]
-        if self.qk_norm is not None:
+        stored = self._store(heads, cos_sin, batch)
+        if stored:
+            pass
+        elif self.qk_norm is not None:
             qk = self.qk_norm(qk, cos_sin)
         elif cos_sin is not None:
             qk = rope(qk, *cos_sin)
@@ -102,5 +105,16 @@ class Attention(nn.Module):
             window=self.window,
             soft_cap=self.soft_cap,
             sinks=self.sinks,
+            stored=stored,
         )
         return self.o(out.flatten(1))  # type: ignore[no-any-return]
+
+    def _store(self, heads: Tensor, cos_sin: CosSin | None, batch: AttentionBatch) -> bool:
+        """Norm, rotation and cache write of [T, Hq + 2 Hkv, D] in one pass, if there is one for them."""
+        norm = self.qk_norm
+        if cos_sin is None or not batch.caches or isinstance(norm, FullNorm):
+            return False
+        assert batch.slots is not None
+        weight, eps = (None, 0.0) if norm is None else (norm.stacked, norm.q.eps)
+        cache = batch.caches[self.layer]
+        return norm_rope_store(heads, self.num_kv_heads, weight, eps, *cos_sin, cache, batch.slots)

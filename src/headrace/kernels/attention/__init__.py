@@ -25,6 +25,7 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    stored: bool = False,
 ) -> Tensor:
     """Write k and v to the layer's cache slots, then attend every query to its sequence's keys.
 
@@ -39,9 +40,11 @@ def attention(
         soft_cap: scores become ``cap * tanh(score / cap)`` before the mask (Gemma 2).
         sinks: float32 [Hq], a score for each head that joins the softmax and has no value (gpt-oss); it is neither
             scaled nor capped.
+        stored: k and v are in the cache already (norm_rope_store).
 
     Returns:
         [T, Hq, D], contiguous.
     """
     run = kernel("attention", "attention", q.device.type)
-    return run(q, k, v, batch, layer, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)  # type: ignore[no-any-return]
+    more = {"stored": True} if stored else {}  # on GPUs only
+    return run(q, k, v, batch, layer, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, **more)  # type: ignore[no-any-return]

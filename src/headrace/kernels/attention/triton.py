@@ -79,12 +79,14 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    stored: bool = False,
 ) -> Tensor:
     if not batch.caches:
         return packed_attention(q, k, v, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
     cache = batch.caches[layer]
     assert batch.slots is not None and batch.block_tables is not None
-    write_cache(k, v, cache.k, cache.v, batch.slots)
+    if not stored:
+        write_cache(k, v, cache.k, cache.v, batch.slots)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch.max_query_len > 1 or batch.fixed:
         # Keys that lie in this batch are read there: the same numbers without the way through the table.

@@ -7,11 +7,16 @@ hold the same angles, and ``sin`` is negated in its first half, so that the rota
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from headrace.kernels.dispatch import kernel
 
-__all__ = ["qk_norm_rope", "rope"]
+if TYPE_CHECKING:
+    from headrace.layers.packed import LayerCache
+
+__all__ = ["norm_rope_store", "qk_norm_rope", "rope"]
 
 
 def rope(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -29,3 +34,27 @@ def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin
     ``qk`` may be overwritten. Without cos and sin nothing is rotated.
     """
     return kernel("rotary", "qk_norm_rope", qk.device.type)(qk, weight, eps, cos, sin)  # type: ignore[no-any-return]
+
+
+def norm_rope_store(
+    qkv: Tensor,
+    num_kv_heads: int,
+    weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    cache: LayerCache,
+    slots: Tensor,
+) -> bool:
+    """``qk_norm_rope`` (without weight ``rope``) in place, and keys and values to the cache, all in one pass.
+
+    Args:
+        qkv: [T, Hq + 2 Hkv, D], query, key and value heads side by side.
+        weight: [Hq + Hkv, D].
+        slots: int64 [T], block * block_size + offset in the cache; -1: nowhere.
+
+    Returns:
+        False where there is no kernel for this: then nothing was done.
+    """
+    run = kernel("rotary", "norm_rope_store", qkv.device.type)
+    return run(qkv, num_kv_heads, weight, eps, cos, sin, cache, slots)  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["qk_norm_rope", "rope"]
+__all__ = ["norm_rope_store", "qk_norm_rope", "rope"]
 
 
 def rope(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -22,3 +22,7 @@ def qk_norm_rope(qk: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
     normed = normed.to(qk.dtype)
     return normed if cos is None or sin is None else rope(normed, cos, sin)
+
+
+def norm_rope_store(*_: object) -> bool:
+    return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,7 +11,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.launch import launch_options
 
-__all__ = ["qk_norm_rope", "rope"]
+if TYPE_CHECKING:
+    from headrace.layers.packed import LayerCache
+
+__all__ = ["norm_rope_store", "qk_norm_rope", "rope"]
 
 
 @triton.jit
@@ -72,6 +77,72 @@ def _norm_rope_whole(x_ptr, x_row, x_head, gain_ptr, cos_ptr, sin_ptr, H, eps, H
         b = (b * rs * tl.load(gains + HALF, mask=ok, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
     tl.store(at, (a * cos_a + b * sin_a).to(dtype), mask=ok)
     tl.store(at + HALF, (b * cos_b + a * sin_b).to(dtype), mask=ok)
+
+
+@triton.jit
+def _norm_rope_store(
+    x_ptr, x_row, x_head, gain_ptr, cos_ptr, sin_ptr, HQ, HKV, eps, k_cache, v_cache, cache_block, cache_token,
+    cache_head, slots_ptr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """As _norm_rope_whole for query and key heads; keys go to the cache too, and so do the value heads behind them."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + token)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    d = tl.arange(0, HALF)[None, :]
+    turns = h < HQ + HKV
+    ok = h < HQ + 2 * HKV
+    at = x_ptr + token * x_row + h * x_head + d
+    a = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    b = tl.load(at + HALF, mask=ok, other=0.0).to(tl.float32)
+    angle = token * (2 * HALF) + d
+    cos_a, cos_b = tl.load(cos_ptr + angle), tl.load(cos_ptr + angle + HALF)
+    sin_a, sin_b = tl.load(sin_ptr + angle), tl.load(sin_ptr + angle + HALF)
+    dtype = x_ptr.dtype.element_ty
+    left, right = a, b
+    if NORM:
+        rs = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+        gains = gain_ptr + h * (2 * HALF) + d
+        left = a * rs * tl.load(gains, mask=turns, other=0.0).to(tl.float32)
+        right = b * rs * tl.load(gains + HALF, mask=turns, other=0.0).to(tl.float32)
+        left, right = left.to(dtype).to(tl.float32), right.to(dtype).to(tl.float32)
+    new_a = tl.where(turns, left * cos_a + right * sin_a, a).to(dtype)
+    new_b = tl.where(turns, right * cos_b + left * sin_b, b).to(dtype)
+    tl.store(at, new_a, mask=turns)
+    tl.store(at + HALF, new_b, mask=turns)
+    to = (slot // BLOCK) * cache_block + (slot % BLOCK) * cache_token + d
+    keep = (h >= HQ) & ok & (slot >= 0)
+    # One of the two caches for each head.
+    place = tl.where(turns, k_cache + to + (h - HQ) * cache_head, v_cache + to + (h - HQ - HKV) * cache_head)
+    tl.store(place, new_a, mask=keep)
+    tl.store(place + HALF, new_b, mask=keep)
+
+
+def norm_rope_store(
+    qkv: Tensor, num_kv_heads: int, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, cache: LayerCache,
+    slots: Tensor,
+) -> bool:  # fmt: skip
+    tokens, heads, dim = qkv.shape
+    k, v = cache.k, cache.v
+    whole = cos.shape[-1] == dim == triton.next_power_of_2(dim)
+    if (
+        not whole
+        or k.dtype != qkv.dtype
+        or qkv.stride(2) != 1
+        or k.stride() != v.stride()
+        or k.stride(3) != 1
+    ):
+        return False
+    block = max(1, min(triton.next_power_of_2(heads), 2048 // dim))
+    _norm_rope_store[(tokens, triton.cdiv(heads, block))](
+        qkv, qkv.stride(0), qkv.stride(1), qkv if weight is None else weight, cos.contiguous(), sin.contiguous(),
+        heads - 2 * num_kv_heads, num_kv_heads, eps, k, v, *k.stride()[:3], slots, BLOCK=k.shape[1], HEADS=block,
+        HALF=dim // 2, NORM=weight is not None, **launch_options(qkv.device, 4, 1),
+    )  # fmt: skip
+    return True
 
 
 def _launch(qk: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
