@@ -20,6 +20,7 @@ class DecodeShape(NamedTuple):
         programs: on each multiprocessor.
         registers: of a thread at most; None: the compiler decides.
         early: programs may start while the kernel before still runs.
+        ahead: keys of a piece that are asked for from L2 before the wait for the kernel before.
     """
 
     tile: int
@@ -29,6 +30,7 @@ class DecodeShape(NamedTuple):
     stages: int
     registers: int | None = None
     early: bool = True
+    ahead: int = 0
 
 
 def is_long(num_heads: int, head_dim: int, longest: int) -> bool:
@@ -60,7 +62,7 @@ def decode_shape(num_heads: int, padded: int, long: bool) -> DecodeShape:
     if padded > 128:
         return DecodeShape(32, 128, 1, 4, 3)
     if num_heads > LONG_GRAPH_HEADS:
-        return DecodeShape(16, 1024, 8, 1, 4)
+        return DecodeShape(16, 2048 if num_heads >= 1024 else 1024, 8, 1, 4)
     if long:
         return DecodeShape(16, 64 if num_heads <= 32 else 512, 8, 1, 4, early=False)
     return _short(num_heads)

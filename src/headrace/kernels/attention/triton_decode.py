@@ -22,6 +22,7 @@ from headrace.kernels.attention.triton_fp4 import round_fp4, store_fp4
 from headrace.kernels.attention.triton_pieces import (
     add_sink,
     add_tile,
+    ask_tile,
     load_blocks,
     load_tile,
     merge,
@@ -95,7 +96,7 @@ def _decode(
     G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, WIDE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, SINKS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, SINKS: tl.constexpr, AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     # Lengths, tables and older keys are written by no kernel that may still run (kernels/step), so a fused step
@@ -152,6 +153,11 @@ def _decode(
         # Blocks are always read one tile ahead: were they read with their keys, the software pipeline would have
         # to empty itself for each tile.
         blocks = load_blocks(table_ptr, lo, tail, BLOCK, TILE)
+        if PDL and AHEAD > 0:
+            soon = load_blocks(table_ptr, lo, tail, BLOCK, AHEAD)
+            ask_tile(
+                k_cache, v_cache, soon, lo, cache_block, cache_token, head * cache_head, BLOCK, AHEAD, D, WIDE
+            )
         q_heads = tl.minimum(head * G + g, num_heads - 1)[:, None]
         q_at = q_ptr + token * q_row + q_heads * q_head
         q_ok = (g[:, None] < G) & (d[None, :] < D)
@@ -268,6 +274,7 @@ def decode_attention(
     new_v: Tensor | None = None,
     fused: QKNormRope | None = None,
     long: bool = False,
+    beside: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend the one new token of each sequence to its cached keys.
@@ -283,6 +290,7 @@ def decode_attention(
         new_k, new_v: [T, Hkv, D], raw; with ``fused``: norm and rotation are applied to q and new_k, and new_k
             and new_v are written to the cache, here.
         long: cut for long sequences (see is_long).
+        beside: another kernel runs at the same time, and needs room.
         out: [T, Hq, D] contiguous.
 
     Returns:
@@ -305,6 +313,8 @@ def decode_attention(
         gains, cos, sin, eps = fused.weight, fused.cos, fused.sin, fused.eps
         assert new_k is not None and new_v is not None and new_k.stride() == new_v.stride()
     shape = _shape(num_seqs * num_kv_heads, padded, long, k_cache.dtype)
+    if beside:
+        shape = shape._replace(programs=max(1, shape.programs // 2), early=False)
     most = num_seqs * num_kv_heads * MAX_SPLITS
     programs = min(most, num_multiprocessors(q.device) * shape.programs)
     options = launch_options(q.device, shape.warps, shape.stages)
@@ -327,7 +337,8 @@ def decode_attention(
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
         STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
         MIN_SPLIT=shape.min_split,
-        CHUNK=max(1, min(MAX_SPLITS, 2048 // (merged * padded))), SINKS=sinks is not None, **options,
+        CHUNK=max(1, min(MAX_SPLITS, 2048 // (merged * padded))), SINKS=sinks is not None,
+        AHEAD=shape.ahead if fused is not None and k_cache.itemsize == 2 else 0, **options,
     )  # fmt: skip
     return out
 

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.attention.triton_fp4 import load_fp4
+from headrace.kernels.launch import prefetch_l2
 
-__all__ = ["add_sink", "add_tile", "load_blocks", "load_tile", "merge", "norm_rope", "pieces"]
+__all__ = ["add_sink", "add_tile", "ask_tile", "load_blocks", "load_tile", "merge", "norm_rope", "pieces"]
 
 
 @triton.jit
@@ -61,6 +62,20 @@ def load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head_
         k = tl.load(at_k, mask=d < D, other=0.0)
         v = tl.load(at_v, mask=d < D, other=0.0)
     return k, v
+
+
+@triton.jit
+def ask_tile(k_cache, v_cache, blocks, key, cache_block, cache_token, head_offset, BLOCK: tl.constexpr,
+             TILE: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Ask for the lines of 128 bytes of 16-bit keys and values [TILE, D] from ``key`` on to come to L2."""
+    LINES: tl.constexpr = 1 if D <= 64 else 2 if D <= 192 else 4
+    at = key + tl.arange(0, TILE)
+    if WIDE:
+        blocks = blocks.to(tl.int64)
+    slot = blocks * cache_block + (at.to(tl.uint32) % BLOCK).to(tl.int32) * cache_token + head_offset
+    line = tl.arange(0, LINES)[None, :] * 64
+    prefetch_l2(k_cache + slot[:, None] + line)
+    prefetch_l2(v_cache + slot[:, None] + line)
 
 
 @triton.jit
