@@ -68,6 +68,8 @@ def test_busy_share_is_the_devices_time_over_that_of_its_steps() -> None:
     assert found.busy(prefill=True) == 0.5
     assert found.busy(prefill=False) == pytest.approx(0.85)
     assert found.as_dict()["device_busy"] == {"prefill": 0.5, "decode": 0.85}
+    found.fill = 0.125  # the device had the first step before it was waited for
+    assert found.busy(prefill=True) == 0.4 and found.busy(prefill=False) == pytest.approx(0.85)
     found.steps = steps[3:]
     assert found.busy(prefill=True) is None and found.busy(prefill=False) is None
 

@@ -69,6 +69,7 @@ class Measurement:
         first: seconds to each request's first token.
         gaps: seconds between tokens of one request.
         steps: in order, without the time to fill the overlapped loop.
+        fill: seconds until the overlapped loop waited for its first step.
         host: milliseconds a step by part of the loop, all parts but ``wait`` computed by the host.
     """
 
@@ -78,6 +79,7 @@ class Measurement:
     gaps: list[float]
     steps: list[StepTime]
     host: dict[str, float] = field(default_factory=dict)
+    fill: float = 0.0
 
     @property
     def output_tokens_s(self) -> float:
@@ -97,6 +99,8 @@ class Measurement:
         """
         steps = [step for step in self.steps if step.prefill == prefill and step.device is not None]
         wall = sum(step.seconds for step in steps)
+        if steps and steps[0] is self.steps[0]:
+            wall += self.fill
         return sum(step.device or 0.0 for step in steps) / wall if wall else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -244,6 +248,7 @@ def measure(
         gaps=[later - earlier for at in seen.values() for earlier, later in itertools.pairwise(at)],
         steps=_step_times(times, clock, core.overlap),
         host=clock.parts(seconds, max(1, len(times))),
+        fill=times[0] if core.overlap and times else 0.0,
     )  # fmt: skip
 
 
