@@ -172,7 +172,7 @@ def record(
         value=found.seconds if single else found.output_tokens_s,
         floor=None if least is None else least if single else tokens / least,
         first_token_s=round(min(found.first), 4), steps=len(found.steps), decode_step_ms=facts["decode_step_ms"],
-        prefill_s=facts["prefill_seconds"], host_ms=facts["host_ms"], **about,
+        prefill_s=facts["prefill_seconds"], device_busy=facts["device_busy"], host_ms=facts["host_ms"], **about,
     )  # fmt: skip
 
 

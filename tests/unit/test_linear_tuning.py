@@ -111,3 +111,26 @@ def test_rule_of_streams(n: int, k: int, gated: bool) -> None:
 def shared_bytes(shape: SkinnyShape | StreamShape, gated: bool) -> int:
     """Pipeline buffers in 16 bits a number."""
     return 2 * shape.stages * shape.bk * (shape.bn * (2 if gated else 1) + shape.bm)
+
+
+@pytest.mark.parametrize("fold", [1, 2, 4, 8])
+def test_rings_take_no_width_whose_folded_rows_are_not_whole_16_bytes(fold: int) -> None:
+    """The copy engine's strides: anything else goes to the Triton kernel."""
+    gluon_ring = pytest.importorskip("headrace.kernels.linear.gluon_ring")
+    shape = RingShape(16, 64 // fold, 64, fold, 1, 2)
+    for k in range(8, 1024, 8):
+        weight = torch.empty(64, k, dtype=torch.bfloat16, device="meta")
+        x = torch.empty(5, k, dtype=torch.bfloat16, device="meta")
+        assert gluon_ring.covers(x, weight, shape) == (k // fold * 2 % 16 == 0 and k % fold == 0)
+        ruled = ring_rule(16, 64, k, False)
+        assert gluon_ring.covers(x, weight, ruled)
+
+
+def test_odd_widths_never_reach_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the table says: 328 columns folded four times are rows of 164 bytes."""
+    triton_stream = pytest.importorskip("headrace.kernels.linear.triton_stream")
+    monkeypatch.setattr(triton_stream, "supports_gluon", lambda device: True)
+    monkeypatch.setattr(triton_stream, "ring_shape", lambda *_: RingShape(16, 16, 64, 4, 1, 2))
+    for k, kind in ((328, StreamShape), (352, RingShape)):
+        x, weight = torch.empty(5, k, device="meta"), torch.empty(136, k, device="meta")
+        assert type(triton_stream._shape(x, weight, False)) is kind

@@ -115,7 +115,7 @@ def _show(bench: Bench, results: list[Result]) -> None:
         console.width = 120
     console.print(bench.title, markup=False, soft_wrap=True)
     table = Table(
-        "case", "output tok/s", "of floor", "first token ms", "between tokens ms", "decode step ms", "host ms",
+        "case", "output tok/s", "of floor", "first token ms", "between tokens ms", "decode step ms", "busy", "host ms",
         box=None, header_style="bold", padding=(0, 2),
     )  # fmt: skip
     for result in results:
@@ -127,10 +127,13 @@ def _show(bench: Bench, results: list[Result]) -> None:
             _pair(found["first_token_ms"]),
             _pair(found["between_tokens_ms"]),
             f"{found['decode_step_ms']:.2f}" if found["decode_step_ms"] else "-",
+            f"{found['device_busy']['decode']:.1%}" if found["device_busy"]["decode"] else "-",
             f"{found['host_ms']['total']:.2f}",
         )
     console.print(table)
-    console.print("  pairs are the median and the 99th percentile")
+    console.print(
+        "  pairs are the median and the 99th percentile; busy: the device, in steps that only decode"
+    )
     for result in results:
         if result.page:
             console.print(f"\n{result.page}", markup=False, soft_wrap=True)

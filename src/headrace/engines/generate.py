@@ -246,7 +246,7 @@ class GenerateCore:
             return [Output(s.id, finish_reason=FinishReason.ERROR, error=message) for s in failed]
         if plan.repeats == 1:  # else nobody in it has a grammar
             self.constraints.advance(plan, result.tokens)
-        if result.device_ms is not None:
+        if result.device_ms is not None and plan.num_tokens == len(plan.chunks):
             self._pace[len(plan.chunks)] = result.device_ms / plan.repeats
         return result
 

@@ -275,7 +275,7 @@ class GraphRunner(Runner):
             self._device_tables[rows, : blocks.shape[1]] = blocks
         graph = self._graph(step.key)
         assert step.input is not None
-        if self.device.type == "cuda" and step.key.kind != "mixed":
+        if self.device.type == "cuda":
             step.begun = torch.cuda.Event(enable_timing=True)
             step.begun.record()
         graph.input.copy_(step.input, non_blocking=True)

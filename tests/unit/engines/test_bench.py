@@ -11,7 +11,7 @@ import torch
 from headrace.cli.main import main
 from headrace.config.shapes import SHAPES
 from headrace.engines.bench import profile
-from headrace.engines.bench.cases import Case, measure, parse_case
+from headrace.engines.bench.cases import Case, Measurement, StepTime, measure, parse_case
 from headrace.engines.bench.cores import build_core, random_model, read_shape
 from headrace.engines.bench.floors import Work
 from headrace.engines.bench.profile import Kernel, Window, WindowProfiler, kind_of
@@ -52,8 +52,26 @@ def test_every_step_is_timed_and_split_into_parts(model: DecoderModel) -> None:
     assert host["wait"] >= 0 and host.pop("total") == pytest.approx(sum(host.values()) - host["wait"])
     assert "schedule" not in vars(core.scheduler)  # the clocks are gone
     facts = found.as_dict()
+    assert facts["device_busy"] == {"prefill": None, "decode": None}  # a CPU has no clock of its own
     assert facts["case"] == "3x20/6" and facts["prefill_steps"] == 2
     json.dumps(facts)
+
+
+def test_busy_share_is_the_devices_time_over_that_of_its_steps() -> None:
+    steps = [
+        StepTime(0.5, 64, 2, True, 1, 0.25),
+        StepTime(0.004, 2, 2, False, 4, 0.003),
+        StepTime(0.006, 2, 2, False, 1, 0.0055),
+        StepTime(9.0, 2, 2, False),  # not measured
+    ]
+    found = Measurement(Case(2, 32, 8), 10.0, [0.5], [0.1], steps)
+    assert found.busy(prefill=True) == 0.5
+    assert found.busy(prefill=False) == pytest.approx(0.85)
+    assert found.as_dict()["device_busy"] == {"prefill": 0.5, "decode": 0.85}
+    found.fill = 0.125  # the device had the first step before it was waited for
+    assert found.busy(prefill=True) == 0.4 and found.busy(prefill=False) == pytest.approx(0.85)
+    found.steps = steps[3:]
+    assert found.busy(prefill=True) is None and found.busy(prefill=False) is None
 
 
 def test_windows_hold_prefill_and_full_decode_steps(model: DecoderModel, tmp_path: Path) -> None:

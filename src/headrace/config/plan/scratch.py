@@ -279,7 +279,7 @@ def _tables(shape: ModelShape, load: Load) -> int:
 def _partial_sums(shape: ModelShape, load: Load) -> int:
     """Of decode attention: float32, with a maximum and a denominator each."""
     padded = max(16, 1 << (shape.head_dim - 1).bit_length())
-    return load.rows * DECODE_SPLITS * (shape.heads // load.ranks) * (padded + 2) * 4
+    return load.rows * DECODE_SPLITS * (shape.heads // load.ranks) * (padded + 4) * 4
 
 
 def _encode(shape: ModelShape, load: Load) -> Scratch:

@@ -47,13 +47,17 @@ def parse_case(text: str) -> Case:
 
 
 class StepTime(NamedTuple):
-    """One step: wall seconds, tokens computed, sequences in it, whether it held parts of prompts, how often it ran."""
+    """One step: wall seconds, tokens computed, sequences in it, whether it held parts of prompts, how often it ran.
+
+    ``device``: seconds that the device had it, by its own clock; None where that is not measured.
+    """
 
     seconds: float
     tokens: int
     sequences: int
     prefill: bool
     repeats: int = 1
+    device: float | None = None
 
 
 @dataclass(slots=True)
@@ -65,6 +69,7 @@ class Measurement:
         first: seconds to each request's first token.
         gaps: seconds between tokens of one request.
         steps: in order, without the time to fill the overlapped loop.
+        fill: seconds until the overlapped loop waited for its first step.
         host: milliseconds a step by part of the loop, all parts but ``wait`` computed by the host.
     """
 
@@ -74,6 +79,7 @@ class Measurement:
     gaps: list[float]
     steps: list[StepTime]
     host: dict[str, float] = field(default_factory=dict)
+    fill: float = 0.0
 
     @property
     def output_tokens_s(self) -> float:
@@ -86,10 +92,22 @@ class Measurement:
         ]
         return statistics.median(times) * 1e3 if times else None
 
+    def busy(self, *, prefill: bool) -> float | None:
+        """Share of the wall time of steps with or without prompts in which the device had a step, if it was measured.
+
+        Between the steps it waits for the host; what lies between a step's kernels counts as busy.
+        """
+        steps = [step for step in self.steps if step.prefill == prefill and step.device is not None]
+        wall = sum(step.seconds for step in steps)
+        if steps and steps[0] is self.steps[0]:
+            wall += self.fill
+        return sum(step.device or 0.0 for step in steps) / wall if wall else None
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: seconds, milliseconds where the name says so, and tokens a second."""
         prefill = [s for s in self.steps if s.prefill]
         decode = self.decode_ms()
+        busy = {"prefill": self.busy(prefill=True), "decode": self.busy(prefill=False)}
         return {
             "case": str(self.case),
             "seconds": round(self.seconds, 4),
@@ -103,6 +121,7 @@ class Measurement:
             "prefill_steps": len(prefill),
             "prefill_seconds": round(sum(s.seconds for s in prefill), 4),
             "decode_step_ms": None if decode is None else round(decode, 3),
+            "device_busy": {k: None if share is None else round(share, 4) for k, share in busy.items()},
             "host_ms": {name: round(value, 4) for name, value in self.host.items()},
         }
 
@@ -136,6 +155,7 @@ class _Clock:
     def __init__(self, core: GenerateCore) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.plans: list[StepPlan | None] = []
+        self.device: list[float | None] = []  # seconds of each step that was waited for
         self._undo: list[tuple[object, str]] = []
         runner = core.runner
         for name, owner, method in (
@@ -157,6 +177,9 @@ class _Clock:
             self.seconds[name] += time.perf_counter() - began
             if name == "schedule":
                 self.plans.append(result)
+            if name == "wait":
+                found = getattr(result, "device_ms", None)
+                self.device.append(None if found is None else found / 1e3)
             return result
 
         setattr(owner, method, timed)
@@ -223,16 +246,24 @@ def measure(
         case, seconds,
         first=[at[0] - began for at in seen.values()],
         gaps=[later - earlier for at in seen.values() for earlier, later in itertools.pairwise(at)],
-        steps=_step_times(times, clock.plans, core.overlap),
+        steps=_step_times(times, clock, core.overlap),
         host=clock.parts(seconds, max(1, len(times))),
+        fill=times[0] if core.overlap and times else 0.0,
     )  # fmt: skip
 
 
-def _step_times(times: list[float], plans: list[StepPlan | None], overlap: bool) -> list[StepTime]:
+def _step_times(times: list[float], clock: _Clock, overlap: bool) -> list[StepTime]:
     """The overlapped loop waits for the plan before the one that it launches."""
     waited = times[1:] if overlap else times
+    planned = [(seconds, plan) for seconds, plan in zip(waited, clock.plans) if plan is not None]
     return [
-        StepTime(seconds, plan.num_tokens, len(plan.chunks), plan.num_tokens > len(plan.chunks), plan.repeats)
-        for seconds, plan in zip(waited, plans)
-        if plan is not None
+        StepTime(
+            seconds,
+            plan.num_tokens,
+            len(plan.chunks),
+            plan.num_tokens > len(plan.chunks),
+            plan.repeats,
+            device,
+        )
+        for (seconds, plan), device in zip(planned, clock.device)
     ]

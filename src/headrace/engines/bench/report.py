@@ -41,6 +41,9 @@ def _overview(measured: Measurement, work: Work | None, rates: tuple[float, floa
     steps = f"{facts['prefill_steps']} steps with prompts took {facts['prefill_seconds']:.3f} s"
     if decode is not None:
         steps += f"; a decode step of all takes {decode:.3f} ms (median)"
+    shares = {"prompts": measured.busy(prefill=True), "decoding": measured.busy(prefill=False)}
+    known = [f"{share:.1%} of steps with {kind}" for kind, share in shares.items() if share is not None]
+    busy = [f"device     has a step for {', '.join(known)}"] if known else []
     host = dict(measured.host)
     total, wait = host.pop("total", 0.0), host.pop("wait", 0.0)
     parts = ", ".join(f"{name} {value:.3f}" for name, value in host.items())
@@ -52,6 +55,7 @@ def _overview(measured: Measurement, work: Work | None, rates: tuple[float, floa
     return [
         f"rate       {rate}",
         f"steps      {steps}",
+        *busy,
         f"slowest    {slowest}",
         f"host       {total:.3f} ms a step ({parts}), and {wait:.3f} ms waiting for the device",
     ]

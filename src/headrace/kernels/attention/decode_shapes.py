@@ -60,7 +60,7 @@ def decode_shape(num_heads: int, padded: int, long: bool) -> DecodeShape:
     if padded > 128:
         return DecodeShape(32, 128, 1, 4, 3)
     if num_heads > LONG_GRAPH_HEADS:
-        return DecodeShape(16, 1024, 8, 1, 4)
+        return DecodeShape(16, 2048 if num_heads >= 1024 else 1024, 8, 1, 4)
     if long:
         return DecodeShape(16, 64 if num_heads <= 32 else 512, 8, 1, 4, early=False)
     return _short(num_heads)

@@ -51,7 +51,8 @@ class DecodeWorkspace:
     """Scratch of decode attention for up to S sequences, shared by all layers.
 
     Attributes:
-        partial: float32 [S, MAX_SPLITS, Hq, Dp + 2], unnormalized sums, then maximum and denominator.
+        partial: float32 [S, MAX_SPLITS, Hq, Dp + 4], unnormalized sums, then maximum, denominator and nothing, so that
+            rows are whole 16 bytes.
         arrivals: int32 [S * Hkv], zero between launches.
     """
 
@@ -62,7 +63,7 @@ class DecodeWorkspace:
     def allocate(
         num_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
     ) -> DecodeWorkspace:
-        width = padded_dim(head_dim) + 2
+        width = padded_dim(head_dim) + 4
         partial = torch.empty(num_seqs, MAX_SPLITS, num_heads, width, dtype=torch.float32, device=device)
         return DecodeWorkspace(
             partial, torch.zeros(num_seqs * num_kv_heads, dtype=torch.int32, device=device)
@@ -231,7 +232,7 @@ def _decode(
             o = acc / norm[:, None]
             tl.store(out_ptr + o_at + (head * G + g)[:, None] * D + d[None, :], o.to(dtype), mask=q_ok)
         else:
-            W: tl.constexpr = DP + 2
+            W: tl.constexpr = DP + 4
             row = seq.to(tl.int64) * (MAX_SPLITS * num_heads * W)
             mine = partial_ptr + row + ((split - first) * num_heads + head * G + g) * W
             tl.store(mine[:, None] + d[None, :], acc, mask=(g[:, None] < G) & (d[None, :] < DP))
@@ -241,7 +242,7 @@ def _decode(
             arrived = tl.atomic_add(arrivals_ptr + seq * num_kv_heads + head, 1, sem="acq_rel", scope="gpu")
             if arrived == count - 1:
                 tl.debug_barrier()
-                o = merge(partial_ptr, row, count, head * G, num_heads, sinks_ptr, G, GM, DP, MAX_SPLITS, CHUNK,
+                o = merge(partial_ptr, row, count, head * G, num_heads, sinks_ptr, G, GM, DP, MAX_SPLITS, CHUNK, 4,
                           SINKS)  # fmt: skip
                 gm = tl.arange(0, GM)
                 o_ok = (gm[:, None] < G) & (d[None, :] < D)
@@ -326,7 +327,7 @@ def decode_attention(
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
         STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
         MIN_SPLIT=shape.min_split,
-        CHUNK=max(1, min(8, 2048 // (merged * padded))), SINKS=sinks is not None, **options,
+        CHUNK=max(1, min(MAX_SPLITS, 2048 // (merged * padded))), SINKS=sinks is not None, **options,
     )  # fmt: skip
     return out
 

@@ -130,40 +130,38 @@ def merge(
     DP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
     SINKS: tl.constexpr,
 ):
     """Sum of ``count`` pieces of G heads, normalized: float32 [GM, DP]."""
-    W: tl.constexpr = DP + 2
+    W: tl.constexpr = DP + 4
     g = tl.arange(0, GM)
     i = tl.arange(0, MAX_SPLITS)
     d = tl.arange(0, DP)
     c = tl.arange(0, CHUNK)
-    # Everything that does not depend on the maximum is asked for first.
-    at = base + (c[:, None] * num_heads + head + g[None, :]) * W
-    ok = (c[:, None] < count) & (g[None, :] < G)
-    m = tl.load(partial_ptr + at + DP, mask=ok, other=float("-inf"), cache_modifier=".cg")
-    part = tl.load(
-        partial_ptr + at[:, :, None] + d[None, None, :], mask=ok[:, :, None], other=0.0, cache_modifier=".cg"
-    )
     rows = base + (i[:, None] * num_heads + head + g[None, :]) * W
     live = (i[:, None] < count) & (g[None, :] < G)
     top = tl.load(partial_ptr + rows + DP, mask=live, other=float("-inf"), cache_modifier=".cg")
+    norm = tl.load(partial_ptr + rows + DP + 1, mask=live, other=0.0, cache_modifier=".cg")
     peak = tl.max(top, 0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    norm = tl.load(partial_ptr + rows + DP + 1, mask=live, other=0.0, cache_modifier=".cg")
-    total = tl.sum(norm * tl.exp2(top - peak[None, :]), 0)
+    weight = tl.exp2(top - peak[None, :])
+    total = tl.sum(norm * weight, 0)
     if SINKS:
         total = add_sink(total, peak, sinks_ptr, head + g, g < G)
-    acc = tl.sum(part * tl.exp2(m - peak[None, :])[:, :, None], 0)
-    for start in range(CHUNK, count, CHUNK):
+    acc = tl.zeros([GM, DP], tl.float32)
+    # Parts are far away: several loads are on their way at any time. They must be of 16 bytes, or the copies would go
+    # through L1, which does not see what others write; so a chunk's weights are picked out of the registers.
+    for start in tl.range(0, count, CHUNK, num_stages=STAGES):
         at = base + ((start + c)[:, None] * num_heads + head + g[None, :]) * W
         ok = ((start + c)[:, None] < count) & (g[None, :] < G)
-        m = tl.load(partial_ptr + at + DP, mask=ok, other=float("-inf"), cache_modifier=".cg")
         part = tl.load(
             partial_ptr + at[:, :, None] + d[None, None, :],
             mask=ok[:, :, None],
             other=0.0,
             cache_modifier=".cg",
         )
-        acc += tl.sum(part * tl.exp2(m - peak[None, :])[:, :, None], 0)
+        mine = i[None, :, None] == (start + c)[:, None, None]
+        mine = tl.sum(tl.where(mine, weight[None, :, :], 0.0), 1)
+        acc += tl.sum(part * mine[:, :, None], 0)
     return acc / tl.where(total > 0.0, total, 1.0)[:, None]
