@@ -34,7 +34,7 @@ from headrace.layers.packed import LayerCache
 from headrace.messages import Ready
 from headrace.models.decoder import DecoderModel
 from headrace.models.loading import Progress
-from headrace.models.registry import read_config
+from headrace.models.registry import family_of, read_config
 from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.scheduling.scheduler import Scheduler
 from headrace.text.tokenizer import Tokenizer
@@ -312,7 +312,7 @@ def _within(eos_ids: tuple[int, ...], vocab_size: int, spec: EngineSpec) -> tupl
 
 
 def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Tokens that end an answer: those of generation_config.json and config.json, and the tokenizer's own."""
+    """Tokens that end an answer: those of generation_config.json and config.json, the tokenizer's own, the family's."""
     ids: dict[int, None] = dict.fromkeys(tokenizer.eos_ids if tokenizer is not None else ())
     for source in (checkpoint.generation_config, checkpoint.config):
         found = source.get("eos_token_id")
@@ -323,6 +323,9 @@ def eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[
                 param="eos_token_id",
             )
         ids.update(dict.fromkeys(listed))
+    if tokenizer is not None:
+        ends = [tokenizer.token_to_id(token) for token in family_of(checkpoint.config)[0].turn_ends]
+        ids.update(dict.fromkeys(id for id in ends if id in tokenizer.special_ids))
     return tuple(ids)
 
 

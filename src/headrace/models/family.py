@@ -43,6 +43,7 @@ class Family:
         fused: tensors that hold a module of ``names`` whole, [experts, out, in], in checkpoints that have them
             instead; its bias has the same name and ``_bias``.
         stacked: how these tensors lie in 16 bits, and the biases, where it is not so; keys are those of ``fused``.
+        turn_ends: tokens that end a turn, whatever the checkpoint's files name as its end.
     """
 
     architectures: tuple[str, ...]
@@ -53,6 +54,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     fused: Mapping[str, str] = field(default_factory=dict)
     stacked: Mapping[str, Stacked] = field(default_factory=dict)
+    turn_ends: tuple[str, ...] = ()
 
 
 def standard_names(**changes: tuple[str, ...]) -> WeightNames:

@@ -74,5 +74,6 @@ FAMILY = Family(
         "layers.{}.mlp.experts.gate_up": Stacked(transposed=True, interleaved=True),
         "layers.{}.mlp.experts.down": Stacked(transposed=True),
     },
+    turn_ends=("<|return|>", "<|call|>"),  # of harmony; files that were saved anew may name the first alone
     defaults={"head_dim": 64, "max_position_embeddings": 131_072},
 )
