@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace.client.endpoints import EndpointPool
 from headrace.client.exceptions import InvalidArgument
@@ -14,9 +14,11 @@ from headrace.client.logs import show_as_asked
 from headrace.client.operation import Job, Operation, Target
 from headrace.client.payloads import encode, split
 from headrace.client.preference import RequestProcessingPreference
-from headrace.client.processes import Helpers
 from headrace.client.transport import HttpClientWrapper
 from headrace.client.vectors import Vectors
+
+if TYPE_CHECKING:
+    from headrace.client.processes import Helpers
 
 __all__ = ["Core", "api_key_from_environment"]
 
@@ -56,7 +58,11 @@ class Core:
                 f"processes is {processes}; expected at least 1, and 1 with an endpoint_pool or ssl_context",
                 param="processes",
             )
-        self._helpers = Helpers(processes - 1) if processes > 1 else None
+        self._helpers: Helpers | None = None
+        if processes > 1:
+            from headrace.client.processes import Helpers  # only here: few clients have any
+
+            self._helpers = Helpers(processes - 1)
         self._target = Target(base_url.rstrip("/"), wrapper, api_key, endpoint_pool)
         if endpoint_pool is not None:
             endpoint_pool.watch()

@@ -17,7 +17,6 @@ from headrace.client.jobs import BatchMethods
 from headrace.client.operation import Job
 from headrace.client.payloads import check_texts, encode, split
 from headrace.client.preference import RequestProcessingPreference, check_headers
-from headrace.client.processes import embed_blocks
 from headrace.client.pump import async_iterator, sync_iterator
 from headrace.client.vectors import Vectors
 
@@ -69,6 +68,8 @@ class PerformanceClient(GenerationMethods, BatchMethods):
         groups = list(split(texts, preference.batch_size, preference.max_chars_per_request))
         vectors = Vectors(len(texts))
         if self._helpers is not None and len(groups) >= _MIN_SHARED:
+            from headrace.client.processes import embed_blocks
+
             replies = await embed_blocks(self, self._helpers, groups, fields, preference, vectors)
         else:
             replies = await self.embed_block(groups, fields, preference, vectors)
