@@ -53,13 +53,18 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
-    """Another way to serve the same model, and what it would hold."""
+    """Another way to serve the same model, and what it would hold.
+
+    Attributes:
+        served: whether this version serves a model so; it plans for several GPUs, and uses one.
+    """
 
     what: str
     weights: int
     fits: bool
     context: int
     tokens: int
+    served: bool = True
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,14 +134,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         """Raises DoesNotFit, saying what would fit, when the server could not start."""
         if self.fits:
             return
-        ways = [option.what for option in self.options if option.fits]
+        ways = [option.what for option in self.options if option.fits and option.served]
+        later = [option.what for option in self.options if option.fits and not option.served]
         if 0 < self.largest_context < self.max_model_len:
             ways.insert(0, f"max_model_len {self.largest_context}")
         hint = (
             f"; what would fit: {'; '.join(ways[:4])}"
             if ways
-            else "; use a larger GPU or a smaller model, or raise kv_cache_bytes where it is set"
+            else "; use a larger GPU or a smaller model, or another kv_cache_bytes where it is set"
         )
+        hint += f". It would fit {later[0]}, which this version plans and does not serve" if later else ""
         least = self.budget.weights + self.budget.reserve + self.budget.process
         raise DoesNotFit(
             f"{self.model} does not fit {self.machine}: weights {human_bytes(self.budget.weights)}, "
@@ -421,7 +428,12 @@ def _options(
         fits, _ = _fits(spec, budget, kv_token, context, tokens)
         found.append(
             Option(
-                what=what, weights=budget.weights, fits=fits, context=largest if fits else 0, tokens=tokens
+                what=what,
+                weights=budget.weights,
+                fits=fits,
+                context=largest if fits else 0,
+                tokens=tokens,
+                served=layout.ranks == 1,
             )
         )
     return tuple(found)
