@@ -23,7 +23,7 @@ from headrace.config.plan.memory import (
 )
 from headrace.config.plan.scratch import largest_load, scratch
 from headrace.config.plan.shape import ModelShape, read_shape
-from headrace.config.plan.weights import KEPT_BLOCKS, Weights, packed_format, weigh
+from headrace.config.plan.weights import KEPT_BLOCKS, KEPT_GROUPS, Weights, packed_format, weigh
 from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError, DoesNotFit
@@ -278,7 +278,7 @@ def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine)
         dtype = "bfloat16"
     return _Layout(
         scheme=spec.quantization,
-        kv_dtype=_kv_dtype(spec, facts, dtype),
+        kv_dtype=_kv_dtype(spec, facts, shape, dtype),
         ranks=spec.tensor_parallel_size,
         dtype=dtype,
         keep_blocks=keep,
@@ -288,15 +288,17 @@ def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine)
 
 def _cpu_keeps(facts: Facts) -> bool:
     """Whether a CPU multiplies with the checkpoint's own numbers: 4-bit integers (see quantization/keep.py)."""
-    return facts.quantized.method in ("awq", "gptq", "int4") and facts.quantized.bits != 8
+    found = facts.quantized
+    packed = found.method in ("awq", "gptq", "int4") and found.bits != 8
+    return packed and not found.reordered and found.group in (0, *KEPT_GROUPS)
 
 
-def _kv_dtype(spec: EngineSpec, facts: Facts, dtype: str) -> str:
+def _kv_dtype(spec: EngineSpec, facts: Facts, shape: ModelShape, dtype: str) -> str:
     """As asked, else as the quantization says, or the checkpoint where no bias forbids it; else dtype."""
     if spec.kv_cache_dtype != "auto":
         return spec.kv_cache_dtype
     wanted = quantization_type(spec.quantization).kv_cache if spec.quantization else "auto"
-    if facts.quantized.kv.startswith("fp8") and "Qwen2" not in facts.architecture:
+    if facts.quantized.kv.startswith("fp8") and not shape.qkv_bias:
         wanted = "fp8"
     return dtype if wanted == "auto" else wanted
 
