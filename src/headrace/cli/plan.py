@@ -156,7 +156,7 @@ def _options_table(plan: Plan) -> Table:
         table.add_row(
             option.what,
             human_bytes(option.weights),
-            "yes" if option.fits else "no",
+            ("yes" if option.served else "not yet") if option.fits else "no",
             f"{option.context:,}" if option.fits else "-",
             f"{option.tokens:,}" if option.tokens else "-",
         )

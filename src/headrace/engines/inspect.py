@@ -137,10 +137,26 @@ def _quantized(path: Path, config: dict[str, Any], files: frozenset[str]) -> Qua
     named = found.method
     if found.method.startswith("modelopt") or found.method == "compressed-tensors":
         named = str(own.get("quant_algo") or own.get("format") or found.method).lower()
-    bits = own.get("bits", own.get("w_bit")) if found.method in ("awq", "gptq") else _packed_bits(own)
+    bits, group, reordered = _packing(own, found.method)
     if named == "pack-quantized" and bits == 8:
         named = "int8"
-    return Quantized(_short(named), _cache(own, found.method), found.source, bits if bits in (4, 8) else 0)
+    return Quantized(
+        method=_short(named),
+        kv=_cache(own, found.method),
+        source=found.source,
+        bits=bits if bits in (4, 8) else 0,
+        group=group,
+        reordered=reordered,
+    )
+
+
+def _packing(own: dict[str, Any], method: str) -> tuple[int, int, bool]:
+    """Bits of packed integers, columns that share a scale, and whether columns are reordered; 0: not said."""
+    weights = _first_weights(own) if method == "compressed-tensors" else own
+    bits = weights.get("num_bits", weights.get("bits", weights.get("w_bit")))
+    group = weights.get("group_size", weights.get("q_group_size"))
+    reordered = bool(own.get("desc_act")) or weights.get("actorder") in ("group", "dynamic")
+    return bits if isinstance(bits, int) else 0, group if isinstance(group, int) else 0, reordered
 
 
 def _cache(own: dict[str, Any], method: str) -> str:
@@ -156,12 +172,12 @@ def _cache(own: dict[str, Any], method: str) -> str:
     return "fp8" if str(wanted).upper() == "FP8" else ""
 
 
-def _packed_bits(settings: dict[str, Any]) -> object:
-    """``num_bits`` of the first group of a compressed-tensors block."""
+def _first_weights(settings: dict[str, Any]) -> dict[str, Any]:
+    """``weights`` of the first group of a compressed-tensors block."""
     groups = settings.get("config_groups")
     first: Any = next(iter(groups.values()), {}) if isinstance(groups, dict) else {}
     weights = first.get("weights") if isinstance(first, dict) else None
-    return weights.get("num_bits") if isinstance(weights, dict) else None
+    return weights if isinstance(weights, dict) else {}
 
 
 def _short(name: str) -> str:

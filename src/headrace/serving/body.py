@@ -32,6 +32,16 @@ _EXPECTED = {
     "model_attributes_type": "an object",
     "none_required": "null",
 }
+_LIMITS = {
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "a number above {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "a number below {lt}",
+    "string_too_short": "{min_length} or more characters",
+    "string_too_long": "at most {max_length} characters",
+    "too_short": "{min_length} or more items",
+    "too_long": "at most {max_length} items",
+}
 
 
 async def read(request: web.Request, schema: type[M]) -> M:
@@ -124,7 +134,13 @@ def _explain(error: ValidationError, body: dict[str, Any], schema: type[BaseMode
         if isinstance(cause, FieldError):
             return InvalidRequest(str(cause), param=cause.param, code="unsupported_value")
         return InvalidRequest(f"{param}: {cause}", param=param)
-    alternatives = dict.fromkeys(one["type"] for one in found if _path(one, body) == path)
+    here = [one for one in found if _path(one, body) == path]
+    beyond = next((one for one in here if one["type"] in _LIMITS), None)
+    if beyond is not None:  # of the right type, so other branches of a union say nothing
+        wanted = _LIMITS[beyond["type"]].format(**beyond.get("ctx", {}))
+        message = f"{param} is {_show(value)}; expected {wanted}"
+        return InvalidRequest(message, param=param, code="invalid_value")
+    alternatives = dict.fromkeys(one["type"] for one in here)
     expected = " or ".join(dict.fromkeys(_EXPECTED[one] for one in alternatives if one in _EXPECTED))
     if kind not in _EXPECTED or not expected:
         expected = chosen["msg"].removeprefix("Input should be ").removeprefix("Value should ")

@@ -275,11 +275,16 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert "fp4 weights" in fitting
     assert "H100:4 (tensor_parallel_size 4)" in fitting
     assert "fp8 KV cache" not in fitting
-    with pytest.raises(DoesNotFit, match=r"fp4 weights.*") as caught:
+    assert all(option.served != ("tensor_parallel_size" in option.what) for option in drawn.options)
+    with pytest.raises(
+        DoesNotFit, match=r"would fit: fp4 weights\. It would fit H100:2.*does not serve"
+    ) as caught:
         drawn.check_fits()
     assert "131." in str(caught.value)  # GiB of weights
     assert "DOES NOT FIT" in drawn.short()
-    assert plan(LLAMA_70B, "H200:4", tensor_parallel_size=4).fits
+    split = plan(LLAMA_70B, "H200:4", tensor_parallel_size=4)
+    assert split.fits
+    assert any("serve will refuse this: tensor_parallel_size 4" in sentence for sentence in split.warnings)
 
 
 def test_what_serve_refuses_is_no_way_out() -> None:

@@ -15,13 +15,18 @@ from torch import Tensor
 
 from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.checkpoints.quantization_settings import METHODS as KNOWN
+from headrace.config.plan.plan import Machine
+from headrace.config.plan.weights import KEPT_GROUPS
 from headrace.config.spec import EngineSpec
 from headrace.engines.inspect import inspect
+from headrace.engines.plan import plan_for
 from headrace.engines.weights import kv_dtype
 from headrace.errors import ConfigError, HeadraceError, UnsupportedCheckpoint
 from headrace.models.loading import load_decoder
 from headrace.models.registry import read_config
 from headrace.quantization.containers import METHODS, QuantizedCheckpoint, open_quantized
+from headrace.quantization.keep import keeps_quantized
+from headrace.quantization.schemes.int4 import GROUPS, fast_on_this_cpu
 from support import quantized_folder as write
 
 RNG = random.Random(11)
@@ -179,6 +184,37 @@ def test_gptq_settings_that_change_numbers_are_refused(extra: dict[str, Any], tm
 def test_eight_bits_are_counted_as_eight(tmp_path: Path) -> None:
     make(tmp_path, gptq(8), {"quant_method": "gptq", "bits": 8})
     assert inspect(tmp_path).quantized.bits == 8
+
+
+@pytest.mark.parametrize(
+    ("pack", "settings", "kept"),
+    [
+        (gptq(), {"group_size": 32, "desc_act": False}, True),
+        (gptq(order=True), {"group_size": 32, "desc_act": True}, False),
+        (gptq(8), {"group_size": 32, "bits": 8}, False),
+        (
+            lambda base, weight: write.gptq(base, weight, 16, RNG, bits=4, v1=True, order=False),
+            {"group_size": 16},
+            False,
+        ),
+    ],
+    ids=["plain", "desc_act", "8 bits", "groups of 16"],
+)
+def test_a_cpu_plan_knows_what_stays_packed(
+    pack: Any, settings: dict[str, Any], kept: bool, tmp_path: Path
+) -> None:
+    """As the loader decides; the others are dequantized, and take eight times as much."""
+    make(tmp_path, pack, {"quant_method": "gptq", "bits": 4, **settings})
+    spec = EngineSpec(model=str(tmp_path), path=tmp_path, device="cpu")
+    machine = Machine(name="cpu", memory=1 << 34, cuda=False, packs=True)
+    assert plan_for(spec, machine).dtype == ("bfloat16" if kept else "float32")
+    checkpoint = open_quantized(FolderCheckpoint(tmp_path))
+    if fast_on_this_cpu():
+        assert keeps_quantized(checkpoint, torch.bfloat16, torch.device("cpu")) == kept  # type: ignore[arg-type]
+
+
+def test_groups_of_the_cpu_kernel() -> None:
+    assert KEPT_GROUPS == GROUPS
 
 
 # --- compressed-tensors --------------------------------------------------------------------------

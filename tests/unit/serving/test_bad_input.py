@@ -181,6 +181,29 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"n": 129}, "at most 128"),
+        ({"n": 0}, "at least 1"),
+        ({"logprobs": 21}, "at most 20"),
+        ({"stop": ["a"] * 33}, "at most 32 items"),
+        ({"stop": ""}, "1 or more characters"),
+        ({"stop": "x" * 1001}, "at most 1000 characters"),
+    ],
+    ids=lambda value: json.dumps(value)[:30],
+)
+def test_what_is_out_of_range_says_the_range(
+    server: LiveServer, change: dict[str, Any], expected: str
+) -> None:
+    """And not that another type was expected, where a field takes several."""
+    status, body, _ = server.post("/v1/completions", {"model": "m", "prompt": "x", **change})
+    assert status == 400
+    error = check_shape(body)
+    assert error["code"] == "invalid_value", error
+    assert error["message"].endswith(f"expected {expected}")
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_bodies(server: LiveServer, name: str) -> None:
     status, body, _ = server.post("/v1/completions", BROKEN[name])

@@ -8,6 +8,7 @@ from headrace.config.plan.facts import Facts
 from headrace.config.plan.shape import ModelShape
 from headrace.config.quantization import cache_harm, known_harm, quantization_type
 from headrace.config.spec import EngineSpec
+from headrace.config.support import gaps
 
 __all__ = ["harms", "licence_files", "warnings"]
 
@@ -79,6 +80,9 @@ def harms(shape: ModelShape, spec: EngineSpec, engine: str) -> Iterator[str]:
 
 
 def _numbers(facts: Facts, shape: ModelShape, spec: EngineSpec, engine: str, dtype: str) -> Iterator[str]:
+    for gap, sentence in gaps(spec):
+        if gap.blocks:
+            yield f"serve will refuse this: {sentence}"
     if dtype == "float16" and facts.architecture.startswith("Gemma"):
         yield "Gemma overflows in float16: use bfloat16 or float32"
     yield from harms(shape, spec, engine)

@@ -41,12 +41,16 @@ class Quantized(msgspec.Struct, frozen=True):
         kv: format of the KV cache that it asks for; "" when it says nothing.
         source: the file that says so.
         bits: of a packed integer, 4 or 8; 0 when it is none.
+        group: columns that share a scale, by the settings; 0 when they say nothing.
+        reordered: whether columns are in groups by another order than theirs (GPTQ's ``desc_act``).
     """
 
     method: str = ""
     kv: str = ""
     source: str = ""
     bits: int = 0
+    group: int = 0
+    reordered: bool = False
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,7 +23,7 @@ from headrace.config.plan.memory import (
 )
 from headrace.config.plan.scratch import largest_load, scratch
 from headrace.config.plan.shape import ModelShape, read_shape
-from headrace.config.plan.weights import KEPT_BLOCKS, Weights, packed_format, weigh
+from headrace.config.plan.weights import KEPT_BLOCKS, KEPT_GROUPS, Weights, packed_format, weigh
 from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError, DoesNotFit
@@ -53,13 +53,18 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
-    """Another way to serve the same model, and what it would hold."""
+    """Another way to serve the same model, and what it would hold.
+
+    Attributes:
+        served: whether this version serves a model so; it plans for several GPUs, and uses one.
+    """
 
     what: str
     weights: int
     fits: bool
     context: int
     tokens: int
+    served: bool = True
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,14 +134,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         """Raises DoesNotFit, saying what would fit, when the server could not start."""
         if self.fits:
             return
-        ways = [option.what for option in self.options if option.fits]
+        ways = [option.what for option in self.options if option.fits and option.served]
+        later = [option.what for option in self.options if option.fits and not option.served]
         if 0 < self.largest_context < self.max_model_len:
             ways.insert(0, f"max_model_len {self.largest_context}")
         hint = (
             f"; what would fit: {'; '.join(ways[:4])}"
             if ways
-            else "; use a larger GPU or a smaller model, or raise kv_cache_bytes where it is set"
+            else "; use a larger GPU or a smaller model, or another kv_cache_bytes where it is set"
         )
+        hint += f". It would fit {later[0]}, which this version plans and does not serve" if later else ""
         least = self.budget.weights + self.budget.reserve + self.budget.process
         raise DoesNotFit(
             f"{self.model} does not fit {self.machine}: weights {human_bytes(self.budget.weights)}, "
@@ -271,7 +278,7 @@ def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine)
         dtype = "bfloat16"
     return _Layout(
         scheme=spec.quantization,
-        kv_dtype=_kv_dtype(spec, facts, dtype),
+        kv_dtype=_kv_dtype(spec, facts, shape, dtype),
         ranks=spec.tensor_parallel_size,
         dtype=dtype,
         keep_blocks=keep,
@@ -281,15 +288,17 @@ def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine)
 
 def _cpu_keeps(facts: Facts) -> bool:
     """Whether a CPU multiplies with the checkpoint's own numbers: 4-bit integers (see quantization/keep.py)."""
-    return facts.quantized.method in ("awq", "gptq", "int4") and facts.quantized.bits != 8
+    found = facts.quantized
+    packed = found.method in ("awq", "gptq", "int4") and found.bits != 8
+    return packed and not found.reordered and found.group in (0, *KEPT_GROUPS)
 
 
-def _kv_dtype(spec: EngineSpec, facts: Facts, dtype: str) -> str:
+def _kv_dtype(spec: EngineSpec, facts: Facts, shape: ModelShape, dtype: str) -> str:
     """As asked, else as the quantization says, or the checkpoint where no bias forbids it; else dtype."""
     if spec.kv_cache_dtype != "auto":
         return spec.kv_cache_dtype
     wanted = quantization_type(spec.quantization).kv_cache if spec.quantization else "auto"
-    if facts.quantized.kv.startswith("fp8") and "Qwen2" not in facts.architecture:
+    if facts.quantized.kv.startswith("fp8") and not shape.qkv_bias:
         wanted = "fp8"
     return dtype if wanted == "auto" else wanted
 
@@ -421,7 +430,12 @@ def _options(
         fits, _ = _fits(spec, budget, kv_token, context, tokens)
         found.append(
             Option(
-                what=what, weights=budget.weights, fits=fits, context=largest if fits else 0, tokens=tokens
+                what=what,
+                weights=budget.weights,
+                fits=fits,
+                context=largest if fits else 0,
+                tokens=tokens,
+                served=layout.ranks == 1,
             )
         )
     return tuple(found)

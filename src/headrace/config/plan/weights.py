@@ -12,7 +12,16 @@ from headrace.config.plan.facts import DTYPE_BYTES, Facts, Tensor
 from headrace.config.plan.shape import ModelShape
 from headrace.config.quantization import quantization_type
 
-__all__ = ["KEPT_BLOCKS", "KINDS", "Weights", "classify", "expected_tensors", "packed_format", "weigh"]
+__all__ = [
+    "KEPT_BLOCKS",
+    "KEPT_GROUPS",
+    "KINDS",
+    "Weights",
+    "classify",
+    "expected_tensors",
+    "packed_format",
+    "weigh",
+]
 
 KINDS = ("embedding", "attention", "mlp", "experts", "norm", "head", "vision", "other")
 
@@ -40,6 +49,8 @@ KEPT_BLOCKS: dict[str, tuple[int, int]] = {
     "Q2_K": (2, 16), "Q3_K": (2, 16), "Q5_0": (2, 32), "Q5_1": (2, 32), "Q5_K": (2, 32), "Q6_K": (2, 16),
     "Q8_0": (2, 32), "IQ4_NL": (2, 32), "IQ4_XS": (2, 32), "MXFP4": (2, 32),
 }  # fmt: skip
+KEPT_GROUPS = (32, 64, 128, 256)
+"""Columns of 4-bit integers that may share a scale where a CPU multiplies with them as they are."""
 _PACKED_SCALE = re.compile(
     r"(scale|scales|zeros|qzeros|g_idx|absmax|_scale_inv|input_scale|weight_scale_2|weight_shape|zero_point)$"
 )
