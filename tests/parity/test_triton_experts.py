@@ -18,7 +18,7 @@ from headrace.quantization.schemes.fp4 import quantize_mxfp4, quantize_nvfp4
 from headrace.quantization.schemes.fp8 import Fp8Weight, quantize_fp8
 from headrace.quantization.schemes.group_int import GroupIntWeight, quantize_group_int
 from headrace.quantization.tiled import TiledWeight, tile
-from triton_device import DEVICE, DTYPES, error, randn, tolerance
+from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value"
@@ -210,7 +210,12 @@ def expected(module: ScaledExperts, x: torch.Tensor, plan: ExpertPlan, gate: str
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("tokens", "experts", "top", "n", "k", "gate"),
-    [(1, 6, 2, 64, 192, "silu"), (40, 3, 2, 32, 128, None), (20, 2, 1, 64, 384, "clamped_swiglu")],
+    [
+        (1, 6, 2, 64, 192, "silu"),
+        (40, 3, 2, 32, 128, None),
+        (20, 2, 1, 64, 384, "clamped_swiglu"),
+        *([(600, 3, 1, 256, 512, "silu"), (150, 2, 1, 128, 448, None)] if ON_GPU else []),
+    ],
 )
 def test_fewer_bits(form: str, tokens: int, experts: int, top: int, n: int, k: int, gate: str | None) -> None:
     dtype = DTYPES[-1]

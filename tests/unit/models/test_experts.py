@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from headrace.config.plan.facts import Facts
+from headrace.config.plan.shape import read_shape
+from headrace.config.plan.weights import expected_tensors
 from headrace.errors import UnsupportedCheckpoint
 from headrace.kernels.experts import combine, expert_linear, gated, plan_experts, route
 from headrace.models.decoder import DecoderModel
@@ -133,3 +137,76 @@ def test_misfits_are_named() -> None:
         read_config({**CONFIG, "mlp_only_layers": [7]})
     with pytest.raises(UnsupportedCheckpoint, match="shared_expert_intermediate_size"):
         read_config({**CONFIG, "shared_expert_intermediate_size": 64})
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960,
+        "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
+        "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-6,
+        "rope_scaling": None, "rope_theta": 1e6, "router_aux_loss_coef": 0.001, "sliding_window": None,
+        "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "Qwen1.5-MoE-A2.7B": {
+        "architectures": ["Qwen2MoeForCausalLM"], "attention_dropout": 0.0, "decoder_sparse_step": 1,
+        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5632,
+        "max_position_embeddings": 8192, "max_window_layers": 21, "model_type": "qwen2_moe",
+        "moe_intermediate_size": 1408, "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 60,
+        "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 16,
+        "output_router_logits": False, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 5632, "sliding_window": 32768, "tie_word_embeddings": False,
+        "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "Mixtral-8x7B-Instruct-v0.1": {
+        "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "router_aux_loss_coef": 0.02,
+        "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 32000,
+    },
+    "OLMoE-1B-7B-0924": {
+        "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "clip_qkv": None, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 1024, "max_position_embeddings": 4096, "model_type": "olmoe",
+        "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "num_hidden_layers": 16, "num_key_value_heads": 16, "output_router_logits": False, "rope_scaling": None,
+        "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "vocab_size": 50304,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "chosen", "size", "renormalize", "shared"),
+    [
+        ("Qwen3-30B-A3B", 128, 8, 768, True, 0),
+        ("Qwen1.5-MoE-A2.7B", 60, 4, 1408, False, 5632),
+        ("Mixtral-8x7B-Instruct-v0.1", 8, 2, 14336, True, 0),
+        ("OLMoE-1B-7B-0924", 64, 8, 1024, False, 0),
+    ],
+)
+def test_published_configurations(
+    name: str, experts: int, chosen: int, size: int, renormalize: bool, shared: int
+) -> None:
+    """Every field is read or known to change nothing; the plan counts what the decoder declares."""
+    found = read_config(PUBLISHED[name])
+    mixture = found.experts
+    assert mixture is not None and mixture.dense_layers == frozenset()
+    assert (mixture.num_experts, mixture.experts_per_token, mixture.intermediate_size) == (
+        experts,
+        chosen,
+        size,
+    )
+    assert (mixture.renormalize, mixture.shared_size, mixture.shared_gate) == (
+        renormalize,
+        shared,
+        shared > 0,
+    )
+    assert found.windows == (None,) * found.num_layers
+    model = DecoderModel(found, dtype=torch.bfloat16, device="meta")
+    shape = read_shape(Facts(where="", config=PUBLISHED[name], container="config"))
+    planned = sum(math.prod(tensor.shape) for tensor in expected_tensors(shape, 2).values())
+    assert planned == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-4)
