@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +21,6 @@ from headrace.models.declaration import DecoderConfig, ExpertsConfig, KVLayer
 __all__ = ["DecoderLayer", "DecoderModel"]
 
 Norm = RMSNorm | LayerNorm
-
-
-class Mixer(Protocol):
-    """The attention of a layer: the seam for other kinds (latent attention, recurrent state)."""
-
-    def __call__(self, x: Tensor, cos_sin: CosSin | None, batch: AttentionBatch) -> Tensor: ...
 
 
 class _Builder:
