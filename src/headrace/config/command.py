@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ __all__ = ["Command", "Flag", "read_command"]
 
 _SHELLS = ("bash", "sh", "/bin/bash", "/bin/sh")
 _ENDS = ("&&", "||", ";", "|", "&")
+_HUMAN = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([kKmMgGtT])")
 _TRUE = {"true": True, "false": False}
 
 
@@ -108,7 +110,19 @@ def _value(option: Foreign | None, text: str, given: bool) -> Any:
         if option.kind == "bool":
             return _TRUE.get(text.lower()) if given else True
         if option.kind in ("int", "float"):
-            return int(text) if option.kind == "int" else float(text)
+            return _integer(text) if option.kind == "int" else float(text)
     except ValueError:
         return None
     return text if option.kind == "str" and given else None
+
+
+def _integer(text: str) -> int:
+    """``32768``, or vLLM's ``32k`` (thousands) and ``32K`` (1024s). Raises ValueError for anything else."""
+    found = _HUMAN.fullmatch(text)
+    if found is None:
+        return int(text)
+    scale = (1000 if found[2].islower() else 1024) ** (1 + "kmgt".index(found[2].lower()))
+    number = float(found[1]) * scale
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)

@@ -80,14 +80,17 @@ def _docker(view: View) -> Iterator[Setting]:
         view.notice("no_effect", path, "is not run, and starts no server whose flags are read here")
         return
     view.notice("differs", path, f"{command.program} is not run: its flags are read, the engine is ours")
-    if command.model:
+    if "$" in command.model:
+        view.notice("warning", path, f"{command.model} is known to the shell alone: write the model out")
+    elif command.model:
         yield from _mounted(view, path, command.model)
     route = view.get("docker_server.predict_endpoint")
     if route in ROUTES:
         yield "default_route", route, "docker_server.predict_endpoint"
     for name, option, value in command.flags:
         if option is None or value is None:
-            view.notice("warning", path, f"{name} is not read here")
+            what = name if option is None else f"the value of {name}"
+            view.notice("warning", path, f"{what} is not read here")
         elif not option.to or option.to.startswith("--") or option.to == "secret_name":
             said = f"{option.to} of headrace serve says that" if option.to else option.note
             how = option.note if option.to == "secret_name" else said

@@ -100,3 +100,22 @@ def test_a_token_in_the_command_is_not_repeated(tmp_path: Path) -> None:
     found = resolved(tmp_path, TEI[:-1] + ' --hf-token hf_sesame --api-key sesame"')
     assert "sesame" not in told(found) and "--hf-token" in told(found)
     assert "sesame" not in repr(found.spec) and found.spec.secret_name != "hf_sesame"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8192", 8192), ("32k", 32000), ("32K", 32768), ("1.5k", 1500), ("2M", 2097152), ("0.3K", None), ("k", None),
+     ("1e3", None), ("4kb", None)],
+)  # fmt: skip
+def test_vllms_short_numbers(text: str, value: int | None) -> None:
+    command = read_command(f"vllm serve a/b --max-model-len {text}")
+    assert command is not None
+    assert [flag.value for flag in command.flags] == [value]
+
+
+def test_a_model_that_only_the_shell_knows_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names no model"):
+        resolved(tmp_path, "vllm serve $MODEL --max-model-len 8192")
+    found = resolved(tmp_path, "vllm serve a/b --max-model-len $LENGTH")
+    assert found.spec.max_model_len is None
+    assert "the value of --max-model-len is not read here" in told(found)
