@@ -187,6 +187,8 @@ def test_mixtures_hold_what_was_planned_and_ask_for_none(kind: str, mixture: Pat
         model=str(mixture), path=mixture, quantization=kind, kv_cache_bytes=400 * MIB, max_num_seqs=32
     )
     budget, others = plan_for(spec).budget, torch.cuda.memory_reserved()
+    if others > 64 * MIB:  # weights would lie in what is free of its segments
+        pytest.skip(f"an earlier test left {others >> 20} MiB")
     core, ready = build(spec)
     assert ready.engine == "moe"
     assert ready.summary["weight_bytes"] == pytest.approx(budget.weights, rel=0.005)
