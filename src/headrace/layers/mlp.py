@@ -24,10 +24,14 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor | Rounded) -> Tensor:
         """[T, D] -> [T, D]."""
-        gate_up = self.gate_up(x)
-        if takes_rounded(self.down, gate_up):
-            return self.down(rounding.gate(gate_up, None, self.activation, "fp8"))  # type: ignore[no-any-return]
-        return self.down(self.gate(gate_up))  # type: ignore[no-any-return]
+        wide = self.gate_up(x)
+        inner = (
+            rounding.gate(wide, None, self.activation, "fp8")
+            if takes_rounded(self.down, wide)
+            else self.gate(wide)
+        )
+        del wide  # of a step's tensors the largest: gone before the product takes its own
+        return self.down(inner)  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):

@@ -142,12 +142,14 @@ class DecoderLayer(nn.Module):
         if self.parallel:
             return self.attention(y, cos_sin, batch) + self.mlp(y), residual
         x = self.attention(y, cos_sin, batch)
+        del y
         if self.post_attention_norm is not None:
             x = self.post_attention_norm(x)
         if self.residual_multiplier != 1.0:
             x = x * self.residual_multiplier
         y, residual = add_normed(self.mlp_norm, x, residual, (first,))
         x = self.mlp(y)
+        del y
         if self.post_mlp_norm is not None:
             x = self.post_mlp_norm(x)
         if self.residual_multiplier != 1.0:

@@ -257,20 +257,22 @@ class FastDecoder:
         residual = batch.embedded
         x: Tensor | Rounded = rms_norm(residual, *self.layers[0].attention_norm)
         for i, layer in enumerate(self.layers):
-            attended = layer.o(self._attend(layer.qkv(x), layer, i, batch))
-            x = _add_norm(attended, residual, layer.mlp_norm, layer.gate_up)
+            out = layer.o(self._attend(layer.qkv(x), layer, i, batch))
+            x = _add_norm(out, residual, layer.mlp_norm, layer.gate_up)
+            del out
             if layer.mixture is not None:
                 out = layer.mixture(x)
             else:
                 assert layer.gate_up is not None and layer.down is not None
-                inner = layer.gate_up(x)
-                if takes_rounded(layer.down, inner):
-                    out = layer.down(rounding.gate(inner, None, self.config.activation, "fp8"))
-                else:
-                    out = layer.down(gate_mul(inner))
+                wide = layer.gate_up(x)
+                rounds = takes_rounded(layer.down, wide)
+                x = rounding.gate(wide, None, self.config.activation, "fp8") if rounds else gate_mul(wide)
+                del wide
+                out = layer.down(x)
             last = i + 1 == len(self.layers)
             following = self.final_norm if last else self.layers[i + 1].attention_norm
             x = _add_norm(out, residual, following, None if last else self.layers[i + 1].qkv)
+            del out
         assert isinstance(x, Tensor)
         return x
 
