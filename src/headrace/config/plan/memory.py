@@ -43,7 +43,7 @@ _CUBLAS_BYTES = 72 * MIB  # with what it takes of streams
 # files, for encoders and for decoders.
 CPU_PROCESS_BYTES = (165 * MIB, 178 * MIB)
 # Of an entry of the vocabulary: WordPiece of encoders, byte pairs with their merges, pieces with scores.
-_TOKENIZER_BYTES = (230, 650, 480)
+_TOKENIZER_BYTES = (230, 650, 446)
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):

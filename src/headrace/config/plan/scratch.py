@@ -65,7 +65,9 @@ _DENSE_FORMATS = ("nvfp4", "mxfp4", "int8", "int4", "int4-g64", "int4-g128", "aw
 _FP8_DENSE_BYTES = (
     14  # of each number that is made dense from FP8 in blocks: codes, scales and product in float32
 )
-_ROUND_BYTES = 13  # of each number that is rounded to FP8 and back
+_ROUND_BYTES = (
+    17  # of each number that is rounded to FP8 and back: 13 at once, and a piece that none of them fits
+)
 _FEW_ROWS = 64  # that kernels multiply without unpacking
 _ENCODE_STATE_BYTES = 24 * MIB  # buffers of passes
 _MIXED_GRAPHS = 64  # captured as traffic needs them
