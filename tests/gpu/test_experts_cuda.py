@@ -85,11 +85,7 @@ def test_numbers_of_the_dequantized_model(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["", "fp8", "fp4", "int8"])
 def test_graphs(scheme: str) -> None:
-    """Steps of a graph are those without, but for near ties between tokens or experts that other tiles may turn.
-
-    FP8 activations near a boundary turn more: random mixtures of this size keep 84% of 16 bits' likeliest tokens, and
-    a second token follows the first.
-    """
+    """Steps of a graph are those without. Fewer at a time take other tiles, which near ties may turn."""
     model = build(scheme, torch.bfloat16)
     requests = [
         Request(
@@ -100,8 +96,33 @@ def test_graphs(scheme: str) -> None:
         for i in range(20)
     ]
     plain = run(make_core(model, eager=True), requests)
-    graphs = run(make_core(model), requests)
-    again = run(make_core(model, rows=3), requests)
-    for other in (graphs, again):
-        same = [a == b for i in plain for a, b in zip(plain[i][0][:2], other[i][0][:2])]
-        assert sum(same) >= (0.5 if scheme == "fp8" else 0.7) * len(same)
+    assert same(plain, run(make_core(model), requests)) == 1
+    fewer = run(make_core(model, rows=3), requests)
+    if scheme != "fp8":  # whose activations' rounding turns more: see the next test
+        assert same(plain, fewer) >= 0.9
+    assert same(run(make_core(model, eager=True, rows=3), requests), fewer) == 1
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Share of equal tokens among the first two of each answer."""
+    equal = [a == b for i in one for a, b in zip(one[i][0][:2], other[i][0][:2])]
+    return sum(equal) / len(equal)
+
+
+def test_company_costs_less_than_rounding() -> None:
+    """FP8 activations near a boundary of two codes turn with a sum's order, and experts with them.
+
+    What that changes is within what rounding to FP8 changes anyway.
+    """
+    model = build("fp8", torch.bfloat16)
+    plain = dense(model)
+    prompts = [list(range(5, 9 + 13 * i)) for i in range(20)]
+
+    def ends(model: DecoderModel, prompts: list[list[int]]) -> torch.Tensor:
+        found = model.logits(model(PackedBatch.for_encoding(prompts, device=CUDA, causal=True))).float()
+        return found[torch.tensor([len(p) for p in prompts], device=CUDA).cumsum(0) - 1]
+
+    alone = torch.cat([ends(model, [prompt]) for prompt in prompts])
+    exact = torch.cat([ends(plain, [prompt]) for prompt in prompts])
+    company, rounding = (ends(model, prompts) - alone).norm(), (alone - exact).norm()
+    assert company < 0.8 * rounding

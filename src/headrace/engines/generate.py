@@ -17,6 +17,7 @@ import torch
 from headrace.errors import HeadraceError, InvalidRequest
 from headrace.execution.constraints.compiler import ConstraintCompiler
 from headrace.execution.constraints.table import ConstraintTable, PendingMasks
+from headrace.execution.device_memory import forget_workspaces
 from headrace.execution.runner import Runner, Step, StepResult
 from headrace.kvcache.blocks import AccountError
 from headrace.messages import CoreStats
@@ -343,6 +344,7 @@ class GenerateCore:
         )
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the threads, and keep no device memory beyond the model's life."""
         self._device.close()
         self.constraints.close()
+        forget_workspaces(self.runner.device)
