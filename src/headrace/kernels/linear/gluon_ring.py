@@ -18,40 +18,22 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from headrace.kernels.linear.gluon_parts import (
+    ask_next,
+    begin,
+    descriptors,
+    gate_of,
+    gather_parts,
+    grid_dependency,
+    load_bias,
+    out_layout,
+    outputs,
+    unfold,
+)
 from headrace.kernels.linear.tuning import RingShape
 
 __all__ = ["covers", "launch"]
-
-
-@gluon.jit
-def _grid_dependency(INSTRUCTION: gl.constexpr):
-    """Of programmatic dependent launch: launch_dependents or wait."""
-    gl.inline_asm_elementwise(INSTRUCTION, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _gate(x, GATE: gl.constexpr):
-    if GATE == 1:
-        y = x / (1.0 + gl.exp(-x))
-    elif GATE == 2:
-        y = x / (1.0 + gl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    else:
-        y = 0.5 * x * (1.0 + gl.erf(x * 0.7071067811865476))
-    return y
-
-
-@gluon.jit
-def _ask_weights(w_desc, bars, w_smem, slot, row, half, k, BYTES: gl.constexpr, GATE: gl.constexpr):
-    """Load a tile of weights, and its second half; ``BYTES`` counts the rows that follow too."""
-    bar = bars.index(slot)
-    mbarrier.expect(bar, BYTES)
-    if GATE > 0:
-        tma.async_copy_global_to_shared(w_desc, [row, k], bar, w_smem.index(2 * slot))
-        tma.async_copy_global_to_shared(w_desc, [half + row, k], bar, w_smem.index(2 * slot + 1))
-    else:
-        tma.async_copy_global_to_shared(w_desc, [row, k], bar, w_smem.index(slot))
 
 
 @gluon.jit
@@ -61,22 +43,6 @@ def _product(w, x, acc, X_FIRST: gl.constexpr):
     else:
         product = warpgroup_mma(w, x.permute((1, 0)), acc, is_async=True)
     return product
-
-
-@gluon.jit
-def _unfold(acc, X_FIRST: gl.constexpr, FOLD: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, MMA: gl.constexpr,
-            OUT: gl.constexpr):  # fmt: skip
-    """[BN, BM] of products between folds: the sum of those whose fold agrees."""
-    HIGH: gl.constexpr = BM if X_FIRST else BN
-    WIDE: gl.constexpr = BN if X_FIRST else BM
-    if FOLD > 1:
-        row = gl.arange(0, HIGH * FOLD, layout=gl.SliceLayout(1, MMA)) % FOLD
-        col = gl.arange(0, WIDE * FOLD, layout=gl.SliceLayout(0, MMA)) % FOLD
-        acc = gl.where(row[:, None] == col[None, :], acc, 0.0)
-        acc = gl.sum(gl.sum(acc.reshape([HIGH, FOLD, WIDE, FOLD]), 3), 1)
-    if X_FIRST:
-        acc = gl.permute(acc, (1, 0))
-    return gl.convert_layout(acc, OUT)
 
 
 @gluon.jit
@@ -100,44 +66,8 @@ def _products(
         else:
             first = _product(w_smem.index(slot), x, acc, X_FIRST)
             acc = warpgroup_mma_wait(0, deps=(first,))
-        if t + STAGES < count:
-            gl.thread_barrier()  # all warps have read the tile
-            k = lo + (t + STAGES) * w_desc.block_shape[1]
-            _ask_weights(w_desc, bars, w_smem, slot, w_row, half, k, BYTES, GATE)
-            tma.async_copy_global_to_shared(x_desc, [0, k], bars.index(slot), x_smem.index(slot))
+        ask_next(x_desc, w_desc, x_smem, w_smem, bars, t, w_row, half, lo, count, BYTES, STAGES, GATE)
     return acc, acc2
-
-
-@gluon.jit
-def _gather_parts(
-    acc, acc2, parts_ptr, arrivals_ptr, tile, split, BM: gl.constexpr, BN: gl.constexpr, SPLITS: gl.constexpr,
-    GATE: gl.constexpr, OUT: gl.constexpr,
-):  # fmt: skip
-    """As gather_parts of triton_parts. parts: float32 [tiles, SPLITS, 1 or 2, BM, BN]."""
-    SIZE: gl.constexpr = BM * BN
-    HALVES: gl.constexpr = 2 if GATE > 0 else 1
-    at = (
-        gl.arange(0, BN, gl.SliceLayout(1, OUT))[:, None]
-        + gl.arange(0, BM, gl.SliceLayout(0, OUT))[None, :] * BN
-    )
-    base = parts_ptr + tile.to(gl.int64) * (SPLITS * HALVES * SIZE) + at
-    mine = base + split * (HALVES * SIZE)
-    gl.store(mine, acc)
-    if GATE > 0:
-        gl.store(mine + SIZE, acc2)
-    gl.thread_barrier()
-    last = gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-    if last:
-        gl.thread_barrier()
-        acc = gl.zeros([BN, BM], gl.float32, OUT)
-        for i in gl.static_range(SPLITS):
-            acc += gl.load(base + i * (HALVES * SIZE), cache_modifier=".cg")
-        if GATE > 0:
-            acc2 = gl.zeros([BN, BM], gl.float32, OUT)
-            for i in gl.static_range(SPLITS):
-                acc2 += gl.load(base + (i * HALVES + 1) * SIZE, cache_modifier=".cg")
-        gl.store(arrivals_ptr + tile, 0)
-    return acc, acc2, last
 
 
 @gluon.jit
@@ -162,7 +92,7 @@ def _finish(
     if GATE > 0:
         if BIAS:
             acc2 += bias2[:, None]
-        acc = _gate(acc, GATE) * acc2
+        acc = gate_of(acc, GATE) * acc2
     if RESIDUAL:
         acc += residual.to(gl.float32)
     y = acc.to(out_ptr.dtype.element_ty)
@@ -184,38 +114,21 @@ def _ring(
 ):  # fmt: skip
     """As _stream, for M <= BM."""
     if PDL:
-        _grid_dependency("griddepcontrol.launch_dependents; mov.b32 $0, 0;")
+        grid_dependency("griddepcontrol.launch_dependents; mov.b32 $0, 0;")
     HALVES: gl.constexpr = 2 if GATE > 0 else 1
     BYTES: gl.constexpr = (HALVES * BN + BM) * FOLD * BK * 2
     COLS: gl.constexpr = BN if X_FIRST else BM
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS * FOLD, 16])
-    tile, split, width = gl.program_id(0) // SPLITS, gl.program_id(0) % SPLITS, K // FOLD
-    span = (width + SPLITS * BK - 1) // (SPLITS * BK) * BK
-    lo = split * span
-    count = (gl.minimum(lo + span, width) - lo + BK - 1) // BK
-    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES * HALVES, BN * FOLD, BK], w_desc.layout)
-    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM * FOLD, BK], x_desc.layout)
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(bars.index(i), count=1)
-    gl.thread_barrier()
-    w_row, half = tile * (BN * FOLD), N * FOLD
-    for i in gl.static_range(STAGES):
-        if i < count:
-            _ask_weights(w_desc, bars, w_smem, i, w_row, half, lo + i * BK, BYTES, GATE)
-    rows, m = tile * BN + gl.arange(0, BN, gl.SliceLayout(1, OUT)), gl.arange(0, BM, gl.SliceLayout(0, OUT))
-    n_ok, m_ok = rows < N, m < M
-    ok = n_ok[:, None] & m_ok[None, :]
-    at = m[None, :].to(gl.int64) * N + rows[:, None]
-    bias, bias2, next_gain = n_ok, n_ok, n_ok  # nothing
-    if BIAS:
-        bias = gl.load(bias_ptr + rows, mask=n_ok, other=0.0).to(gl.float32)
-        if GATE > 0:
-            bias2 = gl.load(bias_ptr + N + rows, mask=n_ok, other=0.0).to(gl.float32)
+    x_smem, w_smem, bars, tile, split, w_row, half, lo, count = begin(
+        x_desc, w_desc, N, K, BYTES, BM, BN, BK, FOLD, SPLITS, STAGES, GATE
+    )  # fmt: skip
+    rows, m, n_ok, m_ok, ok, at = outputs(tile, M, N, BM, BN, OUT)
+    bias, bias2 = load_bias(bias_ptr, rows, n_ok, N, BIAS, GATE)
+    next_gain = n_ok  # nothing
     if NEXT:
         next_gain = gl.load(next_gain_ptr + rows, mask=n_ok, other=0.0).to(gl.float32)
     if PDL:
-        _grid_dependency("griddepcontrol.wait; mov.b32 $0, 0;")
+        grid_dependency("griddepcontrol.wait; mov.b32 $0, 0;")
     for i in gl.static_range(STAGES):
         if i < count:
             tma.async_copy_global_to_shared(x_desc, [0, lo + i * BK], bars.index(i), x_smem.index(i))
@@ -230,11 +143,11 @@ def _ring(
     acc, acc2 = _products(
         x_desc, w_desc, x_smem, w_smem, bars, w_row, half, lo, count, BYTES, STAGES, GATE, X_FIRST, MMA
     )  # fmt: skip
-    acc = _unfold(acc, X_FIRST, FOLD, BM, BN, MMA, OUT)
-    acc2 = _unfold(acc2, X_FIRST, FOLD, BM, BN, MMA, OUT) if GATE > 0 else acc
+    acc = unfold(acc, X_FIRST, FOLD, BM, BN, MMA, OUT)
+    acc2 = unfold(acc2, X_FIRST, FOLD, BM, BN, MMA, OUT) if GATE > 0 else acc
     last = True
     if SPLITS > 1:
-        acc, acc2, last = _gather_parts(
+        acc, acc2, last = gather_parts(
             acc, acc2, parts_ptr, arrivals_ptr, tile, split, BM, BN, SPLITS, GATE, OUT
         )
     if last:
@@ -255,31 +168,11 @@ def covers(x: Tensor, weight: Tensor, shape: RingShape) -> bool:
 
 def launch(x: Tensor, weight: Tensor, shape: RingShape, grid: int, *args: Any, **flags: Any) -> None:
     """``args`` and ``flags``: those of _ring from out_ptr on that the shape does not say."""
-    (rows, k), fold = x.shape, shape.fold
-    w_desc = _descriptor(weight, weight.shape[0] * fold, k // fold, shape.bn * fold, shape.bk)
-    x_desc = _descriptor(x, rows * fold, k // fold, shape.bm * fold, shape.bk)
     _ring[(grid,)](
-        x_desc, w_desc, *args, BM=shape.bm, BN=shape.bn, BK=shape.bk, FOLD=fold, SPLITS=shape.splits,
-        STAGES=shape.stages, X_FIRST=bool(shape.x_first), OUT=_out_layout(shape.bn, shape.bm),
+        *descriptors(x, weight, shape), *args, BM=shape.bm, BN=shape.bn, BK=shape.bk, FOLD=shape.fold,
+        SPLITS=shape.splits, STAGES=shape.stages, X_FIRST=bool(shape.x_first), OUT=out_layout(shape.bn, shape.bm),
         SUMS=_sums_layout(shape.bm), PDL=True, num_warps=4, launch_pdl=True, **flags,
     )  # fmt: skip
-
-
-def _descriptor(
-    matrix: Tensor, rows: int, columns: int, block_rows: int, block_columns: int
-) -> TensorDescriptor:
-    """The memory of a contiguous matrix as [rows, columns]."""
-    block = [block_rows, block_columns]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # any type of 16 bits
-    return TensorDescriptor(matrix, [rows, columns], [columns, 1], block, layout)
-
-
-@functools.cache
-def _out_layout(bn: int, bm: int) -> gl.BlockedLayout:
-    """Of outputs [bn, bm], neighbours in memory along bn: up to 8 a thread."""
-    vector = max(1, min(8, bn * bm // 128), bn // 32)
-    threads = bn // vector
-    return gl.BlockedLayout([vector, 1], [threads, 32 // threads], [1, 4], [0, 1])
 
 
 @functools.cache

@@ -14,15 +14,18 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from headrace.kernels.linear.gluon_ring import (
-    _ask_weights,
-    _gate,
-    _gather_parts,
-    _grid_dependency,
-    _out_layout,
-    _unfold,
+from headrace.kernels.linear.gluon_parts import (
+    ask_next,
+    begin,
+    descriptors,
+    gate_of,
+    gather_parts,
+    grid_dependency,
+    load_bias,
+    out_layout,
+    outputs,
+    unfold,
 )
 from headrace.kernels.linear.triton_parts import GATES, SCRATCH
 from headrace.kernels.linear.tuning import RingShape
@@ -53,11 +56,7 @@ def _products(
         else:
             first = warpgroup_mma(w_smem.index(slot), x, none, use_acc=False, is_async=True)
             acc += warpgroup_mma_wait(0, deps=(first,))
-        if t + STAGES < count:
-            gl.thread_barrier()  # all warps have read the tile
-            k = lo + (t + STAGES) * w_desc.block_shape[1]
-            _ask_weights(w_desc, bars, w_smem, slot, w_row, half, k, BYTES, GATE)
-            tma.async_copy_global_to_shared(x_desc, [0, k], bars.index(slot), x_smem.index(slot))
+        ask_next(x_desc, w_desc, x_smem, w_smem, bars, t, w_row, half, lo, count, BYTES, STAGES, GATE)
     return acc, acc2
 
 
@@ -70,38 +69,21 @@ def _ring(
 ):  # fmt: skip
     """out[m, n] for all M <= BM rows and BN columns, over one of SPLITS ranges of K; with a gate rows n and N + n."""
     if PDL:
-        _grid_dependency("griddepcontrol.launch_dependents; mov.b32 $0, 0;")
+        grid_dependency("griddepcontrol.launch_dependents; mov.b32 $0, 0;")
     HALVES: gl.constexpr = 2 if GATE > 0 else 1
     BYTES: gl.constexpr = (HALVES * BN + BM) * FOLD * BK
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM * FOLD, 32])
-    tile, split, width = gl.program_id(0) // SPLITS, gl.program_id(0) % SPLITS, K // FOLD
-    span = (width + SPLITS * BK - 1) // (SPLITS * BK) * BK
-    lo = split * span
-    count = (gl.minimum(lo + span, width) - lo + BK - 1) // BK
-    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES * HALVES, BN * FOLD, BK], w_desc.layout)
-    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM * FOLD, BK], x_desc.layout)
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(bars.index(i), count=1)
-    gl.thread_barrier()
-    w_row, half = tile * (BN * FOLD), N * FOLD
-    for i in gl.static_range(STAGES):
-        if i < count:
-            _ask_weights(w_desc, bars, w_smem, i, w_row, half, lo + i * BK, BYTES, GATE)
-    rows, m = tile * BN + gl.arange(0, BN, gl.SliceLayout(1, OUT)), gl.arange(0, BM, gl.SliceLayout(0, OUT))
-    n_ok, m_ok = rows < N, m < M
-    ok = n_ok[:, None] & m_ok[None, :]
-    at = m[None, :].to(gl.int64) * N + rows[:, None]
+    x_smem, w_smem, bars, tile, split, w_row, half, lo, count = begin(
+        x_desc, w_desc, N, K, BYTES, BM, BN, BK, FOLD, SPLITS, STAGES, GATE
+    )  # fmt: skip
+    rows, m, n_ok, m_ok, ok, at = outputs(tile, M, N, BM, BN, OUT)
     scale = gl.load(row_scale_ptr + rows, mask=n_ok, other=0.0)
-    scale2, bias, bias2 = scale, n_ok, n_ok  # nothing
+    scale2 = scale  # nothing
     if GATE > 0:
         scale2 = gl.load(row_scale_ptr + N + rows, mask=n_ok, other=0.0)
-    if BIAS:
-        bias = gl.load(bias_ptr + rows, mask=n_ok, other=0.0).to(gl.float32)
-        if GATE > 0:
-            bias2 = gl.load(bias_ptr + N + rows, mask=n_ok, other=0.0).to(gl.float32)
+    bias, bias2 = load_bias(bias_ptr, rows, n_ok, N, BIAS, GATE)
     if PDL:
-        _grid_dependency("griddepcontrol.wait; mov.b32 $0, 0;")
+        grid_dependency("griddepcontrol.wait; mov.b32 $0, 0;")
     for i in gl.static_range(STAGES):
         if i < count:
             tma.async_copy_global_to_shared(x_desc, [0, lo + i * BK], bars.index(i), x_smem.index(i))
@@ -113,11 +95,11 @@ def _ring(
     acc, acc2 = _products(
         x_desc, w_desc, x_smem, w_smem, bars, w_row, half, lo, count, BYTES, STAGES, GATE, MMA
     )  # fmt: skip
-    acc = _unfold(acc, False, FOLD, BM, BN, MMA, OUT)
-    acc2 = _unfold(acc2, False, FOLD, BM, BN, MMA, OUT) if GATE > 0 else acc
+    acc = unfold(acc, False, FOLD, BM, BN, MMA, OUT)
+    acc2 = unfold(acc2, False, FOLD, BM, BN, MMA, OUT) if GATE > 0 else acc
     last = True
     if SPLITS > 1:
-        acc, acc2, last = _gather_parts(
+        acc, acc2, last = gather_parts(
             acc, acc2, parts_ptr, arrivals_ptr, tile, split, BM, BN, SPLITS, GATE, OUT
         )
     if last:
@@ -128,7 +110,7 @@ def _ring(
             acc2 = acc2 * scale2[:, None] * xs[None, :]
             if BIAS:
                 acc2 += bias2[:, None]
-            acc = _gate(acc, GATE) * acc2
+            acc = gate_of(acc, GATE) * acc2
         if RESIDUAL:
             acc += residual.to(gl.float32)
         gl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
@@ -153,7 +135,7 @@ def ring_product(
     shape: RingShape,
 ) -> Tensor:
     """As small_product: x float8_e4m3fn [M, K], weight [N, K], row_scale float32 [N], x_scale float32 [M, 1] or one."""
-    (num_rows, k), fold = x.shape, shape.fold
+    num_rows, k = x.shape
     n = weight.shape[0] // (1 if gate is None else 2)
     tiles = triton.cdiv(n, shape.bn)
     out = torch.empty(num_rows, n, dtype=out_dtype, device=x.device)
@@ -165,19 +147,9 @@ def ring_product(
         "STATIC": x_scale.dim() == 0, "BIAS": bias is not None, "GATE": GATES[gate], "RESIDUAL": residual is not None,
     }  # fmt: skip
     _ring[(tiles * shape.splits,)](
-        _descriptor(x, num_rows * fold, k // fold, shape.bm * fold, shape.bk),
-        _descriptor(weight, weight.shape[0] * fold, k // fold, shape.bn * fold, shape.bk),
-        out, row_scale, x_scale, x if bias is None else bias, out if residual is None else residual, parts, arrivals,
-        num_rows, n, k, BM=shape.bm, BN=shape.bn, BK=shape.bk, FOLD=fold, SPLITS=shape.splits, STAGES=shape.stages,
-        OUT=_out_layout(shape.bn, shape.bm), PDL=True, num_warps=4, launch_pdl=True, **flags,
+        *descriptors(x, weight, shape), out, row_scale, x_scale, x if bias is None else bias,
+        out if residual is None else residual, parts, arrivals, num_rows, n, k, BM=shape.bm, BN=shape.bn, BK=shape.bk,
+        FOLD=shape.fold, SPLITS=shape.splits, STAGES=shape.stages, OUT=out_layout(shape.bn, shape.bm), PDL=True,
+        num_warps=4, launch_pdl=True, **flags,
     )  # fmt: skip
     return out
-
-
-def _descriptor(
-    matrix: Tensor, rows: int, columns: int, block_rows: int, block_columns: int
-) -> TensorDescriptor:
-    """The memory of a contiguous matrix as [rows, columns]."""
-    block = [block_rows, block_columns]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)
-    return TensorDescriptor(matrix, [rows, columns], [columns, 1], block, layout)
