@@ -4,6 +4,7 @@ VENV   ?= .venv
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 MODELS ?= smollm2-135m minilm
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 
 .PHONY: help serve test test-all lint docs bench setup setup-dev clean
@@ -29,11 +30,14 @@ $(VENV)/.dev: pyproject.toml constraints.txt scripts/setup.py | $(VENV)/.serve
 serve: setup  ## serve two small real models, fetched once (MODELS="a b" HOST= PORT=)
 	$(BIN)/headrace serve $(MODELS) --host $(HOST) --port $(PORT)
 
-test: setup-dev  ## all that a change must pass, about 9 minutes on 2 cores
-	$(BIN)/python -m pytest
+# A thread for each of JOBS processes: kernels under Triton's interpreter have no use for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test: setup-dev  ## all that a change must pass, in 2 processes (JOBS=)
+	$(PYTEST)
 
 test-all: setup-dev  ## the slow tests, too
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: setup-dev  ## format, types and the import rules of ARCHITECTURE.md
 	$(BIN)/ruff check .

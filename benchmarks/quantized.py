@@ -243,10 +243,7 @@ def under(linears: list[ScaledLinear], x: Tensor, gate: str | None, shape: Any) 
 
         def run(i: int) -> object:
             linear = linears[i % len(linears)]
-            weight, rows = linear.held, scaled.row_scales(linear)
-            return kernels.small_product(
-                codes, weight.codes, weight.scale, form=kernels.FP8, row_scale=rows, x_scale=scale, **common
-            )
+            return kernels.small_product(codes, scaled.eight_bits(linear), x_scale=scale, **common)
 
         return run
 

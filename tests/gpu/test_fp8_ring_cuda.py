@@ -40,6 +40,10 @@ def quantized(rows: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
+def fp8(codes: torch.Tensor, row_scale: torch.Tensor) -> products.EightBitWeight:
+    return products.EightBitWeight(products.FP8, codes, row_scale, row_scale=row_scale)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ring(shape: RingShape, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, outputs and columns that do not fill their tiles; each twice, for the counters must be reset."""
@@ -49,19 +53,17 @@ def test_ring(shape: RingShape, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, row_scale = quantized(2 * n, k, 1)
     row_scale = (row_scale * k**-0.5).flatten()
     bias, residual = (randn(*size, dtype=torch.bfloat16, seed=2) for size in ((2 * n,), (rows, n)))
-    options = {"form": products.FP8, "x_scale": x_scale, "out_dtype": torch.bfloat16}
+    options = {"x_scale": x_scale, "out_dtype": torch.bfloat16}
     wide = (x.float() * x_scale) @ (weight.float() * row_scale[:, None]).T
     for _ in range(2):
-        out = products.small_product(
-            x, weight, row_scale, row_scale=row_scale, gate="silu", bias=bias, **options
-        )
+        out = products.small_product(x, fp8(weight, row_scale), gate="silu", bias=bias, **options)
         first, second = (wide + bias.float()).chunk(2, 1)
         assert error(out, torch.nn.functional.silu(first) * second) < 6e-3
-        half, halves = weight[:n], row_scale[:n]
-        out = products.small_product(x, half, halves, row_scale=halves, residual=residual, **options)
+        half = fp8(weight[:n], row_scale[:n])
+        out = products.small_product(x, half, residual=residual, **options)
         assert error(out, wide[:, :n] + residual.float()) < 6e-3
     options["x_scale"] = torch.tensor(0.25, device=CUDA)
-    out = products.small_product(x, half, halves, row_scale=halves, **options)
+    out = products.small_product(x, half, **options)
     assert error(out, wide[:, :n] / x_scale * 0.25) < 6e-3
 
 
@@ -82,8 +84,8 @@ def test_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
                 codes, x_scale = products.quantize_rows(x, norm=norm)
                 rows = scale.flatten() * weight.shape[1] ** -0.5
                 x = products.small_product(
-                    codes, weight, rows, form=products.FP8, row_scale=rows, x_scale=x_scale, gate=gate,
-                    residual=residual, out_dtype=torch.bfloat16,
+                    codes, fp8(weight, rows), x_scale=x_scale, gate=gate, residual=residual,
+                    out_dtype=torch.bfloat16,
                 )  # fmt: skip
         return x
 

@@ -11,7 +11,6 @@ from headrace.kernels.linear.tuning import GemvShape
 from headrace.kernels.quantized_linear import reference
 from headrace.kernels.quantized_linear import triton as fast
 from headrace.kernels.quantized_linear.formats import pack_nibbles
-from headrace.kernels.quantized_linear.triton import FP8, INT8
 from headrace.kernels.quantized_linear.triton_codes import four_bit_product
 from headrace.kernels.quantized_linear.triton_dequantize import dequantize_codes
 from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
@@ -117,17 +116,8 @@ def test_eight_bits(rows: int, n: int, k: int, gate: str | None, dtype: torch.dt
     x = randn(rows, k, dtype=dtype, seed=1)
     dense = weight.dequantize()
     for shape in (PackedShape(16, 64, 1, 4, 2), PackedShape(32, 64, 2, 4, 2)):
-        out = fast.small_product(
-            x,
-            weight.codes,
-            weight.scale,
-            form=INT8,
-            group=64,
-            zero=zero,
-            gate=gate,
-            out_dtype=dtype,
-            shape=shape,
-        )
+        packed = fast.EightBitWeight(fast.INT8, weight.codes, weight.scale, group=64, zero=zero)
+        out = fast.small_product(x, packed, gate=gate, out_dtype=dtype, shape=shape)
         want = linear_reference.small_linear(x.float(), dense, gate=gate)
         assert error(out, want) < 2 * tolerance(dtype)
     got = fast.dequantize(weight.codes, weight.scale, zero, group=64, dtype=torch.float32)
@@ -173,16 +163,14 @@ def test_fp8_products(granularity: str, activation: str, rows: int, n: int, k: i
         rounded = codes.float() * (
             x_scale.repeat_interleave(128, 1)[:, :k] if activation == "group" else x_scale
         )
-    block = granularity == "block"
-    row_scale = None if block else weight.scale.expand(n, 1).reshape(n).contiguous()
+    packed = fast.EightBitWeight(fast.FP8, weight.codes, weight.scale)
+    if granularity == "block":
+        packed = packed._replace(group=weight.block[1], height=weight.block[0])
+    else:
+        packed = packed._replace(row_scale=weight.scale.expand(n, 1).reshape(n).contiguous())
     out = fast.small_product(
         codes,
-        weight.codes,
-        weight.scale,
-        form=FP8,
-        group=weight.block[1] if block else 0,
-        height=weight.block[0],
-        row_scale=row_scale,
+        packed,
         x_scale=x_scale,
         x_group=128 if activation == "group" else 0,
         out_dtype=torch.float32,

@@ -23,6 +23,7 @@ from triton.runtime import interpreter
 
 import headrace.kernels
 from headrace.kernels import launch
+from support.quick_interpreter import quick_interpreter
 
 __all__ = ["Checker", "checked_kernels"]
 
@@ -175,7 +176,7 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 def checked_kernels() -> Iterator[Checker]:
     """Check every kernel that Triton's interpreter runs."""
     checker = Checker()
-    with pytest.MonkeyPatch.context() as patch:
+    with quick_interpreter(), pytest.MonkeyPatch.context() as patch:
         _patch_interpreter(checker, patch)
         _patch_waits(checker, patch)
         patch.setattr(torch, "empty", _poisoned(torch.empty))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import functools
 import http.client
 import json
 import threading
@@ -17,6 +18,7 @@ from headrace.errors import InvalidRequest
 from headrace.llm import AsyncEngine
 from headrace.messages import Ready
 from headrace.models.encode_card import EncodeCard
+from headrace.serving.grammars import GrammarChecker
 from headrace.serving.server import Server
 from headrace.serving.state import Model, ServerOptions
 from headrace.text.encoding import Encoded, EncodeText, Truncate
@@ -202,10 +204,21 @@ def scripted_model(
     return Model(spec, AsyncEngine(core, kit, sampling_defaults=defaults, encode_text=text))
 
 
+class _KeptChildren(GrammarChecker):
+    """Outlives its servers: children of their own cost every test the start of a process or two."""
+
+    async def close(self) -> None:
+        """They end with this process, at the end of their input."""
+
+
+_kept_children = functools.cache(_KeptChildren)
+
+
 @contextmanager
 def live(*models: Model, **options: Any) -> Iterator[LiveServer]:
     """A server with these models (by default one named ``m`` that says "Hello!")."""
     server = LiveServer(list(models) or [scripted_model()], ServerOptions(port=0, **options))
+    server.state.grammars = _kept_children()
     try:
         yield server
     finally:

@@ -24,7 +24,7 @@ from headrace.quantization.tiled import TiledWeight
 if TYPE_CHECKING:
     from headrace.quantization.scaled import ScaledLinear
 
-__all__ = ["GROUP", "fused", "has_kernel", "product", "rounded_rows", "row_scales", "tiles", "whole_rows"]
+__all__ = ["GROUP", "eight_bits", "fused", "has_kernel", "product", "rounded_rows", "row_scales", "tiles"]
 
 GROUP = 128  # columns that share an activation's scale, for weights in blocks
 
@@ -63,19 +63,8 @@ def fused(
         ):
             return fp8_gemv(x, weight.codes, row_scales(linear), norm=norm, **common)
         codes, scale = rounded_rows(linear, x, norm)
-        blocks = not whole_rows(weight)
-        return kernels.small_product(
-            codes,
-            weight.codes,
-            weight.scale,
-            form=kernels.FP8,
-            group=weight.block[1] if blocks else 0,
-            height=weight.block[0],
-            row_scale=None if blocks else row_scales(linear),
-            x_scale=scale,
-            x_group=GROUP if linear.activations.kind == "group" else 0,
-            **common,
-        )
+        x_group = GROUP if linear.activations.kind == "group" else 0
+        return kernels.small_product(codes, eight_bits(linear), x_scale=scale, x_group=x_group, **common)
     if norm is not None:
         x = rms_norm(x, *norm)
     if isinstance(weight, NativeFp4Weight):
@@ -90,9 +79,7 @@ def fused(
             both = four_bit_product(x, **tiles(weight), rows=weight.shape[0], **common)
             return _gated(both, gate, residual).to(x.dtype)
         return four_bit_product(x, **tiles(weight), rows=weight.shape[0], **common)
-    assert isinstance(weight, GroupIntWeight)
-    parts: dict[str, Any] = {"form": kernels.INT8, "group": weight.group, "zero": weight.zero}
-    return kernels.small_product(x, weight.codes, weight.scale, **parts, **common)
+    return kernels.small_product(x, eight_bits(linear), **common)
 
 
 def _gated(both: Tensor, gate: str, residual: Tensor | None) -> Tensor:
@@ -150,6 +137,20 @@ def _dense(linear: ScaledLinear, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, GroupIntWeight) and has_kernel(linear):
         return kernels.dequantize(weight.codes, weight.scale, weight.zero, group=weight.group, dtype=dtype)
     return linear.dequantize().to(dtype)
+
+
+def eight_bits(linear: ScaledLinear) -> kernels.EightBitWeight:
+    """A linear's weight of 8 bits for the kernels, FP8 for FP8 activations."""
+    weight = linear.held
+    if isinstance(weight, GroupIntWeight):
+        return kernels.EightBitWeight(
+            kernels.INT8, weight.codes, weight.scale, group=weight.group, zero=weight.zero
+        )
+    assert isinstance(weight, Fp8Weight)
+    if whole_rows(weight):
+        return kernels.EightBitWeight(kernels.FP8, weight.codes, weight.scale, row_scale=row_scales(linear))
+    height, group = weight.block
+    return kernels.EightBitWeight(kernels.FP8, weight.codes, weight.scale, group=group, height=height)
 
 
 def row_scales(linear: ScaledLinear) -> Tensor:

@@ -10,7 +10,7 @@ from headrace.kernels.experts import ExpertPlan, gated
 from headrace.kernels.experts import triton_eight_bits as eight
 from headrace.kernels.experts.triton_codes import expert_codes
 from headrace.kernels.quantized_linear.tiling import ROWS
-from headrace.quantization.device import GROUP, rounded_rows, row_scales, tiles, whole_rows
+from headrace.quantization.device import GROUP, eight_bits, rounded_rows, tiles
 from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
 from headrace.quantization.tiled import TiledWeight
@@ -32,27 +32,11 @@ def product(experts: ScaledExperts, x: Tensor, plan: ExpertPlan, gate: str | Non
         return expert_codes(x, plan=plan, rows=weight.shape[0], bias=experts.bias, gate=gate, **tiles(weight))
     common: dict[str, Any] = {"bias": experts.bias, "gate": gate, "out_dtype": x.dtype}
     if isinstance(weight, GroupIntWeight):
-        return eight.expert_eight_bits(
-            x,
-            weight.codes,
-            weight.scale,
-            plan,
-            form=eight.INT8,
-            group=weight.group,
-            zero=weight.zero,
-            **common,
-        )
+        return eight.expert_eight_bits(x, eight_bits(experts), plan, **common)
     assert isinstance(weight, Fp8Weight)
-    blocks = not whole_rows(weight)
-    common |= {
-        "group": weight.block[1] if blocks else 0,
-        "height": weight.block[0],
-        "row_scale": None if blocks else row_scales(experts),
-    }
     if experts.activations.kind == "none":
-        return eight.expert_eight_bits(x, weight.codes, weight.scale, plan, form=eight.WIDE_FP8, **common)
+        wide = eight_bits(experts)._replace(form=eight.WIDE_FP8)
+        return eight.expert_eight_bits(x, wide, plan, **common)
     codes, scale = rounded_rows(experts, x)
     x_group = GROUP if experts.activations.kind == "group" else 0
-    return eight.expert_eight_bits(
-        codes, weight.codes, weight.scale, plan, form=eight.FP8, x_scale=scale, x_group=x_group, **common
-    )
+    return eight.expert_eight_bits(codes, eight_bits(experts), plan, x_scale=scale, x_group=x_group, **common)

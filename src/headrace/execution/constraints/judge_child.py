@@ -1,7 +1,7 @@
 """The process that compiles strangers' grammars: one request a line in, one answer a line out.
 
-It can be killed at any moment: by its parent when it takes too long, by the system at its memory limit. It runs when
-nobody else wants the processor. Started as ``python -m headrace.execution.constraints.judge_child BYTES``.
+It can be killed at any moment: by its parent when it takes too long, by the system at its memory limit. Once started it
+runs when nobody else wants the processor. Started as ``python -m headrace.execution.constraints.judge_child BYTES``.
 """
 
 from __future__ import annotations
@@ -137,11 +137,11 @@ def _answer(compiler: Compiler, question: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Serve until the input ends."""
-    stand_back()
     if len(sys.argv) > 1:
         limit = int(sys.argv[1])
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     compiler = Compiler()
+    stand_back()  # not before: where others take all processors, a start that stands back takes half a minute
     print("true", flush=True)  # ready
     for line in sys.stdin:
         print(json.dumps(_answer(compiler, json.loads(line))), flush=True)

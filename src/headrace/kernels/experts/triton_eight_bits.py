@@ -16,12 +16,10 @@ from headrace.kernels.experts.plan import ExpertPlan
 from headrace.kernels.experts.triton_parts import GATES, block_of, rows_of, store
 from headrace.kernels.experts.tuning import ProductShape, eight_bit_shape
 from headrace.kernels.launch import INTERPRETED, launch_options
+from headrace.kernels.quantized_linear.eight_bits import FP8, INT8, WIDE_FP8, EightBitWeight, launch_inputs
 from headrace.kernels.quantized_linear.triton import eight_bits
 
-__all__ = ["FP8", "INT8", "WIDE_FP8", "expert_eight_bits"]
-
-FP8, INT8, WIDE_FP8 = 0, 1, 2
-"""FP8 weights and activations; integers and 16-bit activations; FP8 weights and 16-bit activations."""
+__all__ = ["FP8", "INT8", "WIDE_FP8", "EightBitWeight", "expert_eight_bits"]
 
 
 @triton.jit
@@ -102,15 +100,9 @@ def _expert_eight_bits(x_ptr, x_row, xs_ptr, x_groups, w_ptr, scale_ptr, zero_pt
 
 def expert_eight_bits(
     x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
+    weight: EightBitWeight,
     plan: ExpertPlan,
     *,
-    form: int,
-    group: int = 0,
-    height: int = 1,
-    zero: Tensor | None = None,
-    row_scale: Tensor | None = None,
     x_scale: Tensor | None = None,
     x_group: int = 0,
     bias: Tensor | None = None,
@@ -122,35 +114,35 @@ def expert_eight_bits(
 
     Args:
         x: [T or T * k, K], float8_e4m3fn for FP8, else 16 or 32 bits.
-        weight: float8_e4m3fn, or uint8 for INT8, [E * N, K].
-        scale: float32 [E * N / height, groups of ``group`` columns]; of FP8 with ``row_scale`` it is not read.
-        zero: float32, of INT8, like ``scale``: the code that stands for 0.
-        row_scale: float32 [E * N] of FP8 with a scale a row (then ``group`` is 0).
+        weight: [E * N, K].
         x_scale: float32 [rows, 1], [rows, K / x_group] or a scalar, for FP8.
     """
-    assert (
-        x.stride(1) == 1 and weight.is_contiguous() and plan.pairs is not None and plan.contents is not None
-    )
-    k = weight.shape[1]
-    n = weight.shape[0] // plan.num_experts // (1 if gate is None else 2)
+    assert x.stride(1) == 1 and weight.codes.is_contiguous()
+    assert plan.pairs is not None and plan.contents is not None
+    k = weight.codes.shape[1]
+    n = weight.codes.shape[0] // plan.num_experts // (1 if gate is None else 2)
     out = torch.empty(plan.num_pairs, n, dtype=out_dtype, device=x.device)
     shape = shape or eight_bit_shape(
-        x.device, plan.block, plan.contents.numel(), gate is not None, form == FP8
+        x.device, plan.block, plan.contents.numel(), gate is not None, weight.form == FP8
     )
-    bk = min(shape.bk, x_group or shape.bk, group or shape.bk)
-    if form == INT8:  # a step has whole groups, or lies in one
-        bk = shape.bk if group % shape.bk == 0 or shape.bk % group == 0 or group >= k else group
-    assert not group or bk % group == 0 or group % bk == 0 or group >= k, (group, bk)
-    assert form == INT8 or not group or group % bk == 0 or group >= k
-    tiles = triton.cdiv(n, shape.bn)
-    x_groups = x_scale.shape[1] if x_group and x_scale is not None else 0
+    bk, tiles = _step_columns(weight, shape, x_group), triton.cdiv(n, shape.bn)
+    inputs, flags = launch_inputs(x, weight, x_scale, x_group)
     _expert_eight_bits[(tiles * plan.contents.numel(),)](
-        x, x.stride(0), scale if x_scale is None else x_scale, x_groups, weight, scale,
-        scale if zero is None else zero, scale if row_scale is None else row_scale, scale.shape[1] if group else 1,
-        scale if bias is None else bias, out, plan.pairs, plan.contents, plan.num_pairs, n, k, tiles,
-        SHARED=plan.num_pairs // x.shape[0], BM=plan.block, BN=shape.bn, BK=bk, FORM=form, GROUP=group, HEIGHT=height,
-        XGROUP=x_group, STATIC=x_scale is not None and x_scale.dim() == 0, ROW_SCALE=row_scale is not None,
-        BIAS=bias is not None, GATE=GATES[gate], EVEN=k % bk == 0, WIDEN=INTERPRETED,
+        *inputs, weight.scale if bias is None else bias, out, plan.pairs, plan.contents, plan.num_pairs, n, k, tiles,
+        SHARED=plan.num_pairs // x.shape[0], BM=plan.block, BN=shape.bn, BK=bk, BIAS=bias is not None,
+        GATE=GATES[gate], EVEN=k % bk == 0, WIDEN=INTERPRETED, **flags,
         **launch_options(x.device, shape.warps, shape.stages),
     )  # fmt: skip
     return out
+
+
+def _step_columns(weight: EightBitWeight, shape: ProductShape, x_group: int) -> int:
+    """Columns of a step: those of FP8 share their scales, those of integers are whole groups or lie in one."""
+    k, group, bk = weight.codes.shape[1], weight.group, shape.bk
+    if weight.form == INT8:
+        step = bk if group % bk == 0 or bk % group == 0 or group >= k else group
+        assert step % group == 0 or group % step == 0 or group >= k, (group, step)
+        return step
+    step = min(bk, x_group or bk, group or bk)
+    assert not group or group % step == 0 or group >= k, (group, step)
+    return step

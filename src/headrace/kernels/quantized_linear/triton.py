@@ -18,19 +18,20 @@ from headrace.kernels.launch import INTERPRETED, launch_options, prefetch_l2
 from headrace.kernels.linear.triton_parts import GATES as _GATES
 from headrace.kernels.linear.triton_parts import SCRATCH as _SCRATCH
 from headrace.kernels.quantized_linear import tuning
+from headrace.kernels.quantized_linear.eight_bits import FP8, INT8, EightBitWeight, launch_inputs
 from headrace.kernels.quantized_linear.triton_parts import FP8_MAX, finish, gather_parts
 from headrace.kernels.quantized_linear.tuning import PackedShape, packed_shape, padded_rows
 
 __all__ = [
     "FP8",
     "INT8",
+    "EightBitWeight",
     "dequantize",
     "eight_bits",
     "quantize_rows",
     "small_product",
 ]
 
-FP8, INT8 = 0, 1
 MAX_ROWS = 64
 
 
@@ -261,14 +262,8 @@ def quantize_rows(
 
 def small_product(
     x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
+    weight: EightBitWeight,
     *,
-    form: int,
-    group: int = 0,
-    height: int = 1,
-    zero: Tensor | None = None,
-    row_scale: Tensor | None = None,
     x_scale: Tensor | None = None,
     x_group: int = 0,
     bias: Tensor | None = None,
@@ -281,58 +276,50 @@ def small_product(
 
     Args:
         x: [M, K], M at most MAX_ROWS; float8_e4m3fn for FP8, else 16 bits.
-        weight: FP8 or INT8 [N, K].
-        scale: of groups, [N (blocks of ``height`` rows for FP8), K / group]; unused for FP8 without groups.
-        row_scale: float32 [N].
+        weight: FP8 or INT8.
         x_scale: float32 [M, 1] or [M, K / x_group], or a scalar (static), for FP8.
         gate: the first N / 2 outputs go through it and multiply the others.
     """
-    if (
-        shape is None
-        and form == FP8
-        and row_scale is not None
-        and x_scale is not None
-        and not (group or x_group)
-    ):
-        ring = tuning.fp8_ring_shape(x.device, x.shape[0], weight.shape[0], weight.shape[1], gate is not None)
+    num_rows, k = x.shape
+    assert num_rows <= MAX_ROWS and x.stride(1) == 1 and weight.codes.is_contiguous()
+    high, fp8 = weight.codes.shape[0], weight.form == FP8
+    if shape is None and fp8 and weight.row_scale is not None and x_scale is not None and not x_group:
+        ring = tuning.fp8_ring_shape(x.device, num_rows, high, weight.codes.shape[1], gate is not None)
         if ring is not None:
             from headrace.kernels.quantized_linear import gluon_ring
 
-            if gluon_ring.covers(x, weight, ring):
+            if gluon_ring.covers(x, weight.codes, ring):
                 return gluon_ring.ring_product(
-                    x, weight, row_scale, x_scale, bias=bias, gate=gate, residual=residual, out_dtype=out_dtype,
-                    shape=ring,
+                    x, weight.codes, weight.row_scale, x_scale, bias=bias, gate=gate, residual=residual,
+                    out_dtype=out_dtype, shape=ring,
                 )  # fmt: skip
-    shape = shape or packed_shape(
-        x.device, x.shape[0], weight.shape[0], x.shape[1], form == FP8, gate is not None
-    )
-    if form == FP8:
-        step = min(shape.bk, group or shape.bk, x_group or shape.bk)
-        assert not group or step == group or group % step == 0
-    else:
-        assert group % 16 == 0
-        step = min(shape.bk, group) if group > shape.bk and group % shape.bk else shape.bk
-    num_rows, k = x.shape
-    n = weight.shape[0] // (1 if gate is None else 2)
-    assert num_rows <= MAX_ROWS and x.stride(1) == 1 and weight.is_contiguous()
-    bm = max(16, padded_rows(num_rows))
-    tiles = triton.cdiv(n, shape.bn)
+    shape = shape or packed_shape(x.device, num_rows, high, k, fp8, gate is not None)
+    n = high // (1 if gate is None else 2)
+    bm, tiles = max(16, padded_rows(num_rows)), triton.cdiv(n, shape.bn)
     out = torch.empty(num_rows, n, dtype=out_dtype, device=x.device)
     parts = arrivals = out
     if shape.splits > 1:
         tall = (1 if gate is None else 2) * shape.bn
         parts, arrivals = _SCRATCH.get(x.device, tiles * shape.splits * tall * bm, tiles)
+    inputs, flags = launch_inputs(x, weight, x_scale, x_group)
     _small[(tiles * shape.splits,)](
-        x, x.stride(0), x if x_scale is None else x_scale, x_scale.shape[1] if x_group and x_scale is not None else 1,
-        weight, scale, scale if zero is None else zero, scale if row_scale is None else row_scale,
-        scale.shape[1] if group else 1, x if bias is None else bias, x if residual is None else residual, out, parts,
-        arrivals, num_rows, n, k,
-        BM=bm, BN=shape.bn, BK=step, SPLITS=shape.splits, FORM=form, GROUP=group, HEIGHT=height, XGROUP=x_group,
-        ROW_SCALE=row_scale is not None, STATIC=x_scale is not None and x_scale.dim() == 0, BIAS=bias is not None,
-        GATE=_GATES[gate], RESIDUAL=residual is not None, WIDEN=INTERPRETED,
+        *inputs, x if bias is None else bias, x if residual is None else residual, out, parts, arrivals, num_rows, n,
+        k, BM=bm, BN=shape.bn, BK=_step_columns(weight, shape, x_group), SPLITS=shape.splits, BIAS=bias is not None,
+        GATE=_GATES[gate], RESIDUAL=residual is not None, WIDEN=INTERPRETED, **flags,
         **launch_options(x.device, shape.warps, shape.stages),
     )  # fmt: skip
     return out
+
+
+def _step_columns(weight: EightBitWeight, shape: PackedShape, x_group: int) -> int:
+    """Columns of a step: those of FP8 share their scales, those of integers are whole groups or lie in one."""
+    group = weight.group
+    if weight.form == FP8:
+        step = min(shape.bk, group or shape.bk, x_group or shape.bk)
+        assert not group or group % step == 0
+        return step
+    assert group % 16 == 0
+    return min(shape.bk, group) if group > shape.bk and group % shape.bk else shape.bk
 
 
 def dequantize(weight: Tensor, scale: Tensor, zero: Tensor, *, group: int, dtype: torch.dtype) -> Tensor:

@@ -201,16 +201,8 @@ def _product(x: Rounded, weight: Tensor, scale: Tensor, bias: Tensor | None, dty
     fp8 = weight.dtype is torch.float8_e4m3fn
     count = x.codes.shape[0]
     if fp8 and count <= quantized_linear.MAX_ROWS:
-        return quantized_linear.small_product(
-            x.codes,
-            weight,
-            scale,
-            form=quantized_linear.FP8,
-            row_scale=scale,
-            x_scale=x.scale,
-            bias=bias,
-            out_dtype=dtype,
-        )
+        packed = quantized_linear.EightBitWeight(quantized_linear.FP8, weight, scale, row_scale=scale)
+        return quantized_linear.small_product(x.codes, packed, x_scale=x.scale, bias=bias, out_dtype=dtype)
     if fp8 and bias is None and dtype is torch.bfloat16 and not INTERPRETED:
         return torch._scaled_mm(
             x.codes,
