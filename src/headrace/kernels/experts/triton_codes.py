@@ -92,7 +92,9 @@ def _few_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, groups
 @triton.jit
 def _natural(a, T: tl.constexpr, FP4: tl.constexpr):
     """Decoded weights [1, 16 T, 128] in the order of columns (they come in that of tiling.py), [16 T, 128]."""
-    a = a.reshape(16 * T, 2, 2, 2, 4, 2, 2)  # parts of a column: chunk, i in halves with a and t between them, b
+    a = a.reshape(
+        16 * T, 2, 2, 2, 4, 2, 2
+    )  # parts of a column: chunk, i in halves with a and t between them, b
     if FP4:
         ordered = a.permute(0, 1, 4, 2, 5, 3, 6)
     else:
@@ -104,7 +106,8 @@ def _natural(a, T: tl.constexpr, FP4: tl.constexpr):
 def _many_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr, out_ptr, pairs_ptr,
                 contents_ptr, P, N, K, R, blocks, tiles_of_n, SHARED: tl.constexpr, BM: tl.constexpr,
                 T: tl.constexpr, FP4: tl.constexpr, GROUP: tl.constexpr, SMALL: tl.constexpr, ZERO: tl.constexpr,
-                EVEN: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                EVEN: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, PLAIN: tl.constexpr,
+                PDL: tl.constexpr):  # fmt: skip
     """As _few_codes for the BM pairs of a block: decoded weights pass through shared memory once for all of them."""
     if PDL:
         gdc_launch_dependents()
@@ -184,7 +187,7 @@ def expert_codes(
     assert each % ROWS == 0 and (gate is None or n % ROWS == 0) and k % 8 == 0
     most = min(plan.block, plan.chosen.shape[0])  # an expert has no more rows than there are tokens
     shape = shape or codes_shape(
-        x.device, plan.block, most, blocks, gated=gate is not None, itemsize=x.itemsize, even=k == blocks * COLUMNS
+        x.device, plan.block, most, each, k, group, gated=gate is not None, itemsize=x.itemsize
     )  # fmt: skip
     halves = 1 if gate is None else 2
     tiles = triton.cdiv(n, shape.tiles * ROWS // halves)
@@ -194,8 +197,8 @@ def expert_codes(
         1 if fp4 else scale.shape[1], x if bias is None else bias, out, plan.pairs, plan.contents, plan.num_pairs,
     )  # fmt: skip
     common: dict[str, Any] = {
-        "SHARED": plan.num_pairs // x.shape[0], "BM": shape.bm, "T": shape.tiles, "FP4": fp4, "GROUP": group, "SMALL": small,
-        "ZERO": zero is not None, "BIAS": bias is not None, "GATE": GATES[gate],
+        "SHARED": plan.num_pairs // x.shape[0], "BM": shape.bm, "T": shape.tiles, "FP4": fp4, "GROUP": group,
+        "SMALL": small, "ZERO": zero is not None, "BIAS": bias is not None, "GATE": GATES[gate],
         "PLAIN": INTERPRETED or x.dtype is not torch.bfloat16,
     }  # fmt: skip
     sizes = (n, k, each // ROWS, blocks, tiles)

@@ -1,16 +1,24 @@
-"""Shapes of the kernels over experts' weights: by rules, for GPUs like an H100 or H200."""
+"""Shapes of the kernels over experts' weights: by rules, for GPUs like an H100 or H200.
+
+For 4-bit codes ``tuned/<gpu>.json`` comes before the rule: ``codes_key`` -> the fields of an ExpertCodesShape.
+benchmarks/tune_experts.py measures and writes it.
+"""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from headrace.kernels.tuned import tuned
 
 __all__ = [
     "ExpertCodesShape",
     "ProductShape",
     "block_rows",
+    "codes_key",
     "codes_shape",
     "eight_bit_shape",
     "max_blocks",
@@ -18,6 +26,7 @@ __all__ = [
 ]
 
 # All as measured on an H200, on layers of Qwen3-30B-A3B.
+_FOLDER = Path(__file__).parent
 _FEW_BLOCKS = 16  # as one token has
 _MANY_CODES = {16: (4, 4, True, 4), 32: (8, 4, True, 3), 64: (8, 8, True, 3), 128: (8, 4, True, 2)}
 
@@ -90,15 +99,24 @@ class ExpertCodesShape(NamedTuple):
     stages: int = 1
 
 
+def codes_key(block: int, most: int, n: int, k: int, group: int, gated: bool) -> str:
+    """In the tuned table, of weights [n, k] an expert (both halves of a gate) whose ``group`` columns share a scale."""
+    rows = min(block, 8) if most <= 8 else block
+    return f"{rows}:{n}x{k}/{group}{'g' if gated else ''}"
+
+
 def codes_shape(
-    device: torch.device, block: int, most: int, chunks: int, *, gated: bool, itemsize: int, even: bool
+    device: torch.device, block: int, most: int, n: int, k: int, group: int, *, gated: bool, itemsize: int
 ) -> ExpertCodesShape:
-    """For x of ``itemsize`` bytes a number and 4-bit weights of ``chunks`` times 128 columns.
+    """For x of ``itemsize`` bytes a number and 4-bit weights, see ``codes_key``.
 
     Args:
         block: rows of the plan's blocks, of which ``most`` at most hold something.
-        even: the columns fill all chunks; where they do not, what each warp masks for itself takes too many registers.
     """
+    chunks = -(-k // 128)
+    found = tuned(_FOLDER, device).get(codes_key(block, most, n, k, group, gated)) if itemsize == 2 else None
+    if found is not None:
+        return ExpertCodesShape(found[0], found[1], found[2], bool(found[3]), found[4])
     if most <= 8:
         warps = (
             8
@@ -112,6 +130,6 @@ def codes_shape(
         return ExpertCodesShape(8, 2 if gated else 1, warps)
     if itemsize == 4 or not _roomy(device):
         return ExpertCodesShape(16 if most <= 16 else 32, 2, 2)
-    if block == 16 and even and chunks % 2 == 0:
+    if block == 16:
         return ExpertCodesShape(16, 4, 2)
     return ExpertCodesShape(block, *_MANY_CODES[block])

@@ -42,10 +42,8 @@ MAX_ROWS = 64
 @triton.jit
 def _block(k, which, hi, EVEN: tl.constexpr):
     """Block k + which; no further than the last."""
-    if EVEN:
-        return k + which
-    else:
-        return tl.minimum(k + which, hi - 1)
+    block = k + which
+    return block if EVEN else tl.minimum(block, hi - 1)
 
 
 @triton.jit
@@ -74,7 +72,8 @@ def _scaled_product(acc, a, x, w_scale_ptr, rows, col, groups, T: tl.constexpr, 
 @triton.jit
 def code_sums(x_ptr, x_row, m, w_ptr, w_scale_ptr, zero_ptr, tiles, tiles2, groups, lo, hi, K, blocks,
               BM: tl.constexpr, T: tl.constexpr, W: tl.constexpr, FP4: tl.constexpr, GROUP: tl.constexpr,
-              SMALL: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+              SMALL: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr, PLAIN: tl.constexpr,
+              PDL: tl.constexpr):  # fmt: skip
     """Sums over ``blocks`` of 128 columns, lo .. hi, of T tiles of weights and BM rows of x: float32 [16 T, BM].
 
     Args:
@@ -235,8 +234,8 @@ def four_bit_product(
         x, x.stride(0), words, scale, scale if zero is None else zero, scale if row_scale is None else row_scale,
         1 if fp4 else scale.shape[1], x if bias is None else bias, x if residual is None else residual,
         out, parts, arrivals, num_rows, n, k, tiles_of_rows, blocks,
-        BM=bm, T=shape.tiles, W=warps, SPLITS=splits, FP4=fp4, GROUP=group, SMALL=small, ZERO=zero is not None, EVEN=even,
-        BIAS=bias is not None, GATE=_GATES[gate], RESIDUAL=residual is not None,
+        BM=bm, T=shape.tiles, W=warps, SPLITS=splits, FP4=fp4, GROUP=group, SMALL=small, ZERO=zero is not None,
+        EVEN=even, BIAS=bias is not None, GATE=_GATES[gate], RESIDUAL=residual is not None,
         PLAIN=INTERPRETED or x.dtype is not torch.bfloat16, **launch_options(x.device, warps, 1),
     )  # fmt: skip
     return out

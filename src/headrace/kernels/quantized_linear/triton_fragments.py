@@ -60,11 +60,12 @@ def found_rows(at, count, W: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def inputs(x_at, eighth, end, HALF: tl.constexpr, EVEN: tl.constexpr):
-    """x at x_at, whose columns (as ``input_columns``) are in eights ``eighth``, HALF further; 0 from ``end`` eights on."""
+    """x at x_at, whose columns (``input_columns``) are in eights ``eighth``, HALF further; 0 from ``end`` eights on."""
     if EVEN:
-        return tl.load(x_at + HALF)
+        x = tl.load(x_at + HALF)
     else:
-        return tl.load(x_at + HALF, mask=eighth + HALF // 8 < end, other=0.0)
+        x = tl.load(x_at + HALF, mask=eighth + HALF // 8 < end, other=0.0)
+    return x
 
 
 @triton.jit
@@ -105,7 +106,9 @@ def _pair(word):
 
 
 @triton.jit
-def _fp4_scales(words, H: tl.constexpr, GROUP: tl.constexpr, SMALL: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
+def _fp4_scales(
+    words, H: tl.constexpr, GROUP: tl.constexpr, SMALL: tl.constexpr, T: tl.constexpr, W: tl.constexpr
+):
     """Scales of row g + 8 H, a bfloat16 twice in int32 [T, 2, W, 8, 4, 4]: of 16 columns, times 2**110; of 32, 2**e,
     where they are SMALL times 2**126.
 
