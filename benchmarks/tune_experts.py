@@ -53,6 +53,7 @@ def jobs(
     plans = [plan_experts(each, mixture.num_experts) for each in chosen]
     rows = mixture.experts_per_token * tokens
     block, most = plans[0].block, min(plans[0].block, tokens)
+    how_full = tuning.codes_rows(rows, mixture.num_experts, block)
     found: list[tuple[str, ExpertCodesShape, Callable[[int], object]]] = []
     for name, gate in (("gate_up", mixture.activation), ("down", None)):
         part: Any = getattr(mixture.experts, name)
@@ -61,7 +62,7 @@ def jobs(
         inputs: list[Tensor] = xs
         if gate is None:
             inputs = [torch.randn(rows, k, dtype=torch.bfloat16, device=DEVICE) for _ in range(CALLS)]
-        key = tuning.codes_key(block, most, n, k, weight.group, gate is not None)
+        key = tuning.codes_key(how_full, n, k, weight.group, gate is not None)
 
         def run(
             i: int, shape: ExpertCodesShape, part: Any = part, inputs: Any = inputs, gate: Any = gate

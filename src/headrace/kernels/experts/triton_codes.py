@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.experts.plan import ExpertPlan
 from headrace.kernels.experts.triton_parts import GATES, block_of, rows_of, store
-from headrace.kernels.experts.tuning import ExpertCodesShape, codes_shape
+from headrace.kernels.experts.tuning import ExpertCodesShape, codes_rows, codes_shape
 from headrace.kernels.launch import INTERPRETED, launch_options
 from headrace.kernels.quantized_linear.tiling import COLUMNS, ROWS
 from headrace.kernels.quantized_linear.triton_codes import code_sums
@@ -187,7 +187,8 @@ def expert_codes(
     assert each % ROWS == 0 and (gate is None or n % ROWS == 0) and k % 8 == 0
     most = min(plan.block, plan.chosen.shape[0])  # an expert has no more rows than there are tokens
     shape = shape or codes_shape(
-        x.device, plan.block, most, each, k, group, gated=gate is not None, itemsize=x.itemsize
+        x.device, codes_rows(plan.num_pairs, plan.num_experts, plan.block), plan.block, most, each, k, group,
+        gated=gate is not None, itemsize=x.itemsize,
     )  # fmt: skip
     halves = 1 if gate is None else 2
     tiles = triton.cdiv(n, shape.tiles * ROWS // halves)
