@@ -214,7 +214,17 @@ def expected(module: ScaledExperts, x: torch.Tensor, plan: ExpertPlan, gate: str
         (1, 6, 2, 64, 192, "silu"),
         (40, 3, 2, 32, 128, None),
         (20, 2, 1, 64, 384, "clamped_swiglu"),
-        *([(600, 3, 1, 256, 512, "silu"), (150, 2, 1, 128, 448, None)] if ON_GPU else []),
+        *(
+            [
+                (600, 3, 1, 256, 512, "silu"),
+                (150, 2, 1, 128, 448, None),
+                (16, 32, 4, 256, 2880, "clamped_swiglu"),
+                (64, 32, 4, 256, 2880, "clamped_swiglu"),
+                (60, 16, 4, 256, 2048, "silu"),
+            ]
+            if ON_GPU
+            else []
+        ),
     ],
 )
 def test_fewer_bits(form: str, tokens: int, experts: int, top: int, n: int, k: int, gate: str | None) -> None:

@@ -95,6 +95,38 @@ def test_every_scale_times_every_code(form: str, dtype: torch.dtype) -> None:
     assert torch.equal(nan, torch.isnan(tile(weight).restore().dequantize()).all(1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_small_scale_times_every_code(dtype: torch.dtype) -> None:
+    """Powers of two up to 2 take another decoder, by one product."""
+    codes = torch.arange(16, dtype=torch.uint8, device=DEVICE).repeat(129, 2)
+    scale = torch.arange(129, dtype=torch.uint8, device=DEVICE)[:, None]
+    if dtype is torch.float16:
+        scale = scale.clamp(115)
+    weight = Fp4Weight(pack_nibbles(codes), scale, torch.ones(129, device=DEVICE))
+    tiled = tile(weight)
+    assert tiled.small
+    got = product(torch.eye(32, dtype=dtype, device=DEVICE), tiled).t().float()
+    kept = slice(2, None)  # subnormal numbers of 32 bits: not every unit keeps them
+    torch.testing.assert_close(got[kept], weight.dequantize()[kept], rtol=0, atol=0)
+    for wrong in (129, 255):
+        scale[77] = wrong
+        assert not tile(Fp4Weight(weight.packed, scale, weight.row_scale)).small
+
+
+@pytest.mark.parametrize("form", [NVFP4, MXFP4, INT4])
+@pytest.mark.parametrize("shape", [CodesShape(2, 4, 1), CodesShape(1, 8, 2), CodesShape(4, 2, 2)], ids=str)
+def test_columns_that_fill_no_block(form: str, shape: CodesShape) -> None:
+    """Seven blocks and a half: warps past the end read weights that are there, and no columns that are not."""
+    dtype, k = DTYPES[-1], 7 * 128 + 64
+    weight = four_bits(form, 48, k, 32)
+    wide = torch.full((11, k + 64), torch.nan, dtype=dtype, device=DEVICE)  # what follows a row is not read
+    wide[:, :k] = randn(11, k, dtype=dtype, seed=1)
+    for x in (wide[:, :k], wide[:3, :k]):
+        out = product(x, tile(weight), shape=shape)
+        want = linear_reference.small_linear(x, weight.dequantize())
+        assert error(out, want) < 2 * tolerance(dtype)
+
+
 @pytest.mark.parametrize("form", [NVFP4, MXFP4, INT4])
 def test_dequantize_is_exact(form: str) -> None:
     """float32 out, so nothing is rounded that the definition does not round; and tiling loses nothing."""

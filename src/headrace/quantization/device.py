@@ -191,5 +191,5 @@ def tiles(weight: TiledWeight) -> dict[str, Any]:
     """Arguments of the kernels that read it."""
     return {
         "words": weight.words, "scale": weight.scale, "zero": weight.zero, "row_scale": weight.row_scale,
-        "group": weight.group,
+        "group": weight.group, "small": weight.small,
     }  # fmt: skip

@@ -24,6 +24,7 @@ from headrace.quantization.schemes.group_int import GroupIntWeight
 __all__ = ["TiledWeight", "can_tile", "tile"]
 
 _SYMMETRIC = 8.0
+_TWO = 128  # as an E8M0
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class TiledWeight:
             integers: float32 [tiles, groups, 16].
         row_scale: float32 [rows], or None for integers.
         zero: bfloat16 ``-128 - zero`` [tiles, groups, 16], or None where all are 8 or there are none.
+        small: the scales are exponents, and none is above 2 or NaN: code and scale become bfloat16 by one product.
     """
 
     words: Tensor
@@ -44,6 +46,7 @@ class TiledWeight:
     zero: Tensor | None
     shape: tuple[int, int]
     group: int
+    small: bool = False
 
     @property
     def fp4(self) -> bool:
@@ -92,8 +95,9 @@ def tile(weight: Fp4Weight | GroupIntWeight) -> TiledWeight:
     codes, scale = unpack_nibbles(weight.packed), weight.scale
     if weight.group == NVFP4_GROUP:
         codes, scale = _positive(codes, scale)
-    tiled = tile_scales(scale, weight.group)
-    return TiledWeight(tile_codes(codes, fp4=True), tiled, weight.row_scale, None, weight.shape, weight.group)
+    small = weight.group == MXFP4_GROUP and bool((scale <= _TWO).all())
+    words, tiled = tile_codes(codes, fp4=True), tile_scales(scale, weight.group)
+    return TiledWeight(words, tiled, weight.row_scale, None, weight.shape, weight.group, small)
 
 
 def _positive(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

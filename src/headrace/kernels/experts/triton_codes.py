@@ -16,14 +16,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.experts.plan import ExpertPlan
 from headrace.kernels.experts.triton_parts import GATES, block_of, rows_of, store
-from headrace.kernels.experts.tuning import ExpertCodesShape, codes_shape
+from headrace.kernels.experts.tuning import ExpertCodesShape, codes_rows, codes_shape
 from headrace.kernels.launch import INTERPRETED, launch_options
 from headrace.kernels.quantized_linear.tiling import COLUMNS, ROWS
 from headrace.kernels.quantized_linear.triton_codes import code_sums
 from headrace.kernels.quantized_linear.triton_fragments import (
     decode_fp4,
     decode_integers,
-    input_rows,
+    found_rows,
     tile_of,
 )
 
@@ -56,15 +56,15 @@ def _store_sums(sums, tile, first, pair, bias_ptr, out_ptr, P, N, T: tl.constexp
     store(acc, acc2, first, outputs, pair, bias_ptr, out_ptr, P, N, BIAS, GATE)
 
 
-@triton.jit(do_not_specialize=["P", "M"])
+@triton.jit(do_not_specialize=["P"])
 def _few_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr, out_ptr, pairs_ptr,
-               contents_ptr, P, M, N, K, R, blocks, tiles_of_n, SHARED: tl.constexpr, ROWS: tl.constexpr,
+               contents_ptr, P, N, K, R, blocks, tiles_of_n, SHARED: tl.constexpr, ROWS: tl.constexpr,
                BM: tl.constexpr, T: tl.constexpr, W: tl.constexpr, FP4: tl.constexpr, GROUP: tl.constexpr,
-               ZERO: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
+               SMALL: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
                PLAIN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out[pair, n] for BM of the ROWS pairs of a block and T tiles of 16 outputs; with a gate, of both halves.
 
-    M rows of x; R tiles of rows an expert; ``blocks`` of 128 columns.
+    R tiles of rows an expert; ``blocks`` of 128 columns.
     """
     if PDL:
         gdc_launch_dependents()
@@ -78,11 +78,9 @@ def _few_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, groups
         parts, wide = tl.arange(0, T * W), tl.arange(0, 2 * T * W)
         tiles = own + tile_of(parts // W, tile, N, R, T, GATE)
         tiles2 = own + tile_of(wide // (2 * W), tile, N, R, T, GATE)
-        row = input_rows(W, BM)
-        m = tl.load(at + row, mask=row < count, other=P)
-        m = tl.where(row < count, m // SHARED, M)
-        sums = code_sums(x_ptr, x_row, m, M, w_ptr, w_scale_ptr, zero_ptr, tiles, tiles2, groups, 0, blocks, K, blocks,
-                         BM, T, W, FP4, GROUP, ZERO, EVEN, PLAIN, False)  # fmt: skip
+        m = found_rows(at, count, W, BM) // SHARED
+        sums = code_sums(x_ptr, x_row, m, w_ptr, w_scale_ptr, zero_ptr, tiles, tiles2, groups, 0, blocks, K, blocks,
+                         BM, T, W, FP4, GROUP, SMALL, ZERO, EVEN, PLAIN, False)  # fmt: skip
         first = expert.to(tl.int64) * (2 * N if GATE > 0 else N)
         if FP4:
             UP: tl.constexpr = 65536.0 if GROUP == 16 and not PLAIN else 1.0
@@ -94,18 +92,22 @@ def _few_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, groups
 @triton.jit
 def _natural(a, T: tl.constexpr, FP4: tl.constexpr):
     """Decoded weights [1, 16 T, 128] in the order of columns (they come in that of tiling.py), [16 T, 128]."""
+    a = a.reshape(
+        16 * T, 2, 2, 2, 4, 2, 2
+    )  # parts of a column: chunk, i in halves with a and t between them, b
     if FP4:
-        ordered = a.reshape(16 * T, 2, 4, 4, 4).permute(0, 1, 3, 2, 4)
+        ordered = a.permute(0, 1, 4, 2, 5, 3, 6)
     else:
-        ordered = a.reshape(16 * T, 4, 2, 4, 4).permute(0, 1, 3, 2, 4)
+        ordered = a.permute(0, 1, 2, 4, 5, 3, 6)
     return ordered.reshape(16 * T, 128)
 
 
 @triton.jit(do_not_specialize=["P"])
 def _many_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr, out_ptr, pairs_ptr,
                 contents_ptr, P, N, K, R, blocks, tiles_of_n, SHARED: tl.constexpr, BM: tl.constexpr,
-                T: tl.constexpr, FP4: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr,
-                BIAS: tl.constexpr, GATE: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                T: tl.constexpr, FP4: tl.constexpr, GROUP: tl.constexpr, SMALL: tl.constexpr, ZERO: tl.constexpr,
+                EVEN: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, PLAIN: tl.constexpr,
+                PDL: tl.constexpr):  # fmt: skip
     """As _few_codes for the BM pairs of a block: decoded weights pass through shared memory once for all of them."""
     if PDL:
         gdc_launch_dependents()
@@ -134,7 +136,7 @@ def _many_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, group
                 x = tl.load(x_at + k * 128, mask=(k * 128 + cols < K)[:, None], other=0.0)
             w = tl.load(w_at + k * 256)
             if FP4:
-                a = decode_fp4(w, tl.load(s_at + k * (32 // SHARING)), x.dtype, T, 1, GROUP, PLAIN)
+                a = decode_fp4(w, tl.load(s_at + k * (32 // SHARING)), x.dtype, T, 1, GROUP, SMALL, PLAIN)
                 a = _natural(a, T, FP4)
             else:
                 a = decode_integers(
@@ -166,6 +168,7 @@ def expert_codes(
     group: int,
     zero: Tensor | None = None,
     row_scale: Tensor | None = None,
+    small: bool = False,
     bias: Tensor | None = None,
     gate: str | None = None,
     shape: ExpertCodesShape | None = None,
@@ -173,7 +176,7 @@ def expert_codes(
     """``expert_linear`` over weights of 4 bits.
 
     Args:
-        words, scale, zero, row_scale, group: of a quantization.tiled.TiledWeight; FP4 has a row_scale.
+        words, scale, zero, row_scale, group, small: of a quantization.tiled.TiledWeight; FP4 has a row_scale.
         rows: of all experts' weights; those of one are a multiple of 16, with a gate each half of them.
     """
     k = x.shape[1]
@@ -181,10 +184,11 @@ def expert_codes(
     n = each // (1 if gate is None else 2)
     blocks, fp4 = words.shape[1] // 2, row_scale is not None
     assert plan.pairs is not None and plan.contents is not None and x.stride(1) == 1 and words.is_contiguous()
-    assert each % ROWS == 0 and (gate is None or n % ROWS == 0)
+    assert each % ROWS == 0 and (gate is None or n % ROWS == 0) and k % 8 == 0
     most = min(plan.block, plan.chosen.shape[0])  # an expert has no more rows than there are tokens
     shape = shape or codes_shape(
-        x.device, plan.block, most, blocks, gated=gate is not None, itemsize=x.itemsize, even=k == blocks * COLUMNS
+        x.device, codes_rows(plan.num_pairs, plan.num_experts, plan.block), plan.block, most, each, k, group,
+        gated=gate is not None, itemsize=x.itemsize,
     )  # fmt: skip
     halves = 1 if gate is None else 2
     tiles = triton.cdiv(n, shape.tiles * ROWS // halves)
@@ -195,7 +199,7 @@ def expert_codes(
     )  # fmt: skip
     common: dict[str, Any] = {
         "SHARED": plan.num_pairs // x.shape[0], "BM": shape.bm, "T": shape.tiles, "FP4": fp4, "GROUP": group,
-        "ZERO": zero is not None, "BIAS": bias is not None, "GATE": GATES[gate],
+        "SMALL": small, "ZERO": zero is not None, "BIAS": bias is not None, "GATE": GATES[gate],
         "PLAIN": INTERPRETED or x.dtype is not torch.bfloat16,
     }  # fmt: skip
     sizes = (n, k, each // ROWS, blocks, tiles)
@@ -208,7 +212,7 @@ def expert_codes(
         return out
     assert shape.bm <= plan.block
     _few_codes[(grid, triton.cdiv(most, shape.bm))](
-        *tensors, x.shape[0], *sizes, ROWS=plan.block, W=shape.warps, EVEN=whole and blocks % shape.warps == 0,
+        *tensors, *sizes, ROWS=plan.block, W=shape.warps, EVEN=whole and blocks % shape.warps == 0,
         **common, **launch_options(x.device, shape.warps, 1),
     )  # fmt: skip
     return out

@@ -1,16 +1,25 @@
-"""Shapes of the kernels over experts' weights: by rules, for GPUs like an H100 or H200."""
+"""Shapes of the kernels over experts' weights: by rules, for GPUs like an H100 or H200.
+
+For 4-bit codes ``tuned/<gpu>.json`` comes before the rule: ``codes_key`` -> the fields of an ExpertCodesShape.
+benchmarks/tune_experts.py measures and writes it.
+"""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from headrace.kernels.tuned import tuned
 
 __all__ = [
     "ExpertCodesShape",
     "ProductShape",
     "block_rows",
+    "codes_key",
+    "codes_rows",
     "codes_shape",
     "eight_bit_shape",
     "max_blocks",
@@ -18,8 +27,9 @@ __all__ = [
 ]
 
 # All as measured on an H200, on layers of Qwen3-30B-A3B.
+_FOLDER = Path(__file__).parent
 _FEW_BLOCKS = 16  # as one token has
-_MANY_CODES = {16: (4, 4, True, 4), 32: (8, 4, True, 3), 64: (8, 8, True, 3), 128: (8, 4, True, 2)}
+_MANY_CODES = {32: (8, 4, True, 3), 64: (8, 8, True, 3), 128: (8, 4, True, 2)}
 
 
 class ProductShape(NamedTuple):
@@ -90,28 +100,46 @@ class ExpertCodesShape(NamedTuple):
     stages: int = 1
 
 
+def codes_rows(num_pairs: int, num_experts: int, block: int) -> int:
+    """How full blocks are, as tuned tables count it: 1: few pairs; 4: up to four rows an expert; else ``block``."""
+    if num_pairs <= _FEW_BLOCKS:
+        return 1
+    return 4 if block == 16 and num_pairs <= 4 * num_experts else block
+
+
+def codes_key(rows: int, n: int, k: int, group: int, gated: bool) -> str:
+    """In the tuned table, of weights [n, k] an expert (both halves of a gate) whose ``group`` columns share a scale.
+
+    Args:
+        rows: as ``codes_rows``.
+    """
+    return f"{rows}:{n}x{k}/{group}{'g' if gated else ''}"
+
+
 def codes_shape(
-    device: torch.device, block: int, most: int, chunks: int, *, gated: bool, itemsize: int, even: bool
+    device: torch.device,
+    rows: int,
+    block: int,
+    most: int,
+    n: int,
+    k: int,
+    group: int,
+    *,
+    gated: bool,
+    itemsize: int,
 ) -> ExpertCodesShape:
-    """For x of ``itemsize`` bytes a number and 4-bit weights of ``chunks`` times 128 columns.
+    """For x of ``itemsize`` bytes a number and 4-bit weights, see ``codes_key``.
 
     Args:
         block: rows of the plan's blocks, of which ``most`` at most hold something.
-        even: the columns fill all chunks; where they do not, what each warp masks for itself takes too many registers.
     """
-    if most <= 8:
-        warps = (
-            8
-            if chunks % 8 == 0 and not gated
-            else 4
-            if chunks % 4 == 0 or chunks > 8
-            else 2
-            if chunks > 1
-            else 1
-        )
-        return ExpertCodesShape(8, 2 if gated else 1, warps)
     if itemsize == 4 or not _roomy(device):
-        return ExpertCodesShape(16 if most <= 16 else 32, 2, 2)
-    if block == 16 and even and chunks % 2 == 0:
-        return ExpertCodesShape(16, 4, 2)
+        return ExpertCodesShape(8 if most <= 8 else 16 if most <= 16 else 32, 2, 2)
+    found = tuned(_FOLDER, device).get(codes_key(rows, n, k, group, gated))
+    if found is not None:
+        return ExpertCodesShape(found[0], found[1], found[2], bool(found[3]), found[4])
+    if rows == 1:
+        return ExpertCodesShape(8, 2 if gated else 1, 4 if k >= 1024 else 2 if k > 128 else 1)
+    if block == 16:
+        return ExpertCodesShape(8 if rows == 4 or most <= 8 else 16, 2, 1)
     return ExpertCodesShape(block, *_MANY_CODES[block])

@@ -40,13 +40,10 @@ MAX_ROWS = 64
 
 
 @triton.jit
-def _words(at, block, end, W: tl.constexpr, EVEN: tl.constexpr):
-    """int32 at ``at`` [parts of W warps, n], 0 past the last block."""
-    if EVEN:
-        return tl.load(at)
-    else:
-        there = (block + tl.arange(0, at.shape[0]) % W) < end
-        return tl.load(at, mask=there[:, None], other=0)
+def _block(k, which, hi, EVEN: tl.constexpr):
+    """Block k + which; no further than the last."""
+    block = k + which
+    return block if EVEN else tl.minimum(block, hi - 1)
 
 
 @triton.jit
@@ -73,54 +70,60 @@ def _scaled_product(acc, a, x, w_scale_ptr, rows, col, groups, T: tl.constexpr, 
 
 
 @triton.jit
-def code_sums(x_ptr, x_row, m, M, w_ptr, w_scale_ptr, zero_ptr, tiles, tiles2, groups, lo, hi, K, blocks,
+def code_sums(x_ptr, x_row, m, w_ptr, w_scale_ptr, zero_ptr, tiles, tiles2, groups, lo, hi, K, blocks,
               BM: tl.constexpr, T: tl.constexpr, W: tl.constexpr, FP4: tl.constexpr, GROUP: tl.constexpr,
-              ZERO: tl.constexpr, EVEN: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+              SMALL: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr, PLAIN: tl.constexpr,
+              PDL: tl.constexpr):  # fmt: skip
     """Sums over ``blocks`` of 128 columns, lo .. hi, of T tiles of weights and BM rows of x: float32 [16 T, BM].
 
     Args:
-        m: rows of x as ``input_rows`` lays them; M or more: zeros.
+        m: rows of x as ``input_rows`` lays them, all of which exist.
         tiles, tiles2: int64 [T W] and [2 T W], which tiles of 16 rows of the weights.
+        EVEN: the warps' blocks end with hi, and hi with K. Else warps past the end read the last block again, of
+            which no column of x is left.
         PDL: weights are read before the kernel before has ended.
     """
     parts, wide = tl.arange(0, T * W), tl.arange(0, 2 * T * W)
-    chunk = (tiles2 * blocks + lo + wide % W) * 2 + wide // W % 2
-    w_at = w_ptr + chunk[:, None] * 128 + tl.arange(0, 128)[None, :]
     SHARING: tl.constexpr = GROUP // 16 if FP4 else 1  # lanes that share a word of scales
-    s_from = (tiles * blocks + lo + parts % W) * (32 // SHARING)
-    s_at = w_scale_ptr + lane_offsets(tl.arange(0, 32) // SHARING, s_from)
+    SCALES: tl.constexpr = 32 // SHARING
+    w_from = w_ptr + (tiles2 * (blocks * 256) + wide // W % 2 * 128)[:, None] + tl.arange(0, 128)[None, :]
+    s_from = w_scale_ptr + lane_offsets(tl.arange(0, 32) // SHARING, tiles * (blocks * SCALES))
     rows, rows2 = tiles * groups, tiles2 * groups
-    w = _words(w_at, lo, hi, W, EVEN)
-    s = by_lane(s_at, lo + parts % W < hi, T * W, not EVEN) if FP4 else w
+    near, near2 = parts % W, wide % W
+    w = tl.load(w_from + (_block(lo, near2, hi, EVEN) * 256)[:, None])
+    s = by_lane(s_from + (_block(lo, near, hi, EVEN) * SCALES)[None, None, :], T * W) if FP4 else w
     if PDL:
         if EVEN and lo + W < hi:  # uneven parts would ask for lines past the end
-            prefetch_l2(w_ptr + (chunk[:, None] + 2 * W) * 128 + (tl.arange(0, 4) * 32)[None, :])
+            lines = (tiles2 * blocks + lo + W + near2) * 256 + wide // W % 2 * 128
+            prefetch_l2(w_ptr + lines[:, None] + (tl.arange(0, 4) * 32)[None, :])
         gdc_wait()
     E: tl.constexpr = 16 if FP4 else 8
     HALF: tl.constexpr = 8 if FP4 else 32
     cols = input_columns(lo, W, BM, E)
-    x_at = x_ptr + tl.max_contiguous(tl.multiple_of(m * x_row + cols, (1, 8)), (1, 8))
+    x_from = tl.max_contiguous(tl.multiple_of(m * x_row + cols, (1, 8)), (1, 8))
+    x_at = x_ptr
+    eighth = tl.max_constancy(cols // 8, (1, 8))  # what the compiler then loads as one is there or not as one
+    end = tl.minimum(hi * 128, K) // 8
     acc = tl.zeros([W, 16 * T, BM], tl.float32)
     for k in range(lo, hi, W):
-        x0 = inputs(x_at, cols + (k - lo) * 128, m, hi, M, K, 0, EVEN)
-        x1 = inputs(x_at, cols + (k - lo) * 128, m, hi, M, K, HALF, EVEN)
+        x0 = inputs(x_at + x_from, eighth, end, 0, EVEN)
+        x1 = inputs(x_at + x_from, eighth, end, HALF, EVEN)
         x_at += W * 128
+        end -= W * 16
         now, scales = w, s
+        x = operand(x0, x1, W, BM)
         if k + W < hi:
-            w_at += W * 256
-            w = _words(w_at, k + W, hi, W, EVEN)
+            w = tl.load(w_from + (_block(k + W, near2, hi, EVEN) * 256)[:, None])
             if FP4:
-                s_at += W * (32 // SHARING)
-                s = by_lane(s_at, k + W + parts % W < hi, T * W, not EVEN)
+                s = by_lane(s_from + (_block(k + W, near, hi, EVEN) * SCALES)[None, None, :], T * W)
             else:
                 s = w
-        x = operand(x0, x1, W, BM)
         if FP4:
-            a = decode_fp4(now, scales, x.dtype, T, W, GROUP, PLAIN)
+            a = decode_fp4(now, scales, x.dtype, T, W, GROUP, SMALL, PLAIN)
             acc = tl.dot(a, x, acc, out_dtype=tl.float32, input_precision="ieee")
         else:
             a = decode_integers(now, zero_ptr, rows2, k, groups, x.dtype, T, W, GROUP, ZERO, PLAIN)
-            col = (k + parts % W) * 128
+            col = (k + near) * 128
             acc = _scaled_product(acc, a, x, w_scale_ptr, rows, col, groups, T, W, BM, GROUP, 128)
     return tl.sum(acc, 0)
 
@@ -129,8 +132,8 @@ def code_sums(x_ptr, x_row, m, M, w_ptr, w_scale_ptr, zero_ptr, tiles, tiles2, g
 def _small_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, groups, bias_ptr, res_ptr, out_ptr,
                  parts_ptr, arrivals_ptr, M, N, K, R, blocks,
                  BM: tl.constexpr, T: tl.constexpr, W: tl.constexpr, SPLITS: tl.constexpr, FP4: tl.constexpr,
-                 GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
-                 RESIDUAL: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                 GROUP: tl.constexpr, SMALL: tl.constexpr, ZERO: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
+                 GATE: tl.constexpr, RESIDUAL: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out[m, n] for BM rows and T tiles of 16 outputs, over one of SPLITS ranges of K; with a gate, of both halves.
 
     ``blocks`` of 128 columns, R tiles of rows in all; GROUP columns share one of ``groups`` scales.
@@ -144,9 +147,9 @@ def _small_codes(x_ptr, x_row, w_ptr, w_scale_ptr, zero_ptr, row_scale_ptr, grou
     hi = tl.minimum(lo + span, blocks)
     parts, wide = tl.arange(0, T * W), tl.arange(0, 2 * T * W)
     tiles, tiles2 = tile_of(parts // W, tile, N, R, T, GATE), tile_of(wide // (2 * W), tile, N, R, T, GATE)
-    m = tl.program_id(1) * BM + input_rows(W, BM)
-    sums = code_sums(x_ptr, x_row, m, M, w_ptr, w_scale_ptr, zero_ptr, tiles, tiles2, groups, lo, hi, K, blocks,
-                     BM, T, W, FP4, GROUP, ZERO, EVEN, PLAIN, PDL)  # fmt: skip
+    m = tl.minimum(tl.program_id(1) * BM + input_rows(W, BM), M - 1)
+    sums = code_sums(x_ptr, x_row, m, w_ptr, w_scale_ptr, zero_ptr, tiles, tiles2, groups, lo, hi, K, blocks,
+                     BM, T, W, FP4, GROUP, SMALL, ZERO, EVEN, PLAIN, PDL)  # fmt: skip
     _store(sums, tile, split, row_scale_ptr, bias_ptr, res_ptr, out_ptr, parts_ptr, arrivals_ptr, M, N, R,
            BM, T, SPLITS, FP4, 65536.0 if GROUP == 16 and not PLAIN else 1.0, BIAS, GATE, RESIDUAL)  # fmt: skip
 
@@ -188,6 +191,7 @@ def four_bit_product(
     group: int,
     zero: Tensor | None = None,
     row_scale: Tensor | None = None,
+    small: bool = False,
     bias: Tensor | None = None,
     gate: str | None = None,
     residual: Tensor | None = None,
@@ -198,7 +202,7 @@ def four_bit_product(
 
     Args:
         x: [M, K], M at most MAX_ROWS.
-        words, scale, zero, row_scale, group: of a quantization.tiled.TiledWeight; FP4 has a row_scale.
+        words, scale, zero, row_scale, group, small: of a quantization.tiled.TiledWeight; FP4 has a row_scale.
         rows: of the weight.
         gate: the first half of the outputs go through it and multiply the others; they are a multiple of 16.
     """
@@ -212,6 +216,7 @@ def four_bit_product(
         and words.is_contiguous()
         and (gate is None or n % ROWS == 0)
     )
+    assert k % 8 == 0
     shape = shape or codes_shape(x.device, num_rows, rows, k, fp4, gate is not None)
     bm = min(padded_rows(num_rows), 32)
     heights = triton.cdiv(num_rows, bm)
@@ -229,8 +234,8 @@ def four_bit_product(
         x, x.stride(0), words, scale, scale if zero is None else zero, scale if row_scale is None else row_scale,
         1 if fp4 else scale.shape[1], x if bias is None else bias, x if residual is None else residual,
         out, parts, arrivals, num_rows, n, k, tiles_of_rows, blocks,
-        BM=bm, T=shape.tiles, W=warps, SPLITS=splits, FP4=fp4, GROUP=group, ZERO=zero is not None, EVEN=even,
-        BIAS=bias is not None, GATE=_GATES[gate], RESIDUAL=residual is not None,
+        BM=bm, T=shape.tiles, W=warps, SPLITS=splits, FP4=fp4, GROUP=group, SMALL=small, ZERO=zero is not None,
+        EVEN=even, BIAS=bias is not None, GATE=_GATES[gate], RESIDUAL=residual is not None,
         PLAIN=INTERPRETED or x.dtype is not torch.bfloat16, **launch_options(x.device, warps, 1),
     )  # fmt: skip
     return out

@@ -46,8 +46,9 @@ def _dequantize(w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups, out_ptr, N, K
     rows = tile * 16 + row
     if FP4:
         one: tl.constexpr = 0x68686868 if GROUP == 16 else 0x7F7F7F7F
-        value = decode_fp4(w, tl.full([W, 32], one, tl.int32), tl.float32, 1, W, GROUP, True)
-        value = value.reshape(W, 16, 2, 4, 4, 4).permute(0, 1, 2, 4, 3, 5)  # i and t change places
+        value = decode_fp4(w, tl.full([W, 32], one, tl.int32), tl.float32, 1, W, GROUP, False, True)
+        # chunk, i in halves with a and t between them, b
+        value = value.reshape(W, 16, 2, 2, 2, 4, 2, 2).permute(0, 1, 2, 5, 3, 6, 4, 7)
         row_scale = tl.load(row_scale_ptr + tl.minimum(rows, N - 1))
         near = tile * blocks + tl.minimum(each, blocks - 1)
         factor = _fp4_factors(scale_ptr, row_scale, near, GROUP, W)
@@ -67,7 +68,7 @@ def _dequantize(w_ptr, scale_ptr, zero_ptr, row_scale_ptr, groups, out_ptr, N, K
             ZERO,
             True,
         )
-        value = value.reshape(W, 16, 4, 2, 4, 4).permute(0, 1, 2, 4, 3, 5).reshape(W, 16, 128)
+        value = value.reshape(W, 16, 2, 2, 2, 4, 2, 2).permute(0, 1, 2, 3, 5, 6, 4, 7).reshape(W, 16, 128)
         group = tile * groups + tl.minimum(cols // GROUP, groups - 1)
         value = value * tl.load(scale_ptr + group[:, None, :] * 16 + row[None, :, None])
     to = out_ptr + rows[None, :, None] * K + cols[:, None, :]
@@ -84,6 +85,7 @@ def dequantize_codes(
     group: int,
     zero: Tensor | None = None,
     row_scale: Tensor | None = None,
+    small: bool = False,
     dtype: torch.dtype,
 ) -> Tensor:
     """A TiledWeight -> [rows, columns] of ``dtype``, each number rounded once from float32."""

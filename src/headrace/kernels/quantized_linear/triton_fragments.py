@@ -14,6 +14,7 @@ __all__ = [
     "by_lane",
     "decode_fp4",
     "decode_integers",
+    "found_rows",
     "input_columns",
     "input_rows",
     "inputs",
@@ -49,19 +50,29 @@ def input_rows(W: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def inputs(x_at, cols, m, end, M, K, HALF: tl.constexpr, EVEN: tl.constexpr):
-    """x at x_at, rows m and columns ``cols`` (all as ``input_columns``), HALF further; 0 past ``end`` blocks and K."""
-    ok = m < M
-    if not EVEN:
-        ok = ok & (cols + HALF < tl.minimum(end * 128, K))
-    return tl.load(x_at + HALF, mask=ok, other=0.0)
+def found_rows(at, count, W: tl.constexpr, BM: tl.constexpr):
+    """What lies at ``at`` + ``input_rows``, of which there are ``count``: beyond, the last of them."""
+    R: tl.constexpr = BM * W // 4
+    row = (tl.arange(0, 32) // 4)[None, :, None] + (tl.arange(0, R) // (2 * W) * 8)[None, None, :]
+    found = by_lane(at + tl.max_contiguous(tl.minimum(row, count - 1), (1, 1, 1)), R)
+    return tl.broadcast_to(found[:, :, None], (R, 32, 8)).reshape(R, 256)
+
+
+@triton.jit
+def inputs(x_at, eighth, end, HALF: tl.constexpr, EVEN: tl.constexpr):
+    """x at x_at, whose columns (``input_columns``) are in eights ``eighth``, HALF further; 0 from ``end`` eights on."""
+    if EVEN:
+        x = tl.load(x_at + HALF)
+    else:
+        x = tl.load(x_at + HALF, mask=eighth + HALF // 8 < end, other=0.0)
+    return x
 
 
 @triton.jit
 def operand(x0, x1, W: tl.constexpr, BM: tl.constexpr):
     """Both halves of ``inputs`` -> [W, 128, BM]."""
     both = tl.join(x0.reshape(BM // 8, 2, W, 8, 4, 2, 2, 2), x1.reshape(BM // 8, 2, W, 8, 4, 2, 2, 2))
-    return both.permute(2, 1, 8, 5, 4, 6, 7, 0, 3).reshape(W, 128, BM)  # from (m c w m t i a b half)
+    return both.permute(2, 1, 8, 6, 4, 5, 7, 0, 3).reshape(W, 128, BM)  # from (m c w m t i a b half)
 
 
 @triton.jit
@@ -74,20 +85,17 @@ def lane_offsets(per_lane, base):
 
 
 @triton.jit
-def by_lane(at, ok, P: tl.constexpr, MASKED: tl.constexpr):
-    """What lies at ``at`` [1, 32, P], with ``ok`` [P], each lane of a warp its own: [P, 32]."""
-    if MASKED:
-        found = tl.load(at, mask=ok[None, None, :], other=0)
-    else:
-        found = tl.load(at)
-    return found.permute(0, 2, 1).reshape(P, 32)
+def by_lane(at, P: tl.constexpr):
+    """What lies at ``at`` [1, 32, P], each lane of a warp its own: [P, 32]."""
+    return tl.load(at).permute(0, 2, 1).reshape(P, 32)
 
 
 @triton.jit
 def _weights(q00, q01, q10, q11, T: tl.constexpr, W: tl.constexpr):
     """Quarters (a, h), each [T, 2, W, 8, 4, 4, 2] -> [W, 16 T, 128]."""
     w = tl.join(tl.join(q00, q10), tl.join(q01, q11))  # T c w g t i b a h
-    return w.permute(2, 0, 8, 3, 1, 5, 4, 7, 6).reshape(W, 16 * T, 128)
+    w = w.reshape(T, 2, W, 8, 4, 2, 2, 2, 2, 2)  # i in halves
+    return w.permute(2, 0, 9, 3, 1, 5, 8, 4, 6, 7).reshape(W, 16 * T, 128)
 
 
 @triton.jit
@@ -98,8 +106,11 @@ def _pair(word):
 
 
 @triton.jit
-def _fp4_scales(words, H: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
-    """Scales of row g + 8 H, a bfloat16 twice in int32 [T, 2, W, 8, 4, 4]: of 16 columns, times 2**110; of 32, 2**e.
+def _fp4_scales(
+    words, H: tl.constexpr, GROUP: tl.constexpr, SMALL: tl.constexpr, T: tl.constexpr, W: tl.constexpr
+):
+    """Scales of row g + 8 H, a bfloat16 twice in int32 [T, 2, W, 8, 4, 4]: of 16 columns, times 2**110; of 32, 2**e,
+    where they are SMALL times 2**126.
 
     words: int32 [T W, 32], see tiling.tile_scales.
     """
@@ -107,6 +118,8 @@ def _fp4_scales(words, H: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, W:
     e = e.reshape(T, W, 8, 4, 2).permute(0, 4, 1, 2, 3)
     if GROUP == 16:
         twice = e * 0x00100010 + 0x70007000
+    elif SMALL:
+        twice = e * 0x00800080 + 0x3F003F00
     else:
         twice = tl.where(e == 0, 0x0040, tl.where(e == 255, 0x7FC0, e * 128)) * 0x00010001
     return tl.broadcast_to(twice[:, :, :, :, :, None], (T, 2, W, 8, 4, 4))
@@ -210,17 +223,20 @@ def _scaled(pair, scale):
 
 @triton.jit
 def decode_fp4(words, scales, kind: tl.constexpr, T: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
-               PLAIN: tl.constexpr):  # fmt: skip
-    """int32 [2 T W, 128] and [T W, 32] -> ``kind`` [W, 16 T, 128]; of 16 columns a scale times 2**-16 unless PLAIN."""
+               SMALL: tl.constexpr, PLAIN: tl.constexpr):  # fmt: skip
+    """int32 [2 T W, 128] and [T W, 32] -> ``kind`` [W, 16 T, 128]; of 16 columns a scale times 2**-16 unless PLAIN.
+
+    SMALL: of 32 columns no scale is above 2, and none NaN.
+    """
     w = words.reshape(T, 2, W, 8, 4, 4)
-    s0 = _fp4_scales(scales, 0, GROUP, T, W)
-    s1 = _fp4_scales(scales, 1, GROUP, T, W)
+    s0 = _fp4_scales(scales, 0, GROUP, SMALL and not PLAIN, T, W)
+    s1 = _fp4_scales(scales, 1, GROUP, SMALL and not PLAIN, T, W)
     if PLAIN:
         q00 = _plain_pair(w, s0, 0, kind, True, GROUP)
         q01 = _plain_pair(w, s1, 1, kind, True, GROUP)
         q10 = _plain_pair(w, s0, 2, kind, True, GROUP)
         q11 = _plain_pair(w, s1, 3, kind, True, GROUP)
-    elif GROUP == 16:
+    elif GROUP == 16 or SMALL:
         p00, p01, p10, p11 = _e2m1_quarters(w, s0, s1)
         q00, q01, q10, q11 = _pair(p00), _pair(p01), _pair(p10), _pair(p11)
     else:
@@ -240,11 +256,11 @@ def _zeros(zero_ptr, rows, block, groups, H: tl.constexpr, T: tl.constexpr, W: t
         lane = 8 * H + tl.arange(0, 32) // 4
         col = (block + r % W) * 128 + r // W % 2 * 64
         near = rows + tl.minimum(col // GROUP, groups - 1)
-        z0 = by_lane(zero_ptr + lane_offsets(lane, near * 16), near, 2 * T * W, False)
+        z0 = by_lane(zero_ptr + lane_offsets(lane, near * 16), 2 * T * W)
         z1 = z0
         if GROUP % 64 != 0:
             far = rows + tl.minimum((col + 32) // GROUP, groups - 1)
-            z1 = by_lane(zero_ptr + lane_offsets(lane, far * 16), far, 2 * T * W, False)
+            z1 = by_lane(zero_ptr + lane_offsets(lane, far * 16), 2 * T * W)
         z = tl.join(z0, z1)
         if PLAIN:
             z = z.to(tl.float32)
@@ -282,7 +298,7 @@ def row_factors(factor_ptr, rows, col, groups, T: tl.constexpr, W: tl.constexpr,
     """Scales of integers as the sums lie: float32 [W, 16 T, BM]; rows [T W]: tile of rows times groups; col [T W]."""
     near = rows + tl.minimum(col // GROUP, groups - 1)
     at = factor_ptr + lane_offsets(tl.arange(0, 32) // 4, near * 16)
-    each = tl.join(by_lane(at, near, T * W, False), by_lane(at + 8, near, T * W, False))
+    each = tl.join(by_lane(at, T * W), by_lane(at + 8, T * W))
     each = each.reshape(T, W, 8, 4, 2).permute(1, 0, 4, 2, 3)  # w T h g t
     wide = tl.broadcast_to(each[:, :, :, :, None, :, None], (W, T, 2, 8, BM // 8, 4, 2))
     return wide.reshape(W, 16 * T, BM)
