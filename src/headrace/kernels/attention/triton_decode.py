@@ -114,7 +114,9 @@ def _decode(
     total = tl.max(ends, 0)
 
     g = tl.arange(0, GP)
+    gm = tl.arange(0, GM)
     d = tl.arange(0, DP)
+    q_ok = (gm[:, None] < G) & (d[None, :] < D)
     for work in range(tl.program_id(0), total * num_kv_heads, tl.num_programs(0)):
         piece = work // num_kv_heads
         head = work % num_kv_heads
@@ -146,12 +148,10 @@ def _decode(
         # Blocks are always read one tile ahead: were they read with their keys, the software pipeline would have
         # to empty itself for each tile.
         blocks = load_blocks(table_ptr, lo, tail, BLOCK, TILE)
-        q_heads = tl.minimum(head * G + g, num_heads - 1)[:, None]
-        q_at = q_ptr + token * q_row + q_heads * q_head
-        q_ok = (g[:, None] < G) & (d[None, :] < D)
+        q_at = q_ptr + token * q_row + tl.minimum(head * G + gm, num_heads - 1)[:, None] * q_head
         peak = tl.full([GP], float("-inf"), tl.float32)
-        norm = tl.zeros([GP], tl.float32)
-        acc = tl.zeros([GP, DP], tl.float32)
+        norm = tl.zeros([TILE, GP], tl.float32)
+        acc = tl.zeros([DP, GP], tl.float32)
         if FUSED:
             kv_at = token * kv_row + head * kv_head
             q, new_k, new_v = _add_new(
@@ -161,25 +161,31 @@ def _decode(
             score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
             if CAPPED:
                 score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
-            peak = tl.where(newest, score * 1.4426950408889634, float("-inf"))
-            norm = tl.where(newest, norm + 1.0, norm)
-            acc += new_v.to(tl.float32)
+            score = tl.where(newest, score * 1.4426950408889634, float("-inf"))
+            peak = tl.broadcast_to(score[None, :], (GP // GM, GM)).reshape(GP)
+            norm += tl.where(newest & (tl.arange(0, TILE) == 0), 1.0, 0.0)[:, None]
+            acc += tl.trans(new_v.to(tl.float32))
         else:
             q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
+        # Heads are repeated until they are as many as a product takes.
+        q = tl.trans(tl.broadcast_to(q[None, :, :], (GP // GM, GM, DP)).reshape(GP, DP))
         acc, peak, norm = add_tile(acc, peak, norm, q, k, v, hi - tail, scale, soft_cap, CAPPED, True)
         for key in range(lo, tail, TILE):
             following = load_blocks(table_ptr, key + TILE, tail, BLOCK, TILE)
             k, v = load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                              TILE, D, DP, WIDE, False, dtype)  # fmt: skip
+                             TILE, D, DP, WIDE, False, dtype)  # fmt: skip
             blocks = following
             acc, peak, norm = add_tile(acc, peak, norm, q, k, v, TILE, scale, soft_cap, CAPPED, False)
 
+        acc = tl.trans(acc)
+        norm = tl.sum(norm, 0)
         out_at = out_ptr + token * num_heads * D
         if count == 1:
             if SINKS:
                 norm = add_sink(norm, peak, sinks_ptr, head * G + g, g < G)
             o = acc / norm[:, None]
-            tl.store(out_at + (head * G + g)[:, None] * D + d[None, :], o.to(dtype), mask=q_ok)
+            o_ok = (g[:, None] < G) & (d[None, :] < D)
+            tl.store(out_at + (head * G + g)[:, None] * D + d[None, :], o.to(dtype), mask=o_ok)
         else:
             _add_piece(acc, peak, norm, out_at, partial_ptr, arrivals_ptr, sinks_ptr, seq, head, split - first,
                        count, num_kv_heads, G, GP, GM, D, DP, MAX_SPLITS, CHUNK, FEW, SINKS)  # fmt: skip
@@ -219,7 +225,7 @@ def _add_new(
     nothing.
 
     Returns:
-        Queries [GP, DP], the key and the value [1, DP] as the cache has them.
+        Queries [GM, DP], the key and the value [1, DP] as the cache has them.
     """
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     d = tl.arange(0, DP)
@@ -372,7 +378,7 @@ def decode_attention(
         q if gains is None else gains, eps, workspace.partial if cos is None else cos,
         workspace.partial if sin is None else sin, q if sinks is None else sinks,
         num_seqs, num_kv_heads, scale, soft_cap or 0.0,
-        G=group, GP=max(16, merged), GM=merged, D=head_dim, DP=padded, R=0 if cos is None else cos.shape[-1],
+        G=group, GP=max(8, merged), GM=merged, D=head_dim, DP=padded, R=0 if cos is None else cos.shape[-1],
         BLOCK=block_size, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
         STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
