@@ -279,7 +279,7 @@ def _add_piece(
     G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     MAX_SPLITS: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Leave the sums of piece ``place`` of ``count`` in memory; who comes last adds all of them and writes the output."""
+    """Leave the sums of piece ``place`` of ``count`` in memory; who comes last adds them all and writes the output."""
     W: tl.constexpr = DP + 4
     num_heads = num_kv_heads * G
     g = tl.arange(0, GP)
