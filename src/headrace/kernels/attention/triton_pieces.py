@@ -119,19 +119,19 @@ def pieces(length, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl
 
     A piece has MIN_SPLIT keys, doubled until MAX_SPLITS of them suffice; those before the window are left out.
     """
-    size = length * 0 + MIN_SPLIT
     span = length
     MOST: tl.constexpr = (
         MAX_SPLITS if WINDOW == 0 else MAX_SPLITS - 2
     )  # a window may begin and end inside a piece
     if WINDOW > 0:
         span = tl.minimum(length, WINDOW)
-    for _ in tl.static_range(14):
-        size = tl.where(span > size * MOST, size * 2, size)
+    over = (tl.maximum(span - 1, 0) // (MIN_SPLIT * MOST)).to(tl.float32)
+    doubled = tl.maximum((over.to(tl.int32, bitcast=True) >> 23) - 126, 0)  # binary digits, from the exponent
+    smallest = (length + MIN_SPLIT - 1) // MIN_SPLIT
     first = length * 0
     if WINDOW > 0:
-        first = tl.maximum(length - WINDOW, 0) // size
-    return first, (length + size - 1) // size - first, size
+        first = (tl.maximum(length - WINDOW, 0) // MIN_SPLIT) >> doubled
+    return first, ((smallest + (1 << doubled) - 1) >> doubled) - first, (first * 0 + MIN_SPLIT) << doubled
 
 
 @triton.jit
