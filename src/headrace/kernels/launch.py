@@ -96,7 +96,7 @@ def launch_options(
 
 def sequence_lanes(num_seqs: int) -> int:
     """Width of a program's view of all sequences' lengths: few widths, since each is a kernel to compile."""
-    for lanes in (16, 128, 1024):
+    for lanes in (16, 128, 256, 1024):
         if num_seqs <= lanes:
             return lanes
     return int(triton.next_power_of_2(num_seqs))

@@ -8,6 +8,8 @@ The arithmetic and the arguments are those of triton_fresh.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -21,35 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from headrace.kernels.launch import sequence_lanes
+from headrace.kernels.attention.triton_tile_map import tile_map
 
 __all__ = ["specialized_attention"]
 
 _ROWS = 128  # of a program
 _TILE, _STAGES = 128, 2  # keys of a tile, tiles of keys and of values in flight
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def _find_tile(starts_ptr, lens_ptr, num_seqs, tile, G: gl.constexpr, ROWS: gl.constexpr, SEQS: gl.constexpr,
-               SKIP_SINGLE: gl.constexpr):  # fmt: skip
-    """As triton_tiles.find_tile for sequences that have no earlier keys."""
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    s = gl.arange(0, SEQS, flat)
-    start = gl.load(starts_ptr + s, mask=s < num_seqs, other=0)
-    new = gl.load(starts_ptr + s + 1, mask=s < num_seqs, other=0) - start
-    new = gl.where(new == gl.load(lens_ptr + s, mask=s < num_seqs, other=0), new, 0)
-    if SKIP_SINGLE:
-        new = gl.where(new == 1, 0, new)
-    tiles = (new * G + ROWS - 1) // ROWS
-    ends = gl.associative_scan(tiles, 0, _add)
-    seq = gl.sum((ends <= tile).to(gl.int32), 0)
-    before = gl.sum(gl.where(s < seq, tiles, 0), 0)
-    return seq, tile - before, tile < gl.max(ends, 0)
 
 
 @gluon.jit
@@ -185,20 +164,21 @@ def _step(acc, p, peak, norm, none, q, k_ring, v_ring, k_full, v_full, k_free, v
     return acc, p, peak, norm
 
 
-@gluon.jit(do_not_specialize=["num_seqs"])
+@gluon.jit
 def _specialized(
-    q_ptr, q_row, q_head, k_desc, v_desc, out_ptr, starts_ptr, lens_ptr, num_seqs, num_heads, scale,
-    G: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, SEQS: gl.constexpr,
-    SKIP_SINGLE: gl.constexpr,
+    q_ptr, q_row, q_head, k_desc, v_desc, out_ptr, map_ptr, num_heads, scale, G: gl.constexpr, D: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     kv_heads = num_heads // G
     head = gl.program_id(0) % kv_heads
     turn = (gl.num_programs(0) - 1 - gl.program_id(0)) // kv_heads
-    seq, tile, exists = _find_tile(starts_ptr, lens_ptr, num_seqs, turn, G, 128, SEQS, SKIP_SINGLE)
-    if exists:
+    start, length, tile = (
+        gl.load(map_ptr + turn * 4),
+        gl.load(map_ptr + turn * 4 + 1),
+        gl.load(map_ptr + turn * 4 + 2),
+    )
+    if length > 0:
         dtype: gl.constexpr = q_ptr.dtype.element_ty
-        start = gl.load(starts_ptr + seq)
-        length = gl.load(starts_ptr + seq + 1) - start
         first_pos = tile * 128 // G
         last_pos = gl.minimum((tile * 128 + 127) // G, length - 1)
         count = last_pos // TILE + 1
@@ -241,11 +221,12 @@ def specialized_attention(
     *,
     scale: float,
     skip_single: bool,
+    plan: dict[object, Any] | None = None,
     out: Tensor,
 ) -> Tensor:
     """As fresh_attention, without window, soft cap and sinks."""
     num_tokens, num_heads, dim = q.shape
-    num_seqs, kv_heads = query_starts.shape[0] - 1, k.shape[1]
+    kv_heads = k.shape[1]
     group = num_heads // kv_heads
     kind = gl.bfloat16 if q.dtype is torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([_TILE, dim], kind)
@@ -253,10 +234,11 @@ def specialized_attention(
         TensorDescriptor(x, [num_tokens, kv_heads * dim], [x.stride(0), 1], [_TILE, dim], layout)
         for x in (k, v)
     ]
-    tiles = num_tokens * group // _ROWS + num_seqs
-    _specialized[(tiles * kv_heads,)](
-        q, q.stride(0), q.stride(1), *described, out, query_starts, seq_lens, num_seqs, num_heads, scale,
-        G=group, D=dim, TILE=_TILE, STAGES=_STAGES, SEQS=sequence_lanes(num_seqs), SKIP_SINGLE=skip_single,
-        num_warps=4, maxnreg=168,
+    tiles = tile_map(
+        plan, query_starts, seq_lens, num_tokens, group, _ROWS, skip_single=skip_single, fresh=True
+    )
+    _specialized[(tiles.shape[0] * kv_heads,)](
+        q, q.stride(0), q.stride(1), *described, out, tiles, num_heads, scale,
+        G=group, D=dim, TILE=_TILE, STAGES=_STAGES, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return out

@@ -86,6 +86,7 @@ def attention(
     assert batch.slots is not None and batch.block_tables is not None
     write_cache(k, v, cache.k, cache.v, batch.slots)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    batch.plan = {} if batch.plan is None else batch.plan
     if batch.max_query_len > 1 or batch.fixed:
         # Keys that lie in this batch are read there: the same numbers without the way through the table.
         here = k.dtype == cache.k.dtype and k.stride() == v.stride()
@@ -93,7 +94,7 @@ def attention(
         if whole:
             fresh_attention(
                 q, k, v, batch.query_starts, batch.seq_lens, scale=scale, window=window, soft_cap=soft_cap,
-                sinks=sinks, skip_single=True, out=out,
+                sinks=sinks, skip_single=True, plan=batch.plan, out=out,
             )  # fmt: skip
         if not (whole and batch.fresh):
             # Not in a fixed order: lone new tokens, whose earlier keys are in the cache, come here too then.
@@ -102,7 +103,7 @@ def attention(
                 q, k if here else cache.k, v if here else cache.v, batch.query_starts, batch.seq_lens, scale=scale,
                 causal=batch.causal, window=window, soft_cap=soft_cap, sinks=sinks,
                 tables=None if here else batch.block_tables,
-                skip_single=not batch.fixed, skip_fresh=whole, fixed=batch.fixed, out=out,
+                skip_single=not batch.fixed, skip_fresh=whole, fixed=batch.fixed, plan=batch.plan, out=out,
             )  # fmt: skip
     if not batch.fixed and (batch.decode_only or batch.some_single):
         decode_attention(

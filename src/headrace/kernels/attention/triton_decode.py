@@ -25,6 +25,7 @@ from headrace.kernels.attention.triton_pieces import (
     load_blocks,
     load_tile,
     merge,
+    merge_few,
     norm_rope,
     pieces,
 )
@@ -95,7 +96,7 @@ def _decode(
     G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, WIDE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, SINKS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.constexpr, SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     # Lengths, tables and older keys are written by no kernel that may still run (kernels/step), so a fused step
@@ -108,19 +109,14 @@ def _decode(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     num_heads = num_kv_heads * G
     s_all = tl.arange(0, SEQS)
-    len_all = tl.load(lens_ptr + s_all, mask=s_all < num_seqs, other=0)
-    _, count_all, _ = pieces(len_all, WINDOW, MAX_SPLITS, MIN_SPLIT)
-    if STARTS:
-        start_all = tl.load(starts_ptr + s_all, mask=s_all < num_seqs, other=0)
-        end_all = tl.load(starts_ptr + s_all + 1, mask=s_all < num_seqs, other=0)
-        count_all = tl.where(end_all - start_all == 1, count_all, 0)
+    count_all = _count_pieces(lens_ptr, starts_ptr, s_all, num_seqs, WINDOW, STARTS, MAX_SPLITS, MIN_SPLIT)
     ends = tl.cumsum(count_all, 0)
     total = tl.max(ends, 0)
 
     g = tl.arange(0, GP)
+    gm = tl.arange(0, GM)
     d = tl.arange(0, DP)
-    half: tl.constexpr = R // 2
-    swap = tl.where(d < half, d + half, tl.where(d < R, d - half, d))
+    q_ok = (gm[:, None] < G) & (d[None, :] < D)
     for work in range(tl.program_id(0), total * num_kv_heads, tl.num_programs(0)):
         piece = work // num_kv_heads
         head = work % num_kv_heads
@@ -152,102 +148,162 @@ def _decode(
         # Blocks are always read one tile ahead: were they read with their keys, the software pipeline would have
         # to empty itself for each tile.
         blocks = load_blocks(table_ptr, lo, tail, BLOCK, TILE)
-        q_heads = tl.minimum(head * G + g, num_heads - 1)[:, None]
-        q_at = q_ptr + token * q_row + q_heads * q_head
-        q_ok = (g[:, None] < G) & (d[None, :] < D)
+        q_at = q_ptr + token * q_row + tl.minimum(head * G + gm, num_heads - 1)[:, None] * q_head
         peak = tl.full([GP], float("-inf"), tl.float32)
-        norm = tl.zeros([GP], tl.float32)
-        acc = tl.zeros([GP, DP], tl.float32)
+        norm = tl.zeros([TILE, GP], tl.float32)
+        acc = tl.zeros([DP, GP], tl.float32)
         if FUSED:
-            # The new key and value never leave registers: they open the sum of the piece that they end.
-            pos = length - 1
-            one = tl.arange(0, 1)[:, None]
-            k_ok = newest & (one == 0) & (d[None, :] < D)
-            in_d = d < D
-            cos = tl.full([DP], 1.0, tl.float32)
-            sin = tl.zeros([DP], tl.float32)
-            if R > 0:
-                cos = tl.load(cos_ptr + pos.to(tl.int64) * R + d, mask=d < R, other=1.0)
-                sin = tl.load(sin_ptr + pos.to(tl.int64) * R + d, mask=d < R, other=0.0)
-            gain = tl.full([1, DP], 1.0, tl.float32)
-            gain_other = gain
-            gain_k = gain
-            gain_k_other = gain
-            if NORM:  # one gain for all query heads, one for all key heads (HeadNorm)
-                gain = tl.load(gain_ptr + (head * G) * D + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
-                gain_other = tl.load(gain_ptr + (head * G) * D + swap, mask=in_d, other=0.0).to(tl.float32)[
-                    None, :
-                ]
-                gain_k = tl.load(gain_ptr + (num_heads + head) * D + d, mask=in_d, other=0.0).to(tl.float32)[
-                    None, :
-                ]
-                gain_k_other = tl.load(gain_ptr + (num_heads + head) * D + swap, mask=in_d, other=0.0)
-                gain_k_other = gain_k_other.to(tl.float32)[None, :]
-            block = tl.load(table_ptr + pos // BLOCK).to(tl.int64)
-            if PDL:
-                gdc_wait()
-            k_at = k_ptr + token * kv_row + head * kv_head + one
-            q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
-            new_k = tl.load(k_at + d[None, :], mask=k_ok, other=0.0).to(tl.float32)
-            new_v = tl.load(v_ptr + token * kv_row + head * kv_head + one + d[None, :], mask=k_ok, other=0.0)
-            other = q.to(tl.float32)
-            other_k = new_k
-            if R > 0:
-                other = tl.load(q_at + swap[None, :], mask=q_ok, other=0.0).to(tl.float32)
-                other_k = tl.load(k_at + swap[None, :], mask=k_ok, other=0.0).to(tl.float32)
-            q = norm_rope(q.to(tl.float32), other, gain, gain_other, cos, sin, D, R, eps, NORM, dtype)
-            new_k = norm_rope(new_k, other_k, gain_k, gain_k_other, cos, sin, D, R, eps, NORM, dtype)
-            slot = block * cache_block + (pos % BLOCK) * cache_token + head * cache_head
-            if k_cache.dtype.element_ty == tl.uint8:
-                only = newest & (tl.arange(0, 1) == 0)
-                codes, scales, new_k = round_fp4(new_k.to(tl.float32), 1, DP)
-                store_fp4(k_cache, slot + tl.arange(0, 1), codes, scales, only, D, DP)
-                codes, scales, new_v = round_fp4(new_v.to(tl.float32), 1, DP)
-                store_fp4(v_cache, slot + tl.arange(0, 1), codes, scales, only, D, DP)
-            else:
-                new_k = new_k.to(k_cache.dtype.element_ty)
-                new_v = new_v.to(v_cache.dtype.element_ty)
-                tl.store(k_cache + slot + one + d[None, :], new_k, mask=k_ok)
-                tl.store(v_cache + slot + one + d[None, :], new_v, mask=k_ok)
+            kv_at = token * kv_row + head * kv_head
+            q, new_k, new_v = _add_new(
+                q_at, q_ok, k_ptr + kv_at, v_ptr + kv_at, k_cache, v_cache, table_ptr, length - 1, newest, head,
+                cache_block, cache_token, cache_head, num_heads, gain_ptr, eps, cos_ptr, sin_ptr, G, D, DP, R, BLOCK,
+                NORM, PDL)  # fmt: skip
             score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
             if CAPPED:
                 score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
-            peak = tl.where(newest, score * 1.4426950408889634, float("-inf"))
-            norm = tl.where(newest, norm + 1.0, norm)
-            acc += new_v.to(tl.float32)
+            score = tl.where(newest, score * 1.4426950408889634, float("-inf"))
+            peak = tl.broadcast_to(score[None, :], (GP // GM, GM)).reshape(GP)
+            norm += tl.where(newest & (tl.arange(0, TILE) == 0), 1.0, 0.0)[:, None]
+            acc += tl.trans(new_v.to(tl.float32))
         else:
             q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
+        # Heads are repeated until they are as many as a product takes.
+        q = tl.trans(tl.broadcast_to(q[None, :, :], (GP // GM, GM, DP)).reshape(GP, DP))
         acc, peak, norm = add_tile(acc, peak, norm, q, k, v, hi - tail, scale, soft_cap, CAPPED, True)
         for key in range(lo, tail, TILE):
             following = load_blocks(table_ptr, key + TILE, tail, BLOCK, TILE)
             k, v = load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                              TILE, D, DP, WIDE, False, dtype)  # fmt: skip
+                             TILE, D, DP, WIDE, False, dtype)  # fmt: skip
             blocks = following
             acc, peak, norm = add_tile(acc, peak, norm, q, k, v, TILE, scale, soft_cap, CAPPED, False)
 
-        o_at = token * num_heads * D
+        acc = tl.trans(acc)
+        norm = tl.sum(norm, 0)
+        out_at = out_ptr + token * num_heads * D
         if count == 1:
             if SINKS:
                 norm = add_sink(norm, peak, sinks_ptr, head * G + g, g < G)
             o = acc / norm[:, None]
-            tl.store(out_ptr + o_at + (head * G + g)[:, None] * D + d[None, :], o.to(dtype), mask=q_ok)
+            o_ok = (g[:, None] < G) & (d[None, :] < D)
+            tl.store(out_at + (head * G + g)[:, None] * D + d[None, :], o.to(dtype), mask=o_ok)
         else:
-            W: tl.constexpr = DP + 4
-            row = seq.to(tl.int64) * (MAX_SPLITS * num_heads * W)
-            mine = partial_ptr + row + ((split - first) * num_heads + head * G + g) * W
-            tl.store(mine[:, None] + d[None, :], acc, mask=(g[:, None] < G) & (d[None, :] < DP))
-            tl.store(mine + DP, peak, mask=g < G)
-            tl.store(mine + DP + 1, norm, mask=g < G)
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr + seq * num_kv_heads + head, 1, sem="acq_rel", scope="gpu")
-            if arrived == count - 1:
-                tl.debug_barrier()
-                o = merge(partial_ptr, row, count, head * G, num_heads, sinks_ptr, G, GM, DP, MAX_SPLITS, CHUNK, 4,
+            _add_piece(acc, peak, norm, out_at, partial_ptr, arrivals_ptr, sinks_ptr, seq, head, split - first,
+                       count, num_kv_heads, G, GP, GM, D, DP, MAX_SPLITS, CHUNK, FEW, SINKS)  # fmt: skip
+
+
+@triton.jit
+def _count_pieces(lens_ptr, starts_ptr, seqs, num_seqs, WINDOW: tl.constexpr, STARTS: tl.constexpr,
+                  MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):  # fmt: skip
+    """Pieces of each of the sequences ``seqs``; none of those behind the last, or with other than one new token."""
+    lens = tl.load(lens_ptr + seqs, mask=seqs < num_seqs, other=0)
+    _, counts, _ = pieces(lens, WINDOW, MAX_SPLITS, MIN_SPLIT)
+    if STARTS:
+        starts = tl.load(starts_ptr + seqs, mask=seqs < num_seqs, other=0)
+        ends = tl.load(starts_ptr + seqs + 1, mask=seqs < num_seqs, other=0)
+        counts = tl.where(ends - starts == 1, counts, 0)
+    return counts
+
+
+@triton.jit
+def _gains(gain_ptr, d, swap, D: tl.constexpr):
+    """A head's gains, float32 [1, DP], and those of the dimensions ``swap``."""
+    gain = tl.load(gain_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    other = tl.load(gain_ptr + swap, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    return gain, other
+
+
+@triton.jit
+def _add_new(
+    q_at, q_ok, k_ptr, v_ptr, k_cache, v_cache, table_ptr, pos, newest, head,
+    cache_block, cache_token, cache_head, num_heads, gain_ptr, eps, cos_ptr, sin_ptr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Norm and rotation of the queries and the new key at ``pos``, which goes to the cache with its value.
+
+    Key and value never leave registers: they open the sum of the piece that they end. Others read zeros, and write
+    nothing.
+
+    Returns:
+        Queries [GM, DP], the key and the value [1, DP] as the cache has them.
+    """
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    d = tl.arange(0, DP)
+    half: tl.constexpr = R // 2
+    swap = tl.where(d < half, d + half, tl.where(d < R, d - half, d))
+    one = tl.arange(0, 1)[:, None]
+    k_ok = newest & (one == 0) & (d[None, :] < D)
+    cos = tl.full([DP], 1.0, tl.float32)
+    sin = tl.zeros([DP], tl.float32)
+    if R > 0:
+        cos = tl.load(cos_ptr + pos.to(tl.int64) * R + d, mask=d < R, other=1.0)
+        sin = tl.load(sin_ptr + pos.to(tl.int64) * R + d, mask=d < R, other=0.0)
+    gain = tl.full([1, DP], 1.0, tl.float32)
+    gain_other = gain
+    gain_k = gain
+    gain_k_other = gain
+    if NORM:  # one gain for all query heads, one for all key heads (HeadNorm)
+        gain, gain_other = _gains(gain_ptr + (head * G) * D, d, swap, D)
+        gain_k, gain_k_other = _gains(gain_ptr + (num_heads + head) * D, d, swap, D)
+    block = tl.load(table_ptr + pos // BLOCK).to(tl.int64)
+    if PDL:
+        gdc_wait()
+    q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
+    new_k = tl.load(k_ptr + one + d[None, :], mask=k_ok, other=0.0).to(tl.float32)
+    new_v = tl.load(v_ptr + one + d[None, :], mask=k_ok, other=0.0)
+    other = q.to(tl.float32)
+    other_k = new_k
+    if R > 0:
+        other = tl.load(q_at + swap[None, :], mask=q_ok, other=0.0).to(tl.float32)
+        other_k = tl.load(k_ptr + one + swap[None, :], mask=k_ok, other=0.0).to(tl.float32)
+    q = norm_rope(q.to(tl.float32), other, gain, gain_other, cos, sin, D, R, eps, NORM, dtype)
+    new_k = norm_rope(new_k, other_k, gain_k, gain_k_other, cos, sin, D, R, eps, NORM, dtype)
+    slot = block * cache_block + (pos % BLOCK) * cache_token + head * cache_head
+    if k_cache.dtype.element_ty == tl.uint8:
+        only = newest & (tl.arange(0, 1) == 0)
+        codes, scales, new_k = round_fp4(new_k.to(tl.float32), 1, DP)
+        store_fp4(k_cache, slot + tl.arange(0, 1), codes, scales, only, D, DP)
+        codes, scales, new_v = round_fp4(new_v.to(tl.float32), 1, DP)
+        store_fp4(v_cache, slot + tl.arange(0, 1), codes, scales, only, D, DP)
+    else:
+        new_k = new_k.to(k_cache.dtype.element_ty)
+        new_v = new_v.to(v_cache.dtype.element_ty)
+        tl.store(k_cache + slot + one + d[None, :], new_k, mask=k_ok)
+        tl.store(v_cache + slot + one + d[None, :], new_v, mask=k_ok)
+    return q, new_k, new_v
+
+
+@triton.jit
+def _add_piece(
+    acc, peak, norm, out_ptr, partial_ptr, arrivals_ptr, sinks_ptr, seq, head, place, count, num_kv_heads,
+    G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Leave the sums of piece ``place`` of ``count`` in memory; who comes last adds them all and writes the output."""
+    W: tl.constexpr = DP + 4
+    num_heads = num_kv_heads * G
+    g = tl.arange(0, GP)
+    d = tl.arange(0, DP)
+    row = seq.to(tl.int64) * (MAX_SPLITS * num_heads * W)
+    mine = partial_ptr + row + (place * num_heads + head * G + g) * W
+    tl.store(mine[:, None] + d[None, :], acc, mask=(g[:, None] < G) & (d[None, :] < DP))
+    tl.store(mine + DP, peak, mask=g < G)
+    tl.store(mine + DP + 1, norm, mask=g < G)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals_ptr + seq * num_kv_heads + head, 1, sem="acq_rel", scope="gpu")
+    if arrived == count - 1:
+        tl.debug_barrier()
+        if FEW:
+            o = merge_few(partial_ptr, row, count, head * G, num_heads, sinks_ptr, G, GM, DP, MAX_SPLITS, CHUNK,
                           SINKS)  # fmt: skip
-                gm = tl.arange(0, GM)
-                o_ok = (gm[:, None] < G) & (d[None, :] < D)
-                tl.store(out_ptr + o_at + (head * G + gm)[:, None] * D + d[None, :], o.to(dtype), mask=o_ok)
-                tl.store(arrivals_ptr + seq * num_kv_heads + head, 0)
+        else:
+            o = merge(partial_ptr, row, count, head * G, num_heads, sinks_ptr, G, GM, DP, MAX_SPLITS, CHUNK, 4,
+                      SINKS)  # fmt: skip
+        gm = tl.arange(0, GM)
+        o_ok = (gm[:, None] < G) & (d[None, :] < D)
+        o_at = out_ptr + (head * G + gm)[:, None] * D + d[None, :]
+        tl.store(o_at, o.to(out_ptr.dtype.element_ty), mask=o_ok)
+        tl.store(arrivals_ptr + seq * num_kv_heads + head, 0)
 
 
 def decode_attention(
@@ -322,12 +378,13 @@ def decode_attention(
         q if gains is None else gains, eps, workspace.partial if cos is None else cos,
         workspace.partial if sin is None else sin, q if sinks is None else sinks,
         num_seqs, num_kv_heads, scale, soft_cap or 0.0,
-        G=group, GP=max(16, merged), GM=merged, D=head_dim, DP=padded, R=0 if cos is None else cos.shape[-1],
+        G=group, GP=max(8, merged), GM=merged, D=head_dim, DP=padded, R=0 if cos is None else cos.shape[-1],
         BLOCK=block_size, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
         STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
         MIN_SPLIT=shape.min_split,
-        CHUNK=max(1, min(MAX_SPLITS, 2048 // (merged * padded))), SINKS=sinks is not None, **options,
+        CHUNK=max(1, min(8 if shape.warps > 1 else MAX_SPLITS, 2048 // (merged * padded))), FEW=shape.warps > 1,
+        SINKS=sinks is not None, **options,
     )  # fmt: skip
     return out
 

@@ -6,7 +6,7 @@ in registers, which leaves room for the scores of two tiles at a time.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,8 +15,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headrace.kernels.attention.triton_tiles import find_tile, query_rows, scores, soften, weigh
-from headrace.kernels.launch import INTERPRETED, launch_options, sequence_lanes, supports_gluon, supports_pdl
+from headrace.kernels.attention.triton_tile_map import mapped_tile, tile_map
+from headrace.kernels.attention.triton_tiles import query_rows, scores, soften, weigh
+from headrace.kernels.launch import INTERPRETED, launch_options, supports_gluon, supports_pdl
 
 __all__ = ["FreshShape", "fresh_attention", "fresh_covers", "fresh_shape"]
 
@@ -71,12 +72,11 @@ def _add_masked(acc, peak, norm, score, v, at, last, length, scale, soft_cap, WI
     return tl.dot(p.to(v.dtype), v, acc, out_dtype=tl.float32, input_precision="ieee"), peak, norm
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit
 def _fresh(
-    q_ptr, q_row, q_head, k_desc, v_desc, out_ptr, starts_ptr, lens_ptr, sinks_ptr, num_seqs, num_heads, scale,
-    soft_cap,
-    G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SKIP_SINGLE: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, q_row, q_head, k_desc, v_desc, out_ptr, map_ptr, sinks_ptr, num_heads, scale, soft_cap,
+    G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -85,12 +85,8 @@ def _fresh(
     kv_heads = num_heads // G
     head = tl.program_id(0) % kv_heads
     turn = (tl.num_programs(0) - 1 - tl.program_id(0)) // kv_heads
-    seq, tile, exists = find_tile(
-        starts_ptr, lens_ptr, num_seqs, turn, G, ROWS, SEQS, SKIP_SINGLE, False, True
-    )
-    if exists:
-        start = tl.load(starts_ptr + seq)
-        length = tl.load(starts_ptr + seq + 1) - start
+    start, length, tile, _ = mapped_tile(map_ptr, turn)
+    if length > 0:
         q, last, out, ok = query_rows(
             q_ptr, q_row, q_head, start, length, tile, head, num_heads, G, ROWS, D, D
         )
@@ -151,6 +147,7 @@ def fresh_attention(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     skip_single: bool = False,
+    plan: dict[object, Any] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend each query of the sequences that have no earlier keys to their keys up to itself.
@@ -161,6 +158,7 @@ def fresh_attention(
         seq_lens: int32 [S], keys of each sequence.
         sinks: float32 [Hq], see kernels.attention.
         skip_single: leave sequences of one token alone.
+        plan: of the batch, see tile_map.
         out: [T, Hq, D] contiguous.
 
     Returns:
@@ -176,18 +174,20 @@ def fresh_attention(
         from headrace.kernels.attention.gluon_fresh import specialized_attention
 
         return specialized_attention(
-            q, k, v, query_starts, seq_lens, scale=scale, skip_single=skip_single, out=out
+            q, k, v, query_starts, seq_lens, scale=scale, skip_single=skip_single, plan=plan, out=out
         )
     shape = fresh_shape()
     described = [
         TensorDescriptor(x, [num_tokens, kv_heads * dim], [x.stride(0), 1], [shape.tile, dim]) for x in (k, v)
     ]
-    tiles = num_tokens * group // shape.rows + num_seqs
-    _fresh[(tiles * kv_heads,)](
-        q, q.stride(0), q.stride(1), *described, out, query_starts, seq_lens,
-        q if sinks is None else sinks, num_seqs, num_heads, scale, soft_cap or 0.0,
-        G=group, D=dim, ROWS=shape.rows, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
-        CAPPED=soft_cap is not None, SKIP_SINGLE=skip_single, SINKS=sinks is not None,
+    tiles = tile_map(
+        plan, query_starts, seq_lens, num_tokens, group, shape.rows, skip_single=skip_single, fresh=True
+    )
+    _fresh[(tiles.shape[0] * kv_heads,)](
+        q, q.stride(0), q.stride(1), *described, out, tiles, q if sinks is None else sinks, num_heads, scale,
+        soft_cap or 0.0,
+        G=group, D=dim, ROWS=shape.rows, TILE=shape.tile, WINDOW=window or 0, CAPPED=soft_cap is not None,
+        SINKS=sinks is not None,
         **launch_options(q.device, shape.warps, shape.stages),
     )  # fmt: skip
     return out

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from headrace.kernels.attention.triton_tile_map import tile_map
 from headrace.kernels.attention.triton_tiles import weigh
 from headrace.kernels.launch import INTERPRETED, launch_options, supports_gluon, supports_pdl
 
@@ -25,30 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["packed_attention"]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _tile_map(starts_ptr, map_ptr, num_seqs, num_tiles, G, ROWS: tl.constexpr, TILES: tl.constexpr,
-              SEQS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """map[tile] = (first row of its sequence, the sequence's length, the tile's number in it); length 0: no work."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    s = tl.arange(0, SEQS)
-    start = tl.load(starts_ptr + s, mask=s < num_seqs, other=0)
-    length = tl.load(starts_ptr + s + 1, mask=s < num_seqs, other=0) - start
-    tiles = (length * G + ROWS - 1) // ROWS
-    ends = tl.cumsum(tiles, 0)
-    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    seq = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), 1)
-    real = seq < num_seqs
-    before = tl.sum(tl.where(s[None, :] < seq[:, None], tiles[None, :], 0), 1)
-    first = tl.load(starts_ptr + seq, mask=real, other=0)
-    size = tl.load(starts_ptr + seq + 1, mask=real, other=0) - first
-    ok = tile < num_tiles
-    tl.store(map_ptr + tile * 4, first, mask=ok)
-    tl.store(map_ptr + tile * 4 + 1, size, mask=ok)
-    tl.store(map_ptr + tile * 4 + 2, tile - before, mask=ok)
 
 
 @triton.jit
@@ -233,22 +210,10 @@ def _descriptor(x: Tensor, tile: int) -> TensorDescriptor:
 
 
 def _tiles(batch: AttentionBatch, num_tokens: int, group: int, rows: int) -> Tensor:
-    """The tile map, int32 [tiles, 4], of this batch: made in its first layer."""
+    """The tile map of this batch: made in its first layer."""
     if batch.plan is None:
         batch.plan = {}
-    key = ("tiles", group, rows)
-    found = batch.plan.get(key)
-    if found is None:
-        num_seqs = batch.seq_lens.shape[0]
-        # The most there can be: whether sequences leave partial tiles is known on the device alone.
-        count = num_tokens * group // rows + num_seqs
-        found = torch.empty(count, 4, dtype=torch.int32, device=batch.seq_lens.device)
-        _tile_map[(triton.cdiv(count, 16),)](
-            batch.query_starts, found, num_seqs, count, group, ROWS=rows, TILES=16,
-            SEQS=max(16, triton.next_power_of_2(num_seqs)), **launch_options(found.device, 4, 1),
-        )  # fmt: skip
-        batch.plan[key] = found
-    return found
+    return tile_map(batch.plan, batch.query_starts, batch.seq_lens, num_tokens, group, rows)
 
 
 def _shape(padded: int, rows_per_seq: int, itemsize: int) -> tuple[int, int, int, int, bool]:

@@ -7,6 +7,8 @@ the prompt begins, so a row's result does not depend on how the prompt was cut.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,8 +18,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from headrace.kernels.attention.fp4 import FP4
 from headrace.kernels.attention.triton_decode import padded_dim
 from headrace.kernels.attention.triton_fp4 import load_fp4
-from headrace.kernels.attention.triton_tiles import find_tile, query_rows, scores, soften, weigh
-from headrace.kernels.launch import INTERPRETED, launch_options, sequence_lanes
+from headrace.kernels.attention.triton_tile_map import mapped_tile, tile_map
+from headrace.kernels.attention.triton_tiles import query_rows, scores, soften, weigh
+from headrace.kernels.launch import INTERPRETED, launch_options
 
 __all__ = ["prefill_attention"]
 
@@ -69,25 +72,21 @@ def _span(acc, peak, norm, q, k_ptr, v_ptr, table_ptr, key_row, first_key, kv_bl
     return acc, peak, norm
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit
 def _prefill(
     q_ptr, q_row, q_head, k_ptr, v_ptr, key_row, kv_block, kv_token, kv_head, out_ptr,
-    tables_ptr, table_row, starts_ptr, lens_ptr, sinks_ptr, num_seqs, num_heads, scale, soft_cap,
+    tables_ptr, table_row, map_ptr, lens_ptr, sinks_ptr, num_heads, scale, soft_cap,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr,
-    PAGED: tl.constexpr, SKIP_SINGLE: tl.constexpr, SKIP_FRESH: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr,
+    SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     turn = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    seq, tile, exists = find_tile(
-        starts_ptr, lens_ptr, num_seqs, turn, G, ROWS, SEQS, SKIP_SINGLE, SKIP_FRESH, False
-    )
-    if exists:
-        start = tl.load(starts_ptr + seq)
-        new = tl.load(starts_ptr + seq + 1) - start
+    start, new, tile, seq = mapped_tile(map_ptr, turn)
+    if new > 0:
         length = tl.load(lens_ptr + seq)
         q, token, out, ok = query_rows(
             q_ptr, q_row, q_head, start, new, tile, head, num_heads, G, ROWS, D, DP
@@ -140,6 +139,7 @@ def prefill_attention(
     skip_single: bool = False,
     skip_fresh: bool = False,
     fixed: bool = False,
+    plan: dict[object, Any] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend each query to its own sequence's keys.
@@ -155,6 +155,7 @@ def prefill_attention(
         skip_single: leave sequences of one new token to decode_attention.
         skip_fresh: leave sequences without earlier keys to fresh_attention.
         fixed: tiles of one size whatever the batch.
+        plan: of the batch, see tile_map.
         out: [T, Hq, D] contiguous.
 
     Returns:
@@ -172,15 +173,16 @@ def prefill_attention(
     paged = tables is not None
     per_seq = 0 if fixed else num_tokens * group // max(num_seqs, 1)
     rows, tile, warps, stages = _shape(padded, per_seq, q.element_size())
-    grid = (num_tokens * group // rows + num_seqs, num_heads // group)
-    _prefill[grid](
+    tiles = tile_map(
+        plan, query_starts, seq_lens, num_tokens, group, rows,
+        skip_single=skip_single, fresh=False if skip_fresh else None,
+    )  # fmt: skip
+    _prefill[(tiles.shape[0], num_heads // group)](
         q, q.stride(0), q.stride(1), k, v, 0 if paged else k.stride(0), k.stride(0), k.stride(-3), k.stride(-2), out,
-        seq_lens if tables is None else tables, 0 if tables is None else tables.stride(0), query_starts, seq_lens,
-        q if sinks is None else sinks, num_seqs, num_heads, scale, soft_cap or 0.0,
+        seq_lens if tables is None else tables, 0 if tables is None else tables.stride(0), tiles, seq_lens,
+        q if sinks is None else sinks, num_heads, scale, soft_cap or 0.0,
         G=group, D=head_dim, DP=padded, BLOCK=k.shape[1] if paged else 1, ROWS=rows, TILE=tile,
-        SEQS=sequence_lanes(num_seqs), WINDOW=window or 0, CAPPED=soft_cap is not None,
-        CAUSAL=causal, PAGED=paged, SKIP_SINGLE=skip_single, SKIP_FRESH=skip_fresh,
-        SINKS=sinks is not None,
+        WINDOW=window or 0, CAPPED=soft_cap is not None, CAUSAL=causal, PAGED=paged, SINKS=sinks is not None,
         **launch_options(q.device, warps, stages),
     )  # fmt: skip
     return out

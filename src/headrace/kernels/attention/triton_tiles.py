@@ -11,25 +11,7 @@ import triton.language as tl
 
 from headrace.kernels.attention.triton_pieces import add_sink
 
-__all__ = ["find_tile", "query_rows", "scores", "soften", "weigh"]
-
-
-@triton.jit
-def find_tile(starts_ptr, lens_ptr, num_seqs, tile, G: tl.constexpr, ROWS: tl.constexpr, SEQS: tl.constexpr,
-              SKIP_SINGLE: tl.constexpr, SKIP_FRESH: tl.constexpr, ONLY_FRESH: tl.constexpr):  # fmt: skip
-    """(sequence, tile in it, whether there is one) of a tile of ROWS rows, G for each new token."""
-    s = tl.arange(0, SEQS)
-    start = tl.load(starts_ptr + s, mask=s < num_seqs, other=0)
-    new = tl.load(starts_ptr + s + 1, mask=s < num_seqs, other=0) - start
-    if SKIP_FRESH or ONLY_FRESH:
-        fresh = new == tl.load(lens_ptr + s, mask=s < num_seqs, other=0)
-        new = tl.where(fresh == ONLY_FRESH, new, 0)
-    if SKIP_SINGLE:
-        new = tl.where(new == 1, 0, new)
-    tiles = (new * G + ROWS - 1) // ROWS
-    ends = tl.cumsum(tiles, 0)
-    seq = tl.sum((ends <= tile).to(tl.int32), 0)
-    return seq, tile - tl.sum(tl.where(s < seq, tiles, 0), 0), tile < tl.max(ends, 0)
+__all__ = ["query_rows", "scores", "soften", "weigh"]
 
 
 @triton.jit
