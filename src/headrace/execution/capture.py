@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from headrace.execution.device_memory import grow
 
-__all__ = ["GraphMemory", "borrowed"]
+__all__ = ["GraphKeeper", "GraphMemory", "borrowed"]
 
 
 class GraphMemory:
@@ -54,6 +56,59 @@ class GraphMemory:
                 graph.capture_end()
         current.wait_stream(side)
         return graph.replay
+
+
+class _Replayed(Protocol):
+    @property
+    def replay(self) -> Callable[[], object]: ...
+
+
+Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made", bound=_Replayed)
+
+
+class GraphKeeper(ABC, Generic[Key, Made]):
+    """Whoever makes graphs when they are first needed; on a CPU the functions run that a GPU captures."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._graphs: dict[Key, Made] = {}
+        self._memory = GraphMemory(device) if device.type == "cuda" else None
+
+    @abstractmethod
+    def _make(self, key: Key) -> Made: ...
+
+    def _graph(self, key: Key) -> Made:
+        found = self._graphs.get(key)
+        if found is None:
+            found = self._graphs[key] = self._make(key)
+        return found
+
+    def reserve(self, size: int, small: int) -> None:
+        """Take ``size`` bytes for all graphs together, ``small`` of them for tensors up to a MiB."""
+        if self._memory is not None:
+            self._memory.grow(size, small)
+
+    def capture(self, key: Key) -> None:
+        """Make this graph now, if it is not there yet."""
+        with torch.inference_mode():
+            graph = self._graph(key)
+            if self._memory is None:
+                graph.replay()
+
+    def forget(self) -> None:
+        """Let go of all graphs in a rehearsal: hundreds hold their results, which captured ones share."""
+        assert self._memory is None, "captured graphs stay"
+        self._graphs.clear()
+
+    @contextlib.contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Within, graphs are not captured but run as they are, and forgotten afterwards."""
+        memory, graphs = self._memory, self._graphs
+        self._memory, self._graphs = None, {}
+        try:
+            yield
+        finally:
+            self._memory, self._graphs = memory, graphs
 
 
 class _Lent:

@@ -8,9 +8,8 @@ is launched as it is, since padding would cost more than launches.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headrace.config.plan.scratch import ENCODE_FULL_GRAPHS, ENCODE_GRAPH_WASTE
-from headrace.execution.capture import GraphMemory, borrowed
+from headrace.execution.capture import GraphKeeper, borrowed
 from headrace.execution.encode_batch import buffer_size, fill, view
 from headrace.layers.packed import PackedBatch
 from headrace.models.decoder import DecoderModel
@@ -89,7 +88,7 @@ def capturable(model: EncodeModel) -> bool:
     return not any(rope is not None and rope.length_dependent for rope in ropes)
 
 
-class EncodeGraphs:
+class EncodeGraphs(GraphKeeper[GraphSize, _Graph]):
     """Graphs of one model; on a CPU the functions run that a GPU captures.
 
     Args:
@@ -106,10 +105,9 @@ class EncodeGraphs:
         *,
         types: bool,
     ) -> None:
+        super().__init__(device)
         self.model, self.pooled, self.device, self.types = model, pooled, device, types
         self.captures = device.type == "cuda"
-        self._graphs: dict[GraphSize, _Graph] = {}
-        self._memory = GraphMemory(device) if self.captures else None
 
     def covers(self, tokens: int, seqs: int) -> bool:
         """Whether a batch of this size has a graph."""
@@ -121,9 +119,7 @@ class EncodeGraphs:
         """A pass over these; its tensors hold until the next one."""
         key = _smallest(tokens, len(requests))
         size = key.tokens
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = self._graphs[key] = self._make(key)
+        graph = self._graph(key)
         graph.turn = (graph.turn + 1) % _STAGES
         stage = graph.stages[graph.turn]
         types = None
@@ -137,40 +133,12 @@ class EncodeGraphs:
         graph.replay()
         return graph.output[0]
 
-    def reserve(self, size: int, small: int) -> None:
-        """Take ``size`` bytes for all graphs together, ``small`` of them for tensors up to a MiB."""
-        if self._memory is not None:
-            self._memory.grow(size, small)
-
     def capture_next(self) -> bool:
         """Make the smallest graph that is not there; true if another one is missing."""
         missing = [size for size in graph_sizes() if size not in self._graphs] if self.captures else []
         if missing:
             self.capture(missing[0])
         return len(missing) > 1
-
-    def capture(self, size: GraphSize) -> None:
-        """Make the graph of this size now, if it is not there yet."""
-        with torch.inference_mode():
-            if size not in self._graphs:
-                self._graphs[size] = self._make(size)
-            if self._memory is None:
-                self._graphs[size].replay()
-
-    def forget(self) -> None:
-        """Let go of all graphs in a rehearsal: they hold their results, which captured ones share."""
-        assert self._memory is None, "captured graphs stay"
-        self._graphs.clear()
-
-    @contextlib.contextmanager
-    def rehearsing(self) -> Iterator[None]:
-        """Within, graphs are not captured but run as they are, and forgotten afterwards."""
-        memory, graphs = self._memory, self._graphs
-        self._memory, self._graphs = None, {}
-        try:
-            yield
-        finally:
-            self._memory, self._graphs = memory, graphs
 
     @torch.inference_mode()
     def warm_up(self, seconds: float) -> None:
@@ -179,8 +147,7 @@ class EncodeGraphs:
         for size in graph_sizes()[: len(TOKENS)]:
             if time.perf_counter() - began > seconds:
                 break
-            if size not in self._graphs:
-                self._graphs[size] = self._make(size)
+            self._graph(size)
 
     def _make(self, key: GraphSize) -> _Graph:
         size, seqs = key.tokens, key.texts + 1

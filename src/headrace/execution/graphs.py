@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.execution.capture import GraphMemory, borrowed
+from headrace.execution.capture import GraphKeeper, borrowed
 from headrace.execution.graph_functions import StepFunctions, StepState
 from headrace.execution.graph_input import REPEATS, StepArrays, draws_size, fill, fill_draws
 from headrace.execution.graph_keys import MIXED_TOKENS, GraphKey, GraphLadders, up
@@ -82,7 +82,7 @@ class _Graph:
     output: list[Tensor]
 
 
-class GraphRunner(Runner):
+class GraphRunner(Runner, GraphKeeper[GraphKey, _Graph]):
     """A Runner whose steps are graphs; on a CPU the functions run that a GPU captures.
 
     Attributes:
@@ -122,8 +122,7 @@ class GraphRunner(Runner):
         width = self._tables.shape[1]
         self._device_tables = torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=device)
         self._log = torch.zeros(max_num_seqs, REPEATS, dtype=torch.int64, device=device)
-        self._graphs: dict[GraphKey, _Graph] = {}
-        self._memory = GraphMemory(device) if device.type == "cuda" else None
+        GraphKeeper.__init__(self, device)
         self.functions = StepFunctions(
             model,
             caches,
@@ -302,11 +301,6 @@ class GraphRunner(Runner):
 
     # --- graphs ----------------------------------------------------------------------------------
 
-    def reserve(self, size: int, small: int) -> None:
-        """Take ``size`` bytes for all graphs together, ``small`` of them for tensors up to a MiB."""
-        if self._memory is not None:
-            self._memory.grow(size, small)
-
     def warm_up(self, sizes: list[int]) -> None:
         """Capture the graphs of greedy decode steps of these batch sizes now, for sequences of any length."""
         with torch.inference_mode():
@@ -332,34 +326,11 @@ class GraphRunner(Runner):
             break
         return bool(self._ahead)
 
-    def capture(self, key: GraphKey) -> None:
-        """Make this graph now, if it is not there yet."""
-        with torch.inference_mode():
-            graph = self._graph(key)
-            if self._memory is None:
-                graph.replay()
-
-    def forget(self) -> None:
-        """Let go of all graphs in a rehearsal: hundreds hold their results, which captured ones share."""
-        assert self._memory is None, "captured graphs stay"
-        self._graphs.clear()
-
     @contextlib.contextmanager
     def rehearsing(self) -> Iterator[None]:
-        """Within, graphs are not captured but run as they are, over the first layers, and forgotten afterwards."""
-        memory, graphs = self._memory, self._graphs
-        self._memory, self._graphs = None, {}
-        try:
-            with self.functions.shortened():
-                yield
-        finally:
-            self._memory, self._graphs = memory, graphs
-
-    def _graph(self, key: GraphKey) -> _Graph:
-        found = self._graphs.get(key)
-        if found is None:
-            found = self._graphs[key] = self._make(key)
-        return found
+        """As ever, over the first layers only."""
+        with super().rehearsing(), self.functions.shortened():
+            yield
 
     def _make(self, key: GraphKey) -> _Graph:
         # All padding: what runs before the first replay touches the null block only.
