@@ -15,6 +15,7 @@ __all__ = [
     "check_method",
     "packed_hint",
     "quantization_settings",
+    "without_quantization",
 ]
 
 METHODS = ("awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt", "modelopt_fp4", "mxfp4")
@@ -100,3 +101,12 @@ def packed_hint(names: Iterable[str]) -> str:
         f". {packed!r} is part of a quantized matrix, but config.json has no quantization_config (nor is there "
         "hf_quant_config.json) that says how it is packed: download the folder again, whole"
     )
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what was said of quantization, at whatever level."""
+    return {
+        key: without_quantization(value) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in config.items()
+        if key not in KEYS
+    }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headrace.checkpoints.base import Checkpoint, TensorInfo
-from headrace.checkpoints.quantization_settings import KEYS
+from headrace.checkpoints.quantization_settings import without_quantization
 from headrace.errors import UnsupportedCheckpoint
 from headrace.quantization.scaled import Activations, QuantizedWeight
 
@@ -134,7 +134,7 @@ class QuantizedCheckpoint:
     def __init__(self, raw: Checkpoint, container: Container) -> None:
         self.raw, self.container = raw, container
         self.path: Path = raw.path
-        self.config = _without(raw.config)
+        self.config = without_quantization(raw.config)
         self.generation_config: dict[str, Any] = raw.generation_config
         self.modules = container.modules()
         if not self.modules:
@@ -192,12 +192,3 @@ class QuantizedCheckpoint:
     def quantized(self, name: str) -> QuantizedWeight:
         """A matrix as it is packed. ``name`` is one of ``modules``."""
         return self.modules[name].read()
-
-
-def _without(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without what was said of quantization, at whatever level."""
-    return {
-        key: _without(value) if isinstance(value, dict) and key.endswith("_config") else value
-        for key, value in config.items()
-        if key not in KEYS
-    }
