@@ -15,6 +15,7 @@ __all__ = [
     "check_method",
     "packed_hint",
     "quantization_settings",
+    "without_quantization",
 ]
 
 METHODS = ("awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt", "modelopt_fp4", "mxfp4")
@@ -61,8 +62,9 @@ def quantization_settings(
     if side is None:
         return None
     found = _block(side().get("quantization"), f"{SIDE_FILE}: quantization", SIDE_FILE)
-    # Nothing but a KV cache may be quantized: weights that are in 8 bits all the same find no place for their scales.
-    return found._replace(method="modelopt") if found.values.get("quant_algo") else None
+    # Weights that are in 8 bits though only a KV cache is quantized find no place for their scales.
+    said = found.values.get("quant_algo") or found.values.get("kv_cache_quant_algo")
+    return found._replace(method="modelopt") if said else None
 
 
 def _block(values: object, where: str, source: str) -> QuantizationSettings:
@@ -75,7 +77,7 @@ def _block(values: object, where: str, source: str) -> QuantizationSettings:
     flat = {**values, **inner} if isinstance(inner, Mapping) else dict(values)
     flat.pop("quantization", None)
     method = str(flat.get("quant_method") or "").lower()
-    if not method and flat.get("quant_algo"):
+    if not method and (flat.get("quant_algo") or flat.get("kv_cache_quant_algo")):
         method = "modelopt"
     return QuantizationSettings(method, flat, where, source)
 
@@ -100,3 +102,12 @@ def packed_hint(names: Iterable[str]) -> str:
         f". {packed!r} is part of a quantized matrix, but config.json has no quantization_config (nor is there "
         "hf_quant_config.json) that says how it is packed: download the folder again, whole"
     )
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what was said of quantization, at whatever level."""
+    return {
+        key: without_quantization(value) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in config.items()
+        if key not in KEYS
+    }

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from headrace.quantization.containers import QuantizedCheckpoint
 
     checkpoint = open_weights(_plain(spec))
-    if isinstance(checkpoint, QuantizedCheckpoint):
+    if isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.modules:
         raise ConfigError(f"{spec.model} is already quantized: {checkpoint.label}; give the 16-bit weights")
     from headrace.engines.quantize import quantize_checkpoint, uses_calibration
 

@@ -194,11 +194,12 @@ def _without(matrix: Tensor, factors: Tensor, *, rows: bool) -> Tensor:
 
 def stored_bits(checkpoint: Checkpoint, *, decoder: bool) -> Bits:
     """How many bits the matrices of a checkpoint have on disk, whatever they are loaded as."""
-    if not isinstance(checkpoint, QuantizedCheckpoint):
+    if not isinstance(checkpoint, QuantizedCheckpoint) or not checkpoint.modules:
         return lambda _: PLAIN
     on_disk = {name: _bits_on_disk(checkpoint, name) for name in checkpoint.modules}
     if decoder:
         sources = linear_sources(checkpoint.config, checkpoint)
+        sources["embed"] = tuple(name for name in on_disk if name.endswith("embed_tokens.weight"))
         return lambda path: min((on_disk.get(name, PLAIN) for name in sources.get(path, ())), default=PLAIN)
     least = min(on_disk.values())  # tables of encoders name tensors by module, not the other way round
     return lambda path: least if path.startswith("layers.") else PLAIN
@@ -206,7 +207,7 @@ def stored_bits(checkpoint: Checkpoint, *, decoder: bool) -> Bits:
 
 def is_fitted(checkpoint: Checkpoint) -> bool:
     """Whether others may have fitted its 4-bit integers to data."""
-    if not isinstance(checkpoint, QuantizedCheckpoint):
+    if not isinstance(checkpoint, QuantizedCheckpoint) or not checkpoint.modules:
         return False
     first = checkpoint.quantized(next(iter(checkpoint.modules)))
     return isinstance(first, GroupIntWeight) and first.bits == 4

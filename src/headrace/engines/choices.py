@@ -7,7 +7,7 @@ import torch
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
 from headrace.errors import ConfigError
-from headrace.models.encode_backbone import is_causal_family
+from headrace.models.encode_choice import is_causal_family
 from headrace.quantization.registry import keeps_packed
 
 __all__ = ["choose_device", "choose_dtype", "choose_encode_dtype"]

@@ -8,7 +8,8 @@ from typing import Any
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.hub import TOKEN_SECRET, cached_snapshot, headers
-from headrace.checkpoints.quantization_settings import SIDE_FILE, check_method, quantization_settings
+from headrace.checkpoints.quantization_rules import cache_problem, check_settings, wanted_cache
+from headrace.checkpoints.quantization_settings import SIDE_FILE, quantization_settings
 from headrace.checkpoints.resolve import open_checkpoint
 from headrace.config.plan.facts import Facts, Quantized, Tensor
 from headrace.errors import UnsupportedCheckpoint
@@ -127,14 +128,21 @@ def _has_template(path: Path, files: frozenset[str]) -> bool:
 
 
 def _quantized(path: Path, config: dict[str, Any], files: frozenset[str]) -> Quantized:
-    """From config.json or hf_quant_config.json (ModelOpt). Raises UnsupportedCheckpoint: a method that is not read."""
+    """From config.json or hf_quant_config.json (ModelOpt). Raises UnsupportedCheckpoint for what is not read."""
     side = (lambda: _json(path / SIDE_FILE)) if SIDE_FILE in files else None
     found = quantization_settings(config, side)
     if found is None:
         return Quantized()
-    check_method(found)
+    strangers = check_settings(found)
+    cache = "fp8" if wanted_cache(found) == "fp8" else ""
     own = found.values
     named = found.method
+    if own.get("config_groups") == {} or (named.startswith("modelopt") and not own.get("quant_algo")):
+        return Quantized(
+            kv=cache,
+            kv_problem=cache_problem(found),
+            source=found.source,
+        )
     if found.method.startswith("modelopt") or found.method == "compressed-tensors":
         named = str(own.get("quant_algo") or own.get("format") or found.method).lower()
     bits, group, reordered = _packing(own, found.method)
@@ -142,7 +150,9 @@ def _quantized(path: Path, config: dict[str, Any], files: frozenset[str]) -> Qua
         named = "int8"
     return Quantized(
         method=_short(named),
-        kv=_cache(own, found.method),
+        kv=cache,
+        kv_problem=cache_problem(found),
+        strangers=strangers,
         source=found.source,
         bits=bits if bits in (4, 8) else 0,
         group=group,
@@ -159,19 +169,6 @@ def _packing(own: dict[str, Any], method: str) -> tuple[int, int, bool]:
     return bits if isinstance(bits, int) else 0, group if isinstance(group, int) else 0, reordered
 
 
-def _cache(own: dict[str, Any], method: str) -> str:
-    """The KV cache that a checkpoint asks for and that is had."""
-    if method == "compressed-tensors":
-        wanted: Any = own.get("kv_cache_scheme")
-    elif method.startswith("modelopt"):
-        wanted = own.get("kv_cache_quant_algo") or own.get("kv_cache_scheme")
-    else:
-        return ""
-    if isinstance(wanted, dict):
-        return "fp8" if wanted.get("num_bits") == 8 and wanted.get("type") == "float" else ""
-    return "fp8" if str(wanted).upper() == "FP8" else ""
-
-
 def _first_weights(settings: dict[str, Any]) -> dict[str, Any]:
     """``weights`` of the first group of a compressed-tensors block."""
     groups = settings.get("config_groups")
@@ -184,19 +181,24 @@ def _short(name: str) -> str:
     for word in (
         "nvfp4",
         "mxfp4",
+        "mxfp8",
         "fp8",
         "float-quantized",
         "awq",
         "gptq",
         "int8",
+        "w8a16",
         "int4",
         "pack-quantized",
         "int-quantized",
     ):
         if word in name:
-            return {"float-quantized": "fp8", "pack-quantized": "int4", "int-quantized": "int8"}.get(
-                word, word
-            )
+            return {
+                "float-quantized": "fp8",
+                "pack-quantized": "int4",
+                "int-quantized": "int8",
+                "w8a16": "int8",
+            }.get(word, word)
     return name
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from headrace.checkpoints.hub import cached_snapshot, is_hub_id
 from headrace.checkpoints.packaged import PACKAGED
+from headrace.checkpoints.quantization_settings import without_quantization
 from headrace.checkpoints.resolve import resolve
 from headrace.config import env
 from headrace.config.accelerators import ACCELERATORS, GpuCount, parse_accelerator
@@ -28,6 +29,7 @@ from headrace.config.support import gaps
 from headrace.engines.inspect import inspect, inspect_hub
 from headrace.engines.select import select
 from headrace.errors import ConfigError
+from headrace.models.encode_choice import check_readable
 
 __all__ = ["cpu_machine", "gpu_machine", "known_harms", "local_machine", "plan_for", "plan_together"]
 
@@ -43,6 +45,8 @@ def plan_for(spec: EngineSpec, machine: Machine | None = None, *, prompt: int = 
     """
     facts = _facts(spec)
     chosen = select(facts, spec)
+    if chosen.engine != "speech":
+        check_readable(without_quantization(facts.config), generates=chosen.engine in ("dense", "moe"))
     machine = machine or local_machine(spec)
     if machine.cuda and machine.count > spec.tensor_parallel_size == 1 and chosen.engine in ("dense", "moe"):
         spec = msgspec.structs.replace(spec, tensor_parallel_size=machine.count)

@@ -62,7 +62,7 @@ def describe(
 
 def blind_spots(checkpoint: Checkpoint, reference: Checkpoint) -> tuple[str, ...]:
     """What a comparison of these two cannot tell; such a one is no proof for ``quality``."""
-    if not isinstance(reference, QuantizedCheckpoint):
+    if not isinstance(reference, QuantizedCheckpoint) or not reference.modules:
         return ()
     itself = checkpoint.fingerprint == reference.fingerprint
     return (

@@ -38,7 +38,7 @@ def open_weights(spec: EngineSpec) -> Checkpoint:
             spec.path if spec.path is not None else resolve(spec.model, spec.revision, spec.secret_name)
         )
     )
-    if spec.quantization and isinstance(checkpoint, QuantizedCheckpoint):
+    if spec.quantization and isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.modules:
         raise ConfigError(
             f"quantization is {spec.quantization!r}, and the checkpoint is already quantized: {checkpoint.label}. "
             "Leave it out, or give the 16-bit weights",
@@ -65,7 +65,7 @@ def load_weights(
     transform = load_time(quantization_type(spec.quantization), device) if spec.quantization else None
     stays = as_stored and isinstance(checkpoint, QuantizedCheckpoint)
     keep_packed = transform is None and (stays or keeps_packed(checkpoint, dtype, device))
-    if isinstance(checkpoint, QuantizedCheckpoint) and not keep_packed:
+    if isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.modules and not keep_packed:
         logger.warning(
             "%s: weights in %s are dequantized to %s while they load: no kernel of this device reads them packed",
             spec.name,

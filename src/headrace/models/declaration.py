@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from headrace.layers.rotary import RopeConfig
+from headrace.layers.rope_config import RopeConfig
 
 __all__ = ["DecoderConfig", "ExpertsConfig", "KVLayer"]
 

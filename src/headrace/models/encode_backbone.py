@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.upload import InFiles, Region
-from headrace.errors import UnknownArchitecture, UnsupportedCheckpoint, nearest
+from headrace.errors import UnsupportedCheckpoint
+from headrace.models.encode_choice import decoder_fields, is_causal_family
 from headrace.models.encode_eight_bits import EightBits, round_to_eight_bits
 from headrace.models.encoder import EncoderModel
-from headrace.models.encoder_families import ENCODER_FAMILIES, encoder_family, read_encoder_config
+from headrace.models.encoder_families import encoder_family, read_encoder_config
 from headrace.models.encoder_weights import find_prefix, load_encoder
 from headrace.models.loading import Transform, load_decoder
-from headrace.models.registry import FAMILIES
 
-__all__ = ["Backbone", "is_causal_family", "load_backbone"]
+__all__ = ["Backbone", "load_backbone"]
 
-_TASK = re.compile(
-    r"(Bidirectional)?(Text)?(ForSequenceClassification|ForTokenClassification|ForRewardModel|ForCausalLM|Model)$"
-)
 # Tensors of heads, which the decoder itself has no place for.
 _HEADS = ("score.", "classifier.", "lm_head.", "dropout.", "linear.weight")
 
@@ -96,30 +90,6 @@ def load_backbone(
     )
 
 
-def is_causal_family(config: Mapping[str, Any]) -> bool:
-    """Whether the decoder reads this checkpoint; raises UnknownArchitecture when no model does."""
-    if any(config.get("model_type") in family.model_types for family in ENCODER_FAMILIES):
-        return False
-    return bool(_decoder_architecture(config, head=False))
-
-
-def _decoder_architecture(config: Mapping[str, Any], *, head: bool) -> str:
-    """The registered decoder architecture under ``*ForSequenceClassification`` and the like."""
-    name = str((config.get("architectures") or [""])[0])
-    stem = _TASK.sub("", name)
-    suffixes = ("ForCausalLM",) if head else ("Model", "TextModel")
-    for suffix in suffixes:
-        if stem + suffix in FAMILIES:
-            return stem + suffix
-    encoders = [kind for family in ENCODER_FAMILIES for kind in family.model_types]
-    known = sorted({_TASK.sub("", known) for known in FAMILIES})
-    raise UnknownArchitecture(
-        f"no encoder and no decoder family has architecture {name!r} with model_type {config.get('model_type')!r}"
-        f"{nearest(stem, known)}; encoders: {', '.join(sorted(encoders))}; decoders: {', '.join(known)}",
-        param="architectures",
-    )
-
-
 class _WithoutHeads:
     """A checkpoint's tensors but those of task heads."""
 
@@ -145,14 +115,7 @@ def _decoder(
     head: bool,
     transform: Transform | None,
 ) -> Backbone:
-    config = dict(checkpoint.config)
-    architecture = _decoder_architecture(config, head=head)
-    # How a checkpoint says that every token sees all others.
-    says = config.pop("is_causal", None)
-    bidirectional = says is False or "Bidirectional" in str((config.get("architectures") or [""])[0])
-    config["architectures"] = [architecture]
-    for name in ("matryoshka_dimensions", "pooling", "score_bias", "sentence_transformers"):
-        config.pop(name, None)
+    config, bidirectional = decoder_fields(checkpoint.config, head=head)
     source = _WithoutHeads(checkpoint, ("lm_head.",) if head else ())
     model = load_decoder(config, source, dtype=dtype, device=device, transform=transform)
     known = source.names()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headrace.errors import UnknownArchitecture, UnsupportedCheckpoint, nearest
-from headrace.models.encoder import EncoderConfig
+from headrace.models.encoder_declaration import EncoderConfig
 from headrace.models.encoder_family import EncoderFamily
 from headrace.models.encoders.bert import BERT, ROBERTA
 from headrace.models.encoders.distilbert import DISTILBERT

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.models.encoder import EncoderConfig
+from headrace.models.encoder_declaration import EncoderConfig
 from headrace.models.reading import ConfigReader
 
 __all__ = ["EncoderFamily", "Names", "common_fields"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.layers.rotary import RopeConfig
+from headrace.layers.rope_config import RopeConfig
 from headrace.models.arrangement import Stacked
 from headrace.models.declaration import DecoderConfig, ExpertsConfig
 from headrace.models.reading import ConfigReader

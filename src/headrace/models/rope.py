@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from headrace.errors import nearest
-from headrace.layers.rotary import RopeConfig, RopeKind
+from headrace.layers.rope_config import RopeConfig, RopeKind
 from headrace.models.reading import ConfigReader
 
 __all__ = ["read_ropes"]

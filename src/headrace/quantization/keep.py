@@ -13,18 +13,23 @@ from headrace.quantization.containers import QuantizedCheckpoint
 from headrace.quantization.experts import PackedExperts, ScaledExperts, multiplies_experts
 from headrace.quantization.linear import JoinedLinear
 from headrace.quantization.scaled import QuantizedWeight, ScaledLinear, joined_linear
+from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
 from headrace.quantization.schemes.int4 import GROUPS, Int4Linear, Int4Weight, fast_on_this_cpu
 
 __all__ = ["keeps_quantized", "quantized_experts", "quantized_linear"]
 
+_LEAST_COLUMNS = 128  # that share a scale, for the kernels of FP8
+
 
 def keeps_quantized(checkpoint: QuantizedCheckpoint, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether linears over the checkpoint's own numbers serve it better than dense ones.
 
-    On a GPU always. On a CPU only 4-bit integers in groups that its kernel knows; others are dequantized as they
-    load, which is exact, as fast as 16-bit weights, and as large.
+    On a GPU always (``quantized_linear`` knows what no kernel reads). On a CPU only 4-bit integers in groups that its
+    kernel knows; others are dequantized as they load, which is exact, as fast as 16-bit weights, and as large.
     """
+    if not checkpoint.modules:
+        return False
     if device.type != "cpu":
         return True
     if dtype is not torch.bfloat16 or not fast_on_this_cpu():
@@ -43,7 +48,7 @@ def quantized_linear(
 ) -> nn.Module | None:
     """One linear from the matrices of one or several projections over the same input, rows one after another.
 
-    None when not all of them are quantized: they are then loaded dense.
+    None when not all of them are quantized, or no kernel reads them packed: they are then loaded dense.
 
     Args:
         orders: of the rows of each, int64 [rows]; None: as they lie.
@@ -52,6 +57,8 @@ def quantized_linear(
         return None
     modules = [checkpoint.modules[name] for name in names]
     weights = [module.read() for module in modules]
+    if device.type != "cpu" and any(map(_unread, weights)):
+        return None
     if orders:
         weights = [w if order is None else w.reordered(order) for w, order in zip(weights, orders)]
     if device.type == "cpu" and dtype is torch.bfloat16 and fast_on_this_cpu() and _for_cpu_kernel(weights):
@@ -102,6 +109,8 @@ def quantized_experts(
         return PackedExperts(
             [_cpu_linear(ints[i * parts : (i + 1) * parts], each) for i, each in enumerate(biases)]
         )
+    if not cpu and any(map(_unread, weights)):
+        return None
     if not cpu and not all(multiplies_experts(weight, 1 if parts else num_experts) for weight in weights):
         return None
     return joined_linear(
@@ -110,6 +119,11 @@ def quantized_experts(
         activations=[module.activations().to(device) for module in modules],
         build=partial(ScaledExperts, num_experts=num_experts),
     )
+
+
+def _unread(weight: QuantizedWeight) -> bool:
+    """FP8 with scales for so few columns that its dequantized weights are faster, and exact in bfloat16: MXFP8."""
+    return isinstance(weight, Fp8Weight) and weight.block[1] < _LEAST_COLUMNS < weight.shape[1]
 
 
 def _for_cpu_kernel(weights: Sequence[QuantizedWeight]) -> bool:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from headrace.cli.main import main
 from headrace.config.accelerators import ACCELERATORS, parse_accelerator
 from headrace.config.plan.facts import Facts, Quantized, Tensor
 from headrace.config.plan.floors import floors
@@ -19,7 +22,7 @@ from headrace.config.plan.weights import classify, expected_tensors, packed_byte
 from headrace.config.spec import EngineSpec
 from headrace.engines.inspect import inspect
 from headrace.engines.plan import cpu_machine, gpu_machine, plan_for
-from headrace.errors import ConfigError, DoesNotFit, ModelError, UnsupportedCheckpoint
+from headrace.errors import ConfigError, DoesNotFit, ModelError, UnknownArchitecture, UnsupportedCheckpoint
 from unit.config.shapes import (
     BGE_LARGE,
     DEEPSEEK_V3,
@@ -447,7 +450,6 @@ def test_warnings(tmp_path: Path) -> None:
     labels = BGE_LARGE | {"architectures": ["BertForSequenceClassification"]}
     assert "id2label" in found(labels)
     assert "id2label" not in found(labels | {"id2label": {"0": "a"}})
-    assert "'weird'" in found(QWEN3_8B | {"rope_scaling": {"rope_type": "weird", "factor": 2}})
     short = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8192}
     assert "16384" in found(QWEN3_8B | {"rope_scaling": short})
     assert "rope" not in found(QWEN3_8B | {"rope_scaling": short | {"factor": 5.0}})
@@ -456,6 +458,38 @@ def test_warnings(tmp_path: Path) -> None:
     assert "overflows" in found(gemma, engine=EngineSpec(model="x", dtype="float16"))
     qwen2 = QWEN3_8B | {"architectures": ["Qwen2ForCausalLM"]}
     assert "bias" in found(qwen2, engine=EngineSpec(model="x", kv_cache_dtype="fp8"))
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        (
+            "bert",
+            {"architectures": ["DebertaV2Model"], "model_type": "deberta-v2"},
+            "DebertaV2Model.*deberta-v2",
+        ),
+        ("bert", {"architectures": ["ElectraModel"], "model_type": "electra"}, "model_type 'electra'"),
+        ("bert", {"hidden_act": "quick_gelu"}, "hidden_act"),
+        ("qwen", {"architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3ForCausalLM"),
+        ("qwen", {"architectures": ["RwkvModel"], "model_type": "rwkv"}, "RwkvModel"),
+        ("qwen", {"rope_scaling": {"rope_type": "weird", "factor": 2}}, "'weird'"),
+        ("qwen", {"hidden_act": "relu6"}, "hidden_act"),
+    ],
+)
+def test_what_serve_refuses_is_refused(
+    base: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Both ask the same registries: a plan of a model that cannot start would be no plan."""
+    config = (BGE_LARGE if base == "bert" else QWEN3_8B) | changes
+    folder = write_config(tmp_path, config)
+    with pytest.raises((UnknownArchitecture, UnsupportedCheckpoint), match=message):
+        plan_for(EngineSpec(model=str(folder)), gpu_machine("H100"))
+    assert main(["plan", str(folder), "--gpu", "H100"]) == 2
+
+
+def test_planning_reads_the_registries_without_torch() -> None:
+    code = "import sys, headrace.engines.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_plan_is_json_and_its_line_is_short(tmp_path: Path) -> None:

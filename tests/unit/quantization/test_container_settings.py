@@ -20,7 +20,7 @@ from headrace.config.plan.weights import KEPT_GROUPS
 from headrace.config.spec import EngineSpec
 from headrace.engines.inspect import inspect
 from headrace.engines.plan import plan_for
-from headrace.engines.weights import kv_dtype
+from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError, HeadraceError, UnsupportedCheckpoint
 from headrace.models.loading import load_decoder
 from headrace.models.registry import read_config
@@ -330,3 +330,121 @@ def test_other_caches_are_refused_with_the_flag(scheme: Any, tmp_path: Path) -> 
         _cache(tmp_path)
     assert _cache(tmp_path, "bfloat16") is torch.bfloat16
     assert inspect(tmp_path).quantized.kv == ""
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "modelopt", "side file"])
+def test_a_checkpoint_may_ask_for_a_cache_alone(method: str, tmp_path: Path) -> None:
+    """Weights in 16 bits, and an FP8 cache: it was refused for one, and passed over for the other."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    block = {"quant_algo": None, "kv_cache_quant_algo": "FP8"}
+    settings: dict[str, Any] | None = {"quant_method": "modelopt", **block}
+    if method == "compressed-tensors":
+        settings = {**compressed("dense", {}), "config_groups": {}, "kv_cache_scheme": scheme}
+    dense = make(tmp_path, lambda base, weight: ({f"{base}.weight": weight}, weight), settings)
+    if method == "side file":
+        change(tmp_path, lambda c: c.pop("quantization_config"))
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": block}))
+    checkpoint = check(tmp_path, dense)
+    assert not checkpoint.modules
+    assert _cache(tmp_path) is torch.float8_e4m3fn
+    assert _cache(tmp_path, "bfloat16") is torch.bfloat16
+    spec = EngineSpec(model=str(tmp_path), path=tmp_path, device="cpu")
+    machine = Machine(name="cpu", memory=1 << 34, cuda=False, packs=True)
+    assert plan_for(spec, machine).kv_dtype == "fp8"
+    model = load_weights(spec, open_weights(spec), torch.float32, torch.device("cpu"))
+    assert torch.equal(model.embed.weight, dense["model.embed_tokens.weight"])
+    rounded = EngineSpec(model=str(tmp_path), path=tmp_path, device="cpu", quantization="int8")
+    assert open_weights(rounded).names()  # the weights are in 16 bits: they may be rounded
+
+
+def test_autofp8_asks_for_a_cache_in_a_word(tmp_path: Path) -> None:
+    def pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        codes, dense = write.fp8(weight, torch.tensor([[0.01]]), tuple(weight.shape))  # type: ignore[arg-type]
+        return {f"{base}.weight": codes, f"{base}.weight_scale": torch.tensor(0.01)}, dense
+
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": ["lm_head"]}
+    check(tmp_path, make(tmp_path, pack, {**settings, "kv_cache_scheme": "static"}))
+    assert _cache(tmp_path) is torch.float8_e4m3fn
+    change(tmp_path, lambda c: c["quantization_config"].update(kv_cache_scheme="int4"))
+    with pytest.raises(HeadraceError, match=r"'int4'.*--kv-cache-dtype"):
+        _cache(tmp_path)
+
+
+def test_plan_refuses_the_cache_that_serve_refuses(tmp_path: Path) -> None:
+    scheme = {"num_bits": 8, "type": "int", "strategy": "tensor"}
+    make(tmp_path, channel_fp8, compressed("float-quantized", FP8, kv_cache_scheme=scheme))
+    machine = Machine(name="cpu", memory=1 << 34, cuda=False)
+    with pytest.raises(UnsupportedCheckpoint, match=r"kv_cache_scheme.*--kv-cache-dtype"):
+        plan_for(EngineSpec(model=str(tmp_path), path=tmp_path, device="cpu"), machine)
+    asked = EngineSpec(model=str(tmp_path), path=tmp_path, device="cpu", kv_cache_dtype="fp8")
+    assert plan_for(asked, machine).kv_dtype == "fp8"
+
+
+# --- keys that nobody knows ----------------------------------------------------------------------
+
+# What the writers themselves put there (GPTQModel 7.7, AutoGPTQ 0.7, AutoAWQ 0.2.9, Auto-Round 0.16, transformers 5).
+WRITTEN: dict[str, dict[str, Any]] = {
+    "gptqmodel": {
+        "quant_method": "gptq", "method": "gptq", "format": "gptq", "checkpoint_format": "gptq", "bits": 4,
+        "group_size": 32, "desc_act": False, "lm_head": False, "pack_dtype": "int32", "sym": False,
+        "meta": {"quantizer": ["gptqmodel:7.7.0"], "damp_percent": 0.05, "true_sequential": True},
+    },
+    "autogptq": {
+        "quant_method": "gptq", "bits": 4, "group_size": 32, "damp_percent": 0.1, "desc_act": False,
+        "static_groups": True, "sym": True, "true_sequential": True, "model_name_or_path": "x",
+        "model_file_base_name": "model", "is_marlin_format": False,
+    },
+    "transformers": {
+        "quant_method": "gptq", "bits": 4, "tokenizer": "x", "dataset": ["c4"], "group_size": 32, "damp_percent": 0.1,
+        "desc_act": False, "sym": True, "true_sequential": True, "backend": "auto", "model_seqlen": 2048,
+        "block_name_to_quantize": "model.layers", "module_name_preceding_first_block": ["model.embed_tokens"],
+        "batch_size": 1, "pad_token_id": 2, "max_input_length": 4096, "cache_block_outputs": True,
+        "modules_in_block_to_quantize": [["q"]], "use_exllama": True, "exllama_config": {"version": 1},
+        "checkpoint_format": "gptq", "meta": {"quantizer": ["optimum:2"]}, "act_group_aware": True,
+    },
+    "auto-round": {
+        "quant_method": "gptq", "bits": 4, "group_size": 32, "autoround_version": "0.16.1", "damp_percent": 0.01,
+        "data_type": "int", "desc_act": False, "enable_quanted_input": True, "lm_head": False, "iters": 200,
+        "provider": "auto-round", "sym": True, "true_sequential": False, "to_quant_block_names": "model.layers",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", WRITTEN)
+def test_what_the_writers_note_is_no_stranger(
+    tool: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    check(tmp_path, make(tmp_path, gptq(), WRITTEN[tool]))
+    assert not caplog.records
+    assert not inspect(tmp_path).quantized.strangers
+
+
+@pytest.mark.parametrize(
+    ("pack", "settings"),
+    [
+        (gptq(), {"quant_method": "gptq", "bits": 4}),
+        (lambda base, weight: write.awq(base, weight, 32, RNG), {"quant_method": "awq", "bits": 4}),
+        (channel_fp8, {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}),
+        (channel_fp8, compressed("float-quantized", FP8)),
+    ],
+    ids=["gptq", "awq", "modelopt", "compressed-tensors"],
+)
+def test_unknown_keys_are_told_or_refused(
+    pack: Any, settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By name: one that may mean other numbers is refused, bookkeeping is told, and what is off says nothing."""
+    dense = make(
+        tmp_path, pack, {**settings, "author": "somebody", "online_hadamard": False, "shuffle": None}
+    )
+    check(tmp_path, dense)
+    assert "quantization_config.author is 'somebody'" in caplog.text
+    assert "verify" in caplog.text
+    (sentence,) = inspect(tmp_path).quantized.strangers
+    assert "author" in sentence
+    for key, value in (("online_hadamard", "R4"), ("outlier_scales", [1.5]), ("bits_by_layer", {"0": 3})):
+        change(tmp_path, lambda c, key=key, value=value: c["quantization_config"].update({key: value}))  # type: ignore[misc]
+        message = rf"{key} is .*no reader of .* knows this key"
+        refused(tmp_path, message)
+        with pytest.raises(UnsupportedCheckpoint, match=message):
+            inspect(tmp_path)
+        change(tmp_path, lambda c, key=key: c["quantization_config"].pop(key))  # type: ignore[misc]

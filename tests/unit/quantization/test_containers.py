@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headrace.checkpoints.folder import FolderCheckpoint
+from headrace.engines.inspect import inspect
 from headrace.errors import HeadraceError, UnsupportedCheckpoint
 from headrace.layers.experts import ExpertLinear
 from headrace.layers.linear import Linear
@@ -64,6 +65,42 @@ def mxfp4_pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     scale = torch.randint(117, 124, (weight.shape[0], weight.shape[1] // 32), dtype=torch.uint8)
     dense = dense * torch.exp2(scale.double() - 127).float().repeat_interleave(32, 1)
     return {f"{base}.weight_packed": packed, f"{base}.weight_scale": scale}, dense
+
+
+def mxfp8_pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    exponents = torch.randint(110, 122, (weight.shape[0], weight.shape[1] // 32), dtype=torch.uint8)
+    codes, dense = write.fp8(weight, torch.exp2(exponents.double() - 127).float(), (1, 32))
+    return {f"{base}.weight": codes, f"{base}.weight_scale": exponents}, dense
+
+
+def block_pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """As ModelOpt writes blocks: four dimensions of scales."""
+    rows, columns = weight.shape
+    scale = torch.rand(-(-rows // 128), 1, -(-columns // 128), 1) * 1e-3 + 1e-3
+    codes, dense = write.fp8(weight, scale[:, 0, :, 0], (128, 128))
+    return {f"{base}.weight": codes, f"{base}.weight_scale": scale}, dense
+
+
+def mxfp4_modelopt(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    parts, dense = mxfp4_pack(base, weight)
+    return {name.replace("_packed", ""): part for name, part in parts.items()}, dense
+
+
+def int8_rows(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """A scale a row, of one dimension."""
+    parts, dense = int8_pack(base, weight)
+    return {**parts, f"{base}.weight_scale": parts[f"{base}.weight_scale"][:, 0]}, dense
+
+
+def modelopt(algorithm: str, **others: Any) -> dict[str, Any]:
+    producer = {"name": "modelopt", "version": "0.47.0"}
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "ignore": ["lm_head"],
+        "producer": producer,
+        **others,
+    }
 
 
 def packed_int(bits: int, group: int, zeros: bool) -> Pack:
@@ -164,6 +201,29 @@ CASES: dict[str, tuple[Pack, dict[str, Any] | None]] = {
         {"quant_method": "modelopt", "quant_algo": "FP8"},
     ),
     "modelopt_nvfp4": (nvfp4_pack(("weight", "weight_scale", "weight_scale_2"), divides=False), None),
+    "ct_mxfp8": (
+        mxfp8_pack,
+        compressed("mxfp8-quantized", {**FLOAT8, "strategy": "group", "group_size": 32}),
+    ),
+    "modelopt_mxfp8": (mxfp8_pack, modelopt("MXFP8", group_size=32)),
+    "modelopt_fp8_pb_wo": (block_pack, modelopt("fp8_pb_wo")),
+    "modelopt_mxfp4": (mxfp4_modelopt, modelopt("mxfp4")),
+    "modelopt_w4a16_nvfp4": (
+        nvfp4_pack(("weight", "weight_scale", "weight_scale_2"), divides=False),
+        modelopt("W4A16_NVFP4", group_size=16),
+    ),
+    "modelopt_w8a16": (int8_rows, modelopt("W8A16")),
+    "awq_sym": (
+        lambda base, weight: write.awq(base, weight, 32, RNG),
+        {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": 32,
+            "zero_point": False,
+            "sym": True,
+            "format": "gemm",
+        },
+    ),
     "awq": (
         lambda base, weight: write.awq(base, weight, 32, RNG),
         {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
@@ -226,7 +286,8 @@ def test_models_keep_the_numbers(case: str, tmp_path: Path) -> None:
     rounds = any(isinstance(m, ScaledLinear) and m.activations.kind != "none" for m in kept.modules())
     error = float((got - want).norm() / want.norm())
     assert error < (0.3 if rounds else 1e-5)
-    assert rounds == ("fp8" in case or case == "deepseek")
+    by_weight_alone = "mxfp8" in case or case == "modelopt_fp8_pb_wo"
+    assert rounds == (("fp8" in case or case == "deepseek") and not by_weight_alone)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -274,6 +335,16 @@ def test_plain_checkpoints_pass_through(tmp_path: Path) -> None:
         ("ct_fp8_channel", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         ("ct_fp8_channel", {"transform_config": {"x": 1}}, "transform_config"),
         ("modelopt_fp8", {"quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
+        ("modelopt_w4a16_nvfp4", {"group_size": 32}, "group_size is 32; expected 16"),
+        (
+            "modelopt_w4a16_nvfp4",
+            {"config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}}},
+            "group_size is 32",
+        ),
+        ("modelopt_fp8", {"pre_quant_scale": True}, "pre_quant_scale"),
+        ("awq", {"checkpoint_format": "gemv_fast"}, "checkpoint_format is 'gemv_fast'; expected gemm"),
+        ("awq", {"pack_dtype": "int16"}, "pack_dtype"),
+        ("awq", {"data_type": "nv_fp"}, "data_type is 'nv_fp'"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(
@@ -285,6 +356,44 @@ def test_what_cannot_be_read_is_refused_by_name(
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedCheckpoint, match=message):
         open_quantized(FolderCheckpoint(folder))
+    if "weight_block_size" not in changes:  # that one shows in the tensors alone
+        with pytest.raises(UnsupportedCheckpoint, match=message):  # as plan looks at it
+            inspect(folder)
+
+
+@pytest.mark.parametrize("case", ["ct_mxfp8", "modelopt_mxfp8", "modelopt_mxfp4"])
+def test_exponents_that_are_nan_are_refused(case: str, tmp_path: Path) -> None:
+    folder, _ = make(tmp_path, case)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("weight_scale"))
+    tensors[name][3, 0] = 255
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UnsupportedCheckpoint, match="NaN"):
+        open_quantized(FolderCheckpoint(folder)).load(name.removesuffix("_scale"))
+
+
+def test_modelopt_layers_of_different_formats(tmp_path: Path) -> None:
+    """MIXED_PRECISION: each by its own algorithm."""
+
+    def pack(base: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return (mxfp8_pack if "mlp" in base else fp8_pack(None, "weight_scale", static=True))(base, weight)
+
+    layers = {
+        f"model.layers.0.{name}_proj": {"quant_algo": "MXFP8" if "mlp" in name else "FP8"}
+        for name in (
+            "self_attn.q",
+            "self_attn.k",
+            "self_attn.v",
+            "self_attn.o",
+            "mlp.gate",
+            "mlp.up",
+            "mlp.down",
+        )
+    }
+    dense = write.write_quantized(tmp_path, pack, modelopt("MIXED_PRECISION", quantized_layers=layers))
+    checkpoint = open_quantized(FolderCheckpoint(tmp_path))
+    for name, expected in dense.items():
+        torch.testing.assert_close(checkpoint.load(name).float(), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -384,6 +385,53 @@ def test_defects_on_disk_are_caught(name: str, kind: str, folder: Path, tmp_path
     assert not report.passed
     assert all("pieces are not the reference's" in problem for problem in report.problems)
     assert len(report.problems) == 1
+
+
+def test_a_quantized_table_is_judged_by_its_own_bits(folder: Path, tmp_path: Path) -> None:
+    """llm-compressor rounds embeddings, too, where it is told to; rounding alone is no defect, and a wrong scale is."""
+    from safetensors.torch import load_file, save_file
+
+    out = written(folder, tmp_path / "q", "int8")
+    name = "model.embed_tokens.weight"
+    file = next(file for file in sorted(out.glob("*.safetensors")) if name in load_file(file))
+    tensors = load_file(file)
+    weight = tensors.pop(name).float()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    codes = (weight / scale).round().to(torch.int64) + 128
+    words = (codes.unflatten(1, (-1, 4)) << torch.arange(0, 32, 8)).sum(-1).to(torch.int32)
+    base = name.removesuffix(".weight")
+    tensors |= {f"{base}.weight_packed": words, f"{base}.weight_scale": scale}
+    tensors[f"{base}.weight_shape"] = torch.tensor(weight.shape)
+    save_file(tensors, file)
+    for index in out.glob("*.index.json"):
+        listed = json.loads(index.read_text())
+        listed["weight_map"] = dict.fromkeys(tensors, file.name) | {
+            key: value for key, value in listed["weight_map"].items() if key != name
+        }
+        index.write_text(json.dumps(listed))
+    spec = EngineSpec(model=str(out), path=out, dtype="float32", device="cpu")
+    original = EngineSpec(model=str(folder), path=folder, dtype="float32", device="cpu")
+    assert verify(spec, lambda _: TEXTS, reference=original, limits=LOOSE).problems == ()
+    scale[7] *= 2
+    save_file(tensors, file)
+    problems = verify(spec, lambda _: TEXTS, reference=original, limits=LOOSE).problems
+    assert any(problem.startswith("embed:") for problem in problems)
+
+
+def test_a_checkpoint_with_a_cache_alone(folder: Path, tmp_path: Path) -> None:
+    """No matrix is quantized: all are judged as 16 bits, and it may stand as a reference."""
+    out = shutil.copytree(folder, tmp_path / "kv")
+    config = json.loads((out / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "kv_cache_scheme": scheme,
+    }  # fmt: skip
+    (out / "config.json").write_text(json.dumps(config))
+    spec = EngineSpec(model=str(out), path=out, dtype="float32", device="cpu")
+    report = verify(spec, lambda _: TEXTS, limits=LOOSE)
+    assert report.passed
+    assert "float8_e4m3fn" in report.setup
+    assert report.mean_kl > 0
 
 
 def test_weights_in_16_bits_are_looked_at_too(folder: Path) -> None:

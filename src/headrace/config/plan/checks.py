@@ -23,7 +23,12 @@ def licence_files(facts: Facts) -> tuple[str, ...]:
 
 def warnings(facts: Facts, shape: ModelShape, spec: EngineSpec, engine: str, dtype: str) -> list[str]:
     """Everything worth a look, as sentences with the way out."""
-    parts = (_files(facts, engine, spec), _rope(shape), _numbers(facts, shape, spec, engine, dtype))
+    parts = (
+        facts.quantized.strangers,
+        _files(facts, engine, spec),
+        _rope(shape),
+        _numbers(facts, shape, spec, engine, dtype),
+    )
     return [sentence for part in parts for sentence in part]
 
 

@@ -39,6 +39,8 @@ class Quantized(msgspec.Struct, frozen=True):
     Attributes:
         method: ``fp8``, ``nvfp4``, ``mxfp4``, ``awq``, ``gptq``, ``gguf``...; "" when it is not.
         kv: format of the KV cache that it asks for; "" when it says nothing.
+        kv_problem: why the cache that it asks for is not had; "" when it is, or nothing is asked for.
+        strangers: sentences about settings that no reader knows.
         source: the file that says so.
         bits: of a packed integer, 4 or 8; 0 when it is none.
         group: columns that share a scale, by the settings; 0 when they say nothing.
@@ -47,6 +49,8 @@ class Quantized(msgspec.Struct, frozen=True):
 
     method: str = ""
     kv: str = ""
+    kv_problem: str = ""
+    strangers: tuple[str, ...] = ()
     source: str = ""
     bits: int = 0
     group: int = 0

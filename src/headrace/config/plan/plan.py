@@ -26,7 +26,7 @@ from headrace.config.plan.shape import ModelShape, read_shape
 from headrace.config.plan.weights import KEPT_BLOCKS, KEPT_GROUPS, Weights, packed_format, weigh
 from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
-from headrace.errors import ConfigError, DoesNotFit
+from headrace.errors import ConfigError, DoesNotFit, UnsupportedCheckpoint
 
 __all__ = ["Machine", "Option", "Plan", "draw_plan", "human_bytes"]
 
@@ -276,13 +276,14 @@ def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine)
         dtype = "float16"
     else:
         dtype = "bfloat16"
+    no_kernel = facts.quantized.method == "mxfp8"  # see quantization/keep.py
     return _Layout(
         scheme=spec.quantization,
         kv_dtype=_kv_dtype(spec, facts, shape, dtype),
         ranks=spec.tensor_parallel_size,
         dtype=dtype,
         keep_blocks=keep,
-        unpack=quantized and (shape.encoder or not machine.cuda) and not ints,
+        unpack=quantized and (shape.encoder or not machine.cuda or no_kernel) and not ints,
     )
 
 
@@ -298,6 +299,8 @@ def _kv_dtype(spec: EngineSpec, facts: Facts, shape: ModelShape, dtype: str) -> 
     if spec.kv_cache_dtype != "auto":
         return spec.kv_cache_dtype
     wanted = quantization_type(spec.quantization).kv_cache if spec.quantization else "auto"
+    if wanted == "auto" and facts.quantized.kv_problem and not shape.bidirectional:
+        raise UnsupportedCheckpoint(facts.quantized.kv_problem, param="kv_cache_dtype")
     if facts.quantized.kv.startswith("fp8") and not shape.qkv_bias:
         wanted = "fp8"
     return dtype if wanted == "auto" else wanted

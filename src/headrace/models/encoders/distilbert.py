@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.models.encoder import EncoderConfig
+from headrace.models.encoder_declaration import EncoderConfig
 from headrace.models.encoder_family import EncoderFamily, Names
 from headrace.models.reading import ConfigReader
 

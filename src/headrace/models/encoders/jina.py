@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.models.encoder import EncoderConfig
+from headrace.models.encoder_declaration import EncoderConfig
 from headrace.models.encoder_family import EncoderFamily, Names, common_fields
 from headrace.models.encoders.bert import bert_names
 from headrace.models.reading import ConfigReader

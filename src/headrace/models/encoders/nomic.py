@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from headrace.layers.rotary import RopeConfig
-from headrace.models.encoder import EncoderConfig
+from headrace.layers.rope_config import RopeConfig
+from headrace.models.encoder_declaration import EncoderConfig
 from headrace.models.encoder_family import EncoderFamily, Names
 from headrace.models.reading import ACTIVATION_NAMES, ConfigReader
 

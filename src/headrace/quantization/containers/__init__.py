@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import logging
+from collections.abc import Callable
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.folder import read_json
-from headrace.checkpoints.quantization_settings import SIDE_FILE, check_method, quantization_settings
+from headrace.checkpoints.quantization_rules import check_settings
+from headrace.checkpoints.quantization_settings import SIDE_FILE, QuantizationSettings, quantization_settings
 from headrace.quantization.containers.base import Container, QuantizedCheckpoint
 from headrace.quantization.containers.compressed_tensors import CompressedTensors
 from headrace.quantization.containers.fp8 import DeepSeekFp8, FbgemmFp8
@@ -17,7 +18,9 @@ from headrace.quantization.containers.words import AWQ, GPTQ
 
 __all__ = ["METHODS", "QuantizedCheckpoint", "open_quantized"]
 
-METHODS: dict[str, Callable[[Mapping[str, Any], Checkpoint, str], Container]] = {
+logger = logging.getLogger("headrace.core")
+
+METHODS: dict[str, Callable[[QuantizationSettings, Checkpoint], Container]] = {
     "compressed-tensors": CompressedTensors,
     "modelopt": ModelOpt,
     "modelopt_fp4": ModelOpt,
@@ -39,6 +42,6 @@ def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
     found = quantization_settings(checkpoint.config, beside)
     if found is None:
         return checkpoint
-    check_method(found)
-    container = METHODS[found.method](found.values, checkpoint, found.where)
-    return QuantizedCheckpoint(checkpoint, container)
+    for sentence in check_settings(found):
+        logger.warning("%s", sentence)
+    return QuantizedCheckpoint(checkpoint, METHODS[found.method](found, checkpoint))

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from headrace.checkpoints.base import Checkpoint, TensorInfo
-from headrace.checkpoints.quantization_settings import KEYS
+from headrace.checkpoints.quantization_rules import cache_problem, refuse, wanted_cache
+from headrace.checkpoints.quantization_settings import QuantizationSettings, without_quantization
 from headrace.errors import UnsupportedCheckpoint
 from headrace.quantization.scaled import Activations, QuantizedWeight
 
-__all__ = ["Container", "Module", "QuantizedCheckpoint", "refuse"]
+__all__ = ["Container", "Module", "QuantizedCheckpoint"]
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16", "BOOL", "I64"})  # the last: position_ids
 _CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale")
@@ -46,14 +47,22 @@ class Container(ABC):
     """A convention of names and packings.
 
     Args:
-        settings: the block that declares it.
+        found: the block that declares it, checked.
         raw: the checkpoint as it lies there.
-        where: file and key of the block, for messages.
     """
 
-    settings: Mapping[str, Any]
+    found: QuantizationSettings
     raw: Checkpoint
-    where: str
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The block, flat."""
+        return self.found.values
+
+    @property
+    def where(self) -> str:
+        """File and key of the block, for messages."""
+        return self.found.where
 
     @property
     @abstractmethod
@@ -66,8 +75,10 @@ class Container(ABC):
 
     @property
     def kv_cache(self) -> str:
-        """``fp8`` when the checkpoint asks for an FP8 cache, else ``auto``."""
-        return "auto"
+        """``fp8`` when the checkpoint asks for an FP8 cache, else ``auto``. Raises for one that is not had."""
+        if problem := cache_problem(self.found):
+            raise UnsupportedCheckpoint(problem, param="kv_cache_dtype")
+        return wanted_cache(self.found) or "auto"
 
     # --- for readers -----------------------------------------------------------------------------
 
@@ -102,22 +113,6 @@ class Container(ABC):
         """The error for a setting; raise it."""
         return refuse(f"{self.where}.{key}", value, expected)
 
-    def refuse_cache(self, key: str, value: object) -> UnsupportedCheckpoint:
-        """The error for a KV cache that is not had; raise it."""
-        return UnsupportedCheckpoint(
-            f"{self.where}.{key} asks for a KV cache that is not had: {value!r}. Give --kv-cache-dtype fp8, fp4 or "
-            "bfloat16 to choose one; the weights are read all the same",
-            param="kv_cache_dtype",
-        )
-
-
-def refuse(key: str, value: object, expected: str) -> UnsupportedCheckpoint:
-    """The error for a setting that is not supported; raise it."""
-    return UnsupportedCheckpoint(
-        f"{key} is {value!r}; expected {expected}. Take another quantization of this model, or its 16-bit weights",
-        param=key,
-    )
-
 
 class QuantizedCheckpoint:
     """Implements Checkpoint: dense weights to those who load, packed ones to those who ask.
@@ -134,10 +129,10 @@ class QuantizedCheckpoint:
     def __init__(self, raw: Checkpoint, container: Container) -> None:
         self.raw, self.container = raw, container
         self.path: Path = raw.path
-        self.config = _without(raw.config)
+        self.config = without_quantization(raw.config)
         self.generation_config: dict[str, Any] = raw.generation_config
         self.modules = container.modules()
-        if not self.modules:
+        if not self.modules and not wanted_cache(container.found):
             raise UnsupportedCheckpoint(
                 f"{container.where} declares {self.label}, but no tensor of {self.path} is quantized so; "
                 "remove the block if the weights are in 16 bits",
@@ -192,12 +187,3 @@ class QuantizedCheckpoint:
     def quantized(self, name: str) -> QuantizedWeight:
         """A matrix as it is packed. ``name`` is one of ``modules``."""
         return self.modules[name].read()
-
-
-def _without(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without what was said of quantization, at whatever level."""
-    return {
-        key: _without(value) if isinstance(value, dict) and key.endswith("_config") else value
-        for key, value in config.items()
-        if key not in KEYS
-    }

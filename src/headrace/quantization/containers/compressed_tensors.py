@@ -12,28 +12,14 @@ from torch import Tensor
 
 from headrace.kernels.quantized_linear.formats import pack_nibbles
 from headrace.quantization.containers.base import Container, Module
-from headrace.quantization.containers.fp8 import fp8_module
+from headrace.quantization.containers.fp8 import fp8_module, mxfp8_module
 from headrace.quantization.scaled import Activations
 from headrace.quantization.schemes.fp4 import MXFP4_GROUP, NVFP4_GROUP, Fp4Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
 
 __all__ = ["CompressedTensors", "unpack_words"]
 
-_FORMATS = {
-    "float-quantized",
-    "naive-quantized",
-    "int-quantized",
-    "pack-quantized",
-    "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized",
-}
 _SCALES = ("F32", "F16", "BF16")
-# The format's own fields (its library knows no others); what another one says could change what weights mean.
-_GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
-_WEIGHT_KEYS = {
-    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
-    "zp_dtype", "observer", "observer_kwargs",
-}  # fmt: skip
 
 
 def unpack_words(packed: Tensor, bits: int, count: int, *, dim: int = 1) -> Tensor:
@@ -53,24 +39,8 @@ class CompressedTensors(Container):
     def label(self) -> str:
         return f"{self.settings.get('format', '?')} (compressed-tensors)"
 
-    @property
-    def kv_cache(self) -> str:
-        scheme = self.settings.get("kv_cache_scheme")
-        if not scheme:
-            return "auto"
-        if not isinstance(scheme, Mapping) or scheme.get("num_bits") != 8 or scheme.get("type") != "float":
-            raise self.refuse_cache("kv_cache_scheme", scheme)
-        return "fp8"
-
     def modules(self) -> dict[str, Module]:
-        if self.settings.get("quantization_status", "compressed") not in ("compressed", "frozen"):
-            raise self.refuse("quantization_status", self.settings["quantization_status"], "compressed")
-        sparsity = self.settings.get("sparsity_config")
-        if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense"):
-            raise self.refuse("sparsity_config", sparsity, "dense")
-        if self.settings.get("transform_config"):
-            raise self.refuse("transform_config", "set", "none (rotated weights are not supported)")
-        groups = self._groups()
+        groups: Mapping[str, Mapping[str, Any]] = self.settings["config_groups"]
         found = {}
         for base in sorted(self._bases()):
             group = self._group_of(base, groups)
@@ -82,30 +52,6 @@ class CompressedTensors(Container):
         suffixes = (".weight_packed", ".weight_scale")
         return {n.removesuffix(s) for n in self.names for s in suffixes if n.endswith(s)}
 
-    def _groups(self) -> dict[str, Mapping[str, Any]]:
-        """``config_groups``, every part of the kind that it must be."""
-        groups = self.settings.get("config_groups")
-        if not isinstance(groups, Mapping) or not groups:
-            raise self.refuse("config_groups", groups, "at least one group")
-        for name, group in groups.items():
-            at = f"config_groups.{name}"
-            if not isinstance(group, Mapping):
-                raise self.refuse(at, group, "an object")
-            self._only(at, group, _GROUP_KEYS)
-            for part in ("weights", "input_activations"):
-                if not isinstance(group.get(part) or {}, Mapping):
-                    raise self.refuse(f"{at}.{part}", group[part], "an object, or null")
-            self._only(f"{at}.weights", group.get("weights") or {}, _WEIGHT_KEYS)
-            targets = group.get("targets")
-            if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-                raise self.refuse(f"{at}.targets", targets, "a list of names")
-        return dict(groups)
-
-    def _only(self, at: str, found: Mapping[str, Any], known: set[str]) -> None:
-        for key in found.keys() - known:
-            if found[key]:
-                raise self.refuse(f"{at}.{key}", found[key], f"only {', '.join(sorted(known))}")
-
     def _group_of(self, base: str, groups: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
         """The group that names the module; one whose pattern matches it else, and at last the one for all linears."""
 
@@ -113,12 +59,7 @@ class CompressedTensors(Container):
             return base == target or base.endswith("." + target)
 
         def matched(target: str) -> bool:
-            try:
-                return target.startswith("re:") and re.match(target[3:], base) is not None
-            except re.error as error:
-                raise self.refuse(
-                    "config_groups.targets", target, f"a regular expression ({error})"
-                ) from None
+            return target.startswith("re:") and re.match(target[3:], base) is not None
 
         for fits in (named, matched, "Linear".__eq__):
             for group in groups.values():
@@ -128,39 +69,23 @@ class CompressedTensors(Container):
 
     def _module(self, base: str, group: Mapping[str, Any]) -> Module:
         weights = group.get("weights") or {}
-        form = group.get("format") or self.settings.get("format")
-        if form not in _FORMATS:
-            raise self.refuse("format", form, f"one of {sorted(_FORMATS)}")
-        bits, kind = weights.get("num_bits"), str(weights.get("type", "int")).lower()
+        form = str(group.get("format") or self.settings.get("format"))
         if form in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
             inputs = group.get("input_activations") or {}
             return self._fp4(base, nvfp4=form.startswith("nv"), rounds=inputs.get("num_bits") == 4)
+        if form == "mxfp8-quantized":
+            return mxfp8_module(self, f"{base}.weight", f"{base}.weight_scale")
         if form == "pack-quantized":
-            if kind != "int" or bits not in (4, 8):
-                raise self.refuse(
-                    "config_groups.weights", f"{kind} of {bits} bits", "int of 4 or 8 bits packed"
-                )
-            return self._packed(base, weights, bits)
-        if kind == "int" and bits in range(2, 9):  # a byte each, however few bits
-            return self._int8(base, weights)
-        if bits != 8:
-            raise self.refuse("config_groups.weights.num_bits", bits, "8")
-        if kind == "float":
-            return self._fp8(base, weights, group.get("input_activations"))
-        raise self.refuse("config_groups.weights.type", kind, "int or float")
+            return self._packed(base, weights, int(weights["num_bits"]))
+        integers = str(weights.get("type", "int")).lower() == "int"  # a byte each, however few bits
+        return self._int8(base, weights) if integers else self._fp8(base, weights, group)
 
-    def _fp8(self, base: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Module:
-        strategy = weights.get("strategy", "tensor")
-        if strategy not in ("tensor", "channel", "block"):
-            raise self.refuse("config_groups.weights.strategy", strategy, "tensor, channel or block for FP8")
+    def _fp8(self, base: str, weights: Mapping[str, Any], group: Mapping[str, Any]) -> Module:
+        inputs: Mapping[str, Any] | None = group.get("input_activations") or None
         block = None
-        if strategy == "block":
-            size = weights.get("block_structure")
-            if not isinstance(size, list) or len(size) != 2:
-                raise self.refuse("config_groups.weights.block_structure", size, "[rows, columns]")
-            block = (int(size[0]), int(size[1]))
-        if inputs is not None and (inputs.get("type") != "float" or inputs.get("num_bits") != 8):
-            raise self.refuse("config_groups.input_activations", dict(inputs), "8-bit float, or none")
+        if weights.get("strategy", "tensor") == "block":
+            high, wide = weights["block_structure"]
+            block = (int(high), int(wide))
         static = inputs is not None and not inputs.get("dynamic", False)
         return fp8_module(
             self,
@@ -192,8 +117,6 @@ class CompressedTensors(Container):
         """Names of scale and zero point, and the number of groups of a row."""
         strategy = weights.get("strategy", "tensor")
         size = weights.get("group_size")
-        if strategy not in ("tensor", "channel", "group"):
-            raise self.refuse("config_groups.weights.strategy", strategy, "tensor, channel or group")
         groups = (
             math.ceil(columns / size) if strategy == "group" and isinstance(size, int) and size > 0 else 1
         )

@@ -7,12 +7,15 @@ import math
 import torch
 from torch import Tensor
 
+from headrace.errors import UnsupportedCheckpoint
+from headrace.kernels.quantized_linear.formats import decode_e8m0
 from headrace.quantization.containers.base import Container, Module
 from headrace.quantization.scaled import Activations
 from headrace.quantization.schemes.fp8 import Fp8Weight
 
-__all__ = ["DeepSeekFp8", "FbgemmFp8", "fp8_module"]
+__all__ = ["DeepSeekFp8", "FbgemmFp8", "fp8_module", "mxfp8_module"]
 
+_MX_GROUP = 32
 _SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
@@ -35,7 +38,9 @@ def fp8_module(
     rows, columns = container.need(weight, ("F8_E4M3",)).shape
     found = container.need(scale, _SCALE_TYPES).shape
     if block is not None:
-        container.need(scale, _SCALE_TYPES, (math.ceil(rows / block[0]), math.ceil(columns / block[1])))
+        high, wide = math.ceil(rows / block[0]), math.ceil(columns / block[1])
+        if found != (high, 1, wide, 1):  # as ModelOpt keeps them
+            container.need(scale, _SCALE_TYPES, (high, wide))
         shared = (min(block[0], rows), min(block[1], columns))
     elif math.prod(found) == 1:
         shared = (rows, columns)
@@ -59,6 +64,25 @@ def fp8_module(
     return Module((rows, columns), tensors, read, activations)
 
 
+def mxfp8_module(container: Container, weight: str, scale: str) -> Module:
+    """One MXFP8 matrix (OCP Microscaling Formats 1.0): 32 columns share a power of two, a byte each.
+
+    Activations stay in 16 bits, which is more precise than the MXFP8 that such checkpoints ask for.
+    """
+    rows, columns = container.need(weight, ("F8_E4M3",)).shape
+    if columns % _MX_GROUP:
+        raise container.refuse(weight, [rows, columns], f"a multiple of {_MX_GROUP} columns")
+    container.need(scale, ("U8", "F8_E8M0"), (rows, columns // _MX_GROUP))
+
+    def read() -> Fp8Weight:
+        scales = decode_e8m0(container.raw.load(scale).view(torch.uint8))
+        if bool(scales.isnan().any()):
+            raise UnsupportedCheckpoint(f"tensor {scale!r} holds NaN (a byte of 255)", param=scale)
+        return Fp8Weight(container.raw.load(weight), scales, (1, _MX_GROUP))
+
+    return Module((rows, columns), (weight, scale), read)
+
+
 def _scalar(container: Container, name: str) -> Tensor:
     value = container.float(name)
     if value.numel() != 1 or float(value.reshape(())) <= 0:
@@ -74,14 +98,8 @@ class DeepSeekFp8(Container):
         return "fp8 (blocks)" if self.settings.get("weight_block_size") else "fp8"
 
     def modules(self) -> dict[str, Module]:
-        if self.settings.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
-            raise self.refuse("fmt", self.settings["fmt"], "e4m3")
         scheme = self.settings.get("activation_scheme", "dynamic")
-        if scheme not in ("dynamic", "static"):
-            raise self.refuse("activation_scheme", scheme, "dynamic or static")
         size = self.settings.get("weight_block_size")
-        if size is not None and (not isinstance(size, list) or len(size) != 2 or not all(size)):
-            raise self.refuse("weight_block_size", size, "[rows, columns]")
         block = (int(size[0]), int(size[1])) if size else None
         suffix = "weight_scale_inv" if block else "weight_scale"
         found = {}

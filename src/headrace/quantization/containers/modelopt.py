@@ -1,21 +1,25 @@
-"""NVIDIA ModelOpt checkpoints: FP8 and NVFP4 beside ``hf_quant_config.json``."""
+"""NVIDIA ModelOpt checkpoints: FP8, FP4 and INT8 beside ``hf_quant_config.json``."""
 
 from __future__ import annotations
 
 import torch
 
+from headrace.checkpoints.quantization_rules import modelopt_algorithm
+from headrace.errors import UnsupportedCheckpoint
 from headrace.quantization.containers.base import Container, Module
-from headrace.quantization.containers.fp8 import fp8_module
+from headrace.quantization.containers.fp8 import fp8_module, mxfp8_module
 from headrace.quantization.scaled import Activations
-from headrace.quantization.schemes.fp4 import NVFP4_GROUP, Fp4Weight
+from headrace.quantization.schemes.fp4 import MXFP4_GROUP, NVFP4_GROUP, Fp4Weight
+from headrace.quantization.schemes.group_int import GroupIntWeight
 
 __all__ = ["ModelOpt"]
 
-_ALGORITHMS = ("FP8", "NVFP4", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
+_BLOCK = 128
+_MXFP4 = ("MXFP4", "W4A8_MXFP4_FP8")
 
 
 class ModelOpt(Container):
-    """``quant_algo`` FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO or NVFP4; each matrix as its tensors say."""
+    """Each matrix by ``quant_algo`` (its own under MIXED_PRECISION), and as its tensors say."""
 
     @property
     def label(self) -> str:
@@ -23,62 +27,68 @@ class ModelOpt(Container):
 
     @property
     def _algorithm(self) -> str:
-        return str(self.settings.get("quant_algo") or "")
-
-    @property
-    def kv_cache(self) -> str:
-        wanted = self.settings.get("kv_cache_quant_algo")
-        if wanted is None:
-            scheme = self.settings.get("kv_cache_scheme")
-            wanted = (
-                "FP8" if scheme and scheme.get("num_bits") == 8 and scheme.get("type") == "float" else scheme
-            )
-        if wanted not in (None, "", "FP8"):
-            raise self.refuse_cache("kv_cache_quant_algo", wanted)
-        return "fp8" if wanted else "auto"
+        return modelopt_algorithm(self.settings.get("quant_algo"))
 
     def modules(self) -> dict[str, Module]:
-        if self._algorithm not in (*_ALGORITHMS, "MIXED_PRECISION"):
-            raise self.refuse("quant_algo", self._algorithm, f"one of {', '.join(_ALGORITHMS)}")
-        group = self.settings.get("group_size", NVFP4_GROUP)
-        if self._algorithm == "NVFP4" and group not in (None, NVFP4_GROUP):
-            raise self.refuse("group_size", group, str(NVFP4_GROUP))
+        readers = {"U8": self._fp4, "F8_E4M3": self._fp8, "I8": self._int8}
         found = {}
         for name in self.raw.names():
-            if not name.endswith(".weight"):
-                continue
-            kind, base = self.raw.info(name).dtype, name.removesuffix("weight")
-            if kind == "U8":
-                found[name] = self._nvfp4(name, base)
-            elif kind == "F8_E4M3":
-                found[name] = self._fp8(name, base)
+            reader = readers.get(self.raw.info(name).dtype)
+            if name.endswith(".weight") and reader is not None:
+                base = name.removesuffix("weight")
+                if f"{base}pre_quant_scale" in self.names:
+                    raise self.refuse(
+                        f"{base}pre_quant_scale", "set", "none (scaled inputs are not supported)"
+                    )
+                found[name] = reader(name, base, self._algorithm_of(base.removesuffix(".")))
         return found
 
-    def _fp8(self, name: str, base: str) -> Module:
+    def _algorithm_of(self, module: str) -> str:
+        if self._algorithm != "MIXED_PRECISION":
+            return self._algorithm
+        own = (self.settings.get("quantized_layers") or {}).get(module) or {}
+        return modelopt_algorithm(own.get("quant_algo"))
+
+    def _fp8(self, name: str, base: str, algorithm: str) -> Module:
         scale = f"{base}weight_scale"
+        if algorithm == "MXFP8":
+            return mxfp8_module(self, name, scale)
         static = f"{base}input_scale" if f"{base}input_scale" in self.names else None
-        rows, columns = self.raw.info(name).shape
-        shape = self.raw.info(scale).shape if scale in self.names else ()
-        block = None
-        if self._algorithm == "FP8_PB_WO":
-            high, wide = (shape[0], shape[-1]) if shape else (1, 1)
-            block = (-(-rows // high), -(-columns // wide))
-            if block != (min(rows, 128), min(columns, 128)):
-                raise self.refuse(scale, list(shape), "one scale for each 128 x 128 block")
-        dynamic = self._algorithm == "FP8_PER_CHANNEL_PER_TOKEN"
+        block = (_BLOCK, _BLOCK) if algorithm == "FP8_PB_WO" else None
+        dynamic = algorithm == "FP8_PER_CHANNEL_PER_TOKEN"
         return fp8_module(self, name, scale, block, input_scale=static, dynamic=dynamic)
 
-    def _nvfp4(self, name: str, base: str) -> Module:
+    def _fp4(self, name: str, base: str, algorithm: str) -> Module:
         rows, half = self.need(name, ("U8",)).shape
         scale, whole = f"{base}weight_scale", f"{base}weight_scale_2"
-        self.need(scale, ("F8_E4M3",), (rows, half * 2 // NVFP4_GROUP))
-        self.need(whole, ("F32",))
+        nvfp4 = algorithm not in _MXFP4
+        group = NVFP4_GROUP if nvfp4 else MXFP4_GROUP
+        self.need(scale, ("F8_E4M3",) if nvfp4 else ("U8",), (rows, half * 2 // group))
+        if nvfp4:
+            self.need(whole, ("F32",))
 
         def read() -> Fp4Weight:
-            row_scale = self.float(whole).reshape(1).expand(rows).clone()
-            return Fp4Weight(self.raw.load(name).view(torch.uint8), self.raw.load(scale), row_scale)
+            scales = self.raw.load(scale)
+            row_scale = torch.ones(rows)
+            if nvfp4:
+                row_scale = self.float(whole).reshape(1).expand(rows).clone()
+            elif bool((scales == 255).any()):
+                raise UnsupportedCheckpoint(f"tensor {scale!r} holds NaN (a byte of 255)", param=scale)
+            return Fp4Weight(self.raw.load(name), scales, row_scale)
 
-        static = [extra for extra in (f"{base}input_scale", f"{base}pre_quant_scale") if extra in self.names]
-        if f"{base}pre_quant_scale" in static:
-            raise self.refuse(f"{base}pre_quant_scale", "set", "none (scaled inputs are not supported)")
-        return Module((rows, half * 2), (name, scale, whole, *static), read, lambda: Activations("nvfp4"))
+        tensors = (name, scale, whole, f"{base}input_scale")
+        inputs = Activations("nvfp4") if algorithm == "NVFP4" else Activations()
+        return Module((rows, half * 2), tuple(t for t in tensors if t in self.names), read, lambda: inputs)
+
+    def _int8(self, name: str, base: str, algorithm: str) -> Module:
+        rows, columns = self.need(name, ("I8",)).shape
+        scale = f"{base}weight_scale"
+        if algorithm != "W8A16":
+            raise self.refuse(name, "I8", f"no integers under {algorithm}")
+        self.need(scale, ("F32", "F16", "BF16"), (rows,))
+
+        def read() -> GroupIntWeight:
+            codes = (self.raw.load(name).to(torch.int16) + 128).to(torch.uint8)
+            return GroupIntWeight(codes, self.float(scale)[:, None], torch.full((rows, 1), 128.0), 8)
+
+        return Module((rows, columns), (name, scale), read)

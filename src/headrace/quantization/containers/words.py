@@ -35,14 +35,6 @@ class AWQ(Container):
         return "awq"
 
     def modules(self) -> dict[str, Module]:
-        bits = self.settings.get("bits", self.settings.get("w_bit", 4))
-        version = str(self.settings.get("version", "gemm")).lower()
-        if bits != 4:
-            raise self.refuse("bits", bits, "4")
-        if version != "gemm":
-            raise self.refuse("version", version, "gemm")
-        if self.settings.get("zero_point") is False:
-            raise self.refuse("zero_point", False, "true")
         bases = [name.removesuffix(".qweight") for name in self.raw.names() if name.endswith(".qweight")]
         return {f"{base}.weight": self._module(base) for base in bases}
 
@@ -85,13 +77,6 @@ class GPTQ(Container):
             for key in ("checkpoint_format", "format")
             if self.settings.get(key)
         }
-        if len(forms) > 1 or not forms <= {"gptq", "gptq_v2"}:
-            raise self.refuse("checkpoint_format", " and ".join(sorted(forms)), "gptq or gptq_v2")
-        if self.settings.get("pack_dtype") not in (None, "int32"):
-            raise self.refuse("pack_dtype", self.settings["pack_dtype"], "int32")
-        for key in ("adapter", "rotation"):
-            if self.settings.get(key):
-                raise self.refuse(key, self.settings[key], "none (weights that need more than a product)")
         bases = [name.removesuffix(".qweight") for name in self.raw.names() if name.endswith(".qweight")]
         return {
             f"{base}.weight": self._module(base, self._bits(base), forms != {"gptq_v2"}) for base in bases
@@ -101,8 +86,6 @@ class GPTQ(Container):
         """Of one matrix: by the first rule of ``dynamic`` that matches its name, else as for all."""
         bits = self.settings.get("bits")
         rules = self.settings.get("dynamic") or {}
-        if not isinstance(rules, Mapping):
-            raise self.refuse("dynamic", rules, "an object of rules by module")
         for rule, changes in rules.items():
             pattern = rule.removeprefix("+:").removeprefix("-:")
             try:
