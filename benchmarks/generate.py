@@ -8,6 +8,7 @@ step at the larger of bytes and arithmetic (headrace/engines/bench/floors.py). `
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -51,7 +52,7 @@ class HalfMasks:
         return PendingMasks(host, count, words, self.device, None)
 
 
-def main() -> None:
+def flags() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="qwen3-0.6b")
     parser.add_argument("--cases", nargs="+", default=CASES)
@@ -76,7 +77,11 @@ def main() -> None:
         "--slow-host", type=float, default=0.0, help="milliseconds that each turn of the loop wastes"
     )
     parser.add_argument("--most-repeats", type=int, help="of a decode step in one turn of the host")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = flags()
     recorder = Recorder("generate", args)
     config = dict(model_config(args.model))
     if args.layers:

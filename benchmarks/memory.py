@@ -11,11 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.common import model_config
+
+if TYPE_CHECKING:
+    from headrace.engines.generate import GenerateCore
+    from headrace.execution.graphs import GraphRunner
 
 MIB = 1 << 20
 
@@ -97,9 +101,7 @@ def _plain_capture() -> None:
 
 
 def generate(args: argparse.Namespace, meter: Meter) -> None:
-    from headrace.engines.bench.cases import Case, measure
     from headrace.engines.bench.cores import build_core, quantize
-    from headrace.execution.graph_keys import MIXED_TOKENS, GraphKey
     from headrace.execution.graphs import GraphRunner
     from headrace.models.loading import random_weights
     from headrace.models.registry import read_config
@@ -122,13 +124,28 @@ def generate(args: argparse.Namespace, meter: Meter) -> None:
     assert isinstance(runner, GraphRunner)
     plain = build_core(model, [(8, 1024, 8)], eager=True, step_tokens=8192, cache=cache)
     meter.mark("plain cache and runner")
-    measure(plain, Case(1, 8191, 1), vocab, seed=1)
-    meter.mark("plain prefill 1x8191")
-    measure(plain, Case(8, 1024, 1), vocab, seed=2)
-    meter.mark("plain prefill 8x1024")
+    _run_plain(plain, vocab, meter)
     del plain
     torch.cuda.empty_cache()
     meter.mark("empty_cache")
+    _capture(runner, rows, meter)
+    _run(core, vocab, rows, meter)
+    torch.cuda.empty_cache()
+    meter.mark("empty_cache")
+
+
+def _run_plain(core: GenerateCore, vocab: int, meter: Meter) -> None:
+    from headrace.engines.bench.cases import Case, measure
+
+    measure(core, Case(1, 8191, 1), vocab, seed=1)
+    meter.mark("plain prefill 1x8191")
+    measure(core, Case(8, 1024, 1), vocab, seed=2)
+    meter.mark("plain prefill 8x1024")
+
+
+def _capture(runner: GraphRunner, rows: int, meter: Meter) -> None:
+    from headrace.execution.graph_keys import MIXED_TOKENS, GraphKey
+
     sizes = runner.ladders.decode_sizes
     try:
         runner.warm_up([rows])
@@ -150,6 +167,11 @@ def generate(args: argparse.Namespace, meter: Meter) -> None:
         with torch.inference_mode():
             runner._graph(GraphKey(size, runner.ladders.seq_sizes[-1], "mixed"))
         meter.mark(f"mixed graph {size}")
+
+
+def _run(core: GenerateCore, vocab: int, rows: int, meter: Meter) -> None:
+    from headrace.engines.bench.cases import Case, measure
+
     measure(core, Case(2, 8000, 2), vocab, seed=3)
     meter.mark("run 2x8000/2")
     measure(core, Case(rows, 2, 4), vocab, seed=4)
@@ -163,8 +185,6 @@ def generate(args: argparse.Namespace, meter: Meter) -> None:
     ):
         measure(core, Case(rows, 2, 2), vocab, seed=5, **sampling)
         meter.mark(f"run {rows}x2/2 {name}")
-    torch.cuda.empty_cache()
-    meter.mark("empty_cache")
 
 
 def encode(args: argparse.Namespace, meter: Meter) -> None:

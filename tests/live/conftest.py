@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from headrace.config.spec import EngineSpec
 from headrace.serving.state import Model, ServerOptions
 from support.serving import LiveServer
+
+if TYPE_CHECKING:
+    from support.one_pass import Served
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +32,10 @@ def server() -> Iterator[LiveServer]:
         yield server
     finally:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    from support.one_pass import serve_one_pass
+
+    yield from serve_one_pass(tmp_path_factory)

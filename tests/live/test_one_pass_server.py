@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,111 +12,9 @@ import pytest
 import torch
 
 from headrace.client import PerformanceClient
-from headrace.config.spec import EngineSpec
-from headrace.engines.process import start_in_process
-from headrace.llm import AsyncEngine
-from headrace.llm.startup import encode_side
-from headrace.llm.textkit import load_text
-from headrace.serving.state import Model
-from parity.test_entity_spans import LABELS, backend, make_tagger
-from support.serving import LiveServer, live
-
-TEXTS = ["Apple buys a startup", "", "Tim Cook in Berlin says $1 billion"]
-
-
-def save_tokenizer(folder: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    names: dict[str, Any] = {
-        "unk_token": "[UNK]",
-        "pad_token": "[PAD]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-    }
-    names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-    PreTrainedTokenizerFast(tokenizer_object=backend("wordpiece"), **names).save_pretrained(folder)
-
-
-def make_bert(folder: Path, head: str, **fields: Any) -> Any:
-    """A random Bert of this head with the small tokenizer; returns transformers' model."""
-    import transformers
-
-    config = transformers.BertConfig(
-        vocab_size=400,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=40,
-        **fields,
-    )
-    torch.manual_seed(1)
-    model = getattr(transformers, f"Bert{head}")(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
-    saved = json.loads((folder / "config.json").read_text())
-    if "id2label" in fields:
-        saved["id2label"] = fields["id2label"]
-    (folder / "config.json").write_text(json.dumps(saved))
-    return model
-
-
-def make_embedder(folder: Path) -> Any:
-    from parity.encoders import add_pooling
-
-    model = make_bert(folder, "Model")
-    add_pooling(folder, "mean")
-    settings = {"prompts": {"query": "Tim Cook "}, "similarity_fn_name": "cosine"}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    return model
-
-
-MAKERS: dict[str, Any] = {
-    "embedder": make_embedder,
-    "classifier": lambda f: make_bert(
-        f, "ForSequenceClassification", num_labels=3, id2label={0: "a", 1: "b", 2: "c"}
-    ),
-    "reranker": lambda f: make_bert(f, "ForSequenceClassification", num_labels=1, id2label={0: "score"}),
-    "tagger": lambda f: make_tagger(f, "wordpiece"),
-}
-
-
-async def _engine(spec: EngineSpec) -> AsyncEngine:
-    client = await start_in_process(spec)
-    text = load_text(spec)
-    encode_text, template = encode_side(client, text)
-    return AsyncEngine(client, text, encode_text=encode_text, rerank_template=template)
-
-
-class Served:
-    """A server with one of each, and transformers' models."""
-
-    def __init__(self, server: LiveServer, theirs: dict[str, Any], folders: dict[str, Path]) -> None:
-        self.server, self.theirs, self.folders = server, theirs, folders
-        self.post = server.post
-
-    def ok(self, path: str, body: Any, **headers: str) -> Any:
-        status, reply, _ = self.post(path, body, **headers)
-        assert status == 200, reply
-        return reply
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    theirs, folders, models = {}, {}, []
-    for name, make in MAKERS.items():
-        folders[name] = tmp_path_factory.mktemp(name)
-        theirs[name] = make(folders[name])
-        cut = False if name == "embedder" else None
-        spec = EngineSpec(model=name, path=folders[name], num_threads=1, auto_truncate=cut)
-        models.append(Model(spec))
-    with live(*models, max_inputs=64) as server:
-        for model in models:
-            model.loaded = server.call(_engine(model.spec))
-        yield Served(server, theirs, folders)
+from parity.test_entity_spans import LABELS
+from support.one_pass import MAKERS, TEXTS, Served
+from support.serving import LiveServer
 
 
 def test_embed_in_all_forms(served: Served) -> None:
@@ -321,110 +217,6 @@ def test_the_root_path_does_what_the_model_is_for(served: Served) -> None:
     ):
         found, reply, _ = served.post("/", body)
         assert (found, reply["error"]["param"]) == (status, param), reply
-
-
-def test_classify_in_the_shapes_of_infinity_and_vllm(served: Served) -> None:
-    expected = served.ok("/predict", {"model": "classifier", "inputs": [[text] for text in TEXTS]})
-    body = {"model": "classifier", "input": TEXTS}
-    infinity = served.ok("/classify", body | {"raw_scores": False})
-    assert (infinity["object"], infinity["data"]) == ("classify", expected)
-    raw = served.ok("/classify", body | {"raw_scores": True})["data"][0]
-    assert raw == served.ok("/predict", {"model": "classifier", "inputs": TEXTS[0], "raw_scores": True})
-    vllm = served.ok("/classify", body)
-    assert vllm["object"] == "list"
-    for index, (row, labels) in enumerate(zip(vllm["data"], expected, strict=True)):
-        by_name = {one["label"]: one["score"] for one in labels}
-        assert row == {
-            "index": index,
-            "label": labels[0]["label"],
-            "probs": [by_name[name] for name in "abc"],
-            "num_classes": 3,
-        }
-    tokens = served.ok("/v1/embeddings", {"model": "embedder", "input": TEXTS})["usage"]
-    assert vllm["usage"] == infinity["usage"] == tokens
-    for bad, param in (({"input": []}, "input"), ({"input": [1]}, "input[0]"), ({}, "input")):
-        status, reply, _ = served.post("/classify", {"model": "classifier"} | bad)
-        assert (status, reply["error"]["param"]) == (400, param)
-
-
-def test_what_infinitys_client_sends(served: Served) -> None:
-    """It says every field of a request, and knows the replies by their object."""
-    sent = {"model": "embedder", "input": TEXTS, "dimensions": 0, "modality": "text"}
-    assert served.ok("/embeddings", sent) == served.ok("/embeddings", {"model": "embedder", "input": TEXTS})
-    status, reply, _ = served.post("/embeddings", {"model": "embedder", "input": "a", "dimensions": 0})
-    assert (status, reply["error"]["param"]) == (400, "dimensions")
-    ask = {
-        "model": "reranker",
-        "query": "a",
-        "documents": TEXTS,
-        "return_documents": False,
-        "raw_scores": True,
-    }
-    found = served.ok("/rerank", ask)
-    scores = served.ok("/rerank", {"query": "a", "texts": TEXTS, "raw_scores": True})
-    assert found["object"] == "rerank"
-    assert [(one["index"], one["relevance_score"]) for one in found["results"]] == [
-        (one["index"], one["score"]) for one in scores
-    ]
-
-
-def test_hugging_face_clients_reach_a_server_of_one_model(served: Served) -> None:
-    """They post to the root path, without a model."""
-    from huggingface_hub import InferenceClient
-
-    model = Model(EngineSpec(model="embedder", path=served.folders["embedder"], num_threads=1))
-    with live(model) as server:
-        model.loaded = server.call(_engine(model.spec))
-        client = InferenceClient(model=server.url)
-        expected = served.ok("/embed", {"model": "embedder", "inputs": TEXTS[0]})
-        np.testing.assert_allclose(client.feature_extraction(TEXTS[0], truncate=True), expected, atol=1e-6)
-        alike = served.ok(
-            "/similarity", {"model": "embedder", "inputs": {"source_sentence": "a", "sentences": TEXTS}}
-        )
-        assert client.sentence_similarity("a", other_sentences=TEXTS) == pytest.approx(alike)
-
-
-def test_hugging_face_clients_classify_and_find_entities(served: Served) -> None:
-    """They send ``parameters``, and read what transformers' pipelines give."""
-    from huggingface_hub import InferenceClient
-
-    ask = {"model": "classifier", "inputs": TEXTS[0]}
-    whole = served.ok("/predict", ask)
-    assert served.ok("/predict", ask | {"parameters": {}}) == [whole]
-    assert served.ok("/predict", ask | {"parameters": {"top_k": 2}}) == [whole[:2]]
-    logits = {row["label"]: row["score"] for row in served.ok("/predict", ask | {"raw_scores": True})}
-    for function, numbers in (
-        ("none", logits),
-        ("sigmoid", {k: 1 / (1 + np.exp(-v)) for k, v in logits.items()}),
-        ("softmax", {row["label"]: row["score"] for row in whole}),
-    ):
-        (rows,) = served.ok("/predict", ask | {"parameters": {"function_to_apply": function}})
-        assert {row["label"]: row["score"] for row in rows} == pytest.approx(numbers, abs=1e-6)
-    for wrong in ({"top_k": 0}, {"function_to_apply": "tanh"}, {"stride": 2}):
-        status, reply, _ = served.post("/predict", ask | {"parameters": wrong})
-        assert (status, reply["error"]["param"]) == (400, f"parameters.{next(iter(wrong))}")
-
-    for name, kind in (("classifier", "text"), ("tagger", "token")):
-        model = Model(EngineSpec(model=name, path=served.folders[name], num_threads=1))
-        with live(model) as server:
-            model.loaded = server.call(_engine(model.spec))
-            client = InferenceClient(model=server.url)
-            if kind == "text":
-                found = client.text_classification(TEXTS[0], top_k=2)
-                assert [(row.label, row.score) for row in found] == [
-                    (r["label"], pytest.approx(r["score"])) for r in whole[:2]
-                ]
-                continue
-            for strategy in (None, "simple", "max"):
-                theirs = served.theirs[name](TEXTS[2], aggregation_strategy=strategy or "none")
-                ours = client.token_classification(TEXTS[2], aggregation_strategy=strategy)
-                field = "entity_group" if strategy else "entity"
-                assert [(getattr(row, field), row.start, row.end) for row in ours] == [
-                    (row[field], row["start"], row["end"]) for row in theirs
-                ]
-                assert [row.score for row in ours] == pytest.approx(
-                    [row["score"] for row in theirs], abs=1e-3
-                )
 
 
 def test_openai_embeddings_without_a_model(served: Served) -> None:
