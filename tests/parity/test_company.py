@@ -16,6 +16,7 @@ from headrace.models.loading import load_decoder, random_weights
 from headrace.models.registry import read_config
 from headrace.scheduling.scheduler import Scheduler
 from headrace.types import Request, SamplingParams
+from support.cores import drain
 
 VOCAB = 211
 TINY = {
@@ -85,18 +86,6 @@ def make_core(
     return GenerateCore(runner, scheduler, overlap=overlap)
 
 
-def run(core: GenerateCore, requests: list[Request]) -> dict[str, list[int]]:
-    core.add(requests)
-    tokens: dict[str, list[int]] = {}
-    while core.has_work():
-        for output in core.step():
-            assert not output.error
-            tokens.setdefault(output.request_id, []).extend(output.token_ids)
-    core.scheduler.check()
-    assert core.scheduler.pool.account().owned == 0
-    return tokens
-
-
 def make_requests(vocab: int, count: int, max_tokens: int) -> list[Request]:
     rng = random.Random(5)
     shared = tuple(rng.randrange(vocab) for _ in range(30))
@@ -115,15 +104,15 @@ def check(
 ) -> None:
     requests = make_requests(vocab, count, max_tokens)
     core = make_core(model, **setup)  # type: ignore[arg-type]
-    cold = run(core, requests)
-    warm = run(core, requests)
+    cold = drain(core, requests)
+    warm = drain(core, requests)
     assert cold == warm
     if "num_blocks" in setup:
         assert core.scheduler.num_preemptions > 0
     else:
         assert core.scheduler.prefix_hits > 0
     for request in requests[:alone]:
-        assert run(make_core(model), [request])[request.id] == cold[request.id]
+        assert drain(make_core(model), [request])[request.id] == cold[request.id]
 
 
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())

@@ -30,6 +30,7 @@ from headrace.models.registry import read_config
 from headrace.scheduling.plan import StepPlan
 from headrace.scheduling.scheduler import Scheduler
 from headrace.types import Request, SamplingParams
+from support.cores import drain
 from triton_device import DEVICE, ON_GPU
 
 VOCAB = 203
@@ -154,17 +155,6 @@ def requests(count: int, output: int, sampled: bool, kinds: str = "") -> list[Re
         params = SamplingParams(max_tokens=rng.randint(2, output), ignore_eos=True, **options)
         made.append(Request(id=str(i), token_ids=prompt, sampling=params))
     return made
-
-
-def drain(core: GenerateCore, work: list[Request]) -> dict[str, list[int]]:
-    core.add(work)
-    tokens: dict[str, list[int]] = {}
-    while core.has_work():
-        for output in core.step():
-            assert not output.error
-            tokens.setdefault(output.request_id, []).extend(output.token_ids)
-    core.scheduler.check()
-    return tokens
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "mixed"])

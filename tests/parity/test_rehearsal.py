@@ -18,7 +18,8 @@ from headrace.execution.graphs import GraphRunner
 from headrace.types import EncodeParams, EncodeTask
 from parity.encoders import add_pooling, encode, make, sequences
 from parity.test_encode_graphs import padded
-from parity.test_graph_runner import build_core, build_model, drain, requests
+from parity.test_graph_runner import build_core, build_model, requests
+from support.cores import drain
 
 SIZES = {"step_tokens": 24, "max_num_seqs": 6, "max_model_len": 128}
 
