@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from headrace.kernels.attention.triton_prefill import prefill_attention
 from headrace.kernels.launch import launch_options
 
 if TYPE_CHECKING:
-    from headrace.layers.packed import AttentionBatch
+    from headrace.layers.packed import AttentionBatch, LayerCache
 
 __all__ = ["attention", "write_cache"]
 
@@ -86,32 +87,63 @@ def attention(
     assert batch.slots is not None and batch.block_tables is not None
     write_cache(k, v, cache.k, cache.v, batch.slots)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    batch.plan = {} if batch.plan is None else batch.plan
-    if batch.max_query_len > 1 or batch.fixed:
-        # Keys that lie in this batch are read there: the same numbers without the way through the table.
-        here = k.dtype == cache.k.dtype and k.stride() == v.stride()
-        whole = here and batch.causal and not batch.fixed and fresh_covers(q, k, v)
-        if whole:
-            fresh_attention(
-                q, k, v, batch.query_starts, batch.seq_lens, scale=scale, window=window, soft_cap=soft_cap,
-                sinks=sinks, skip_single=True, plan=batch.plan, out=out,
-            )  # fmt: skip
-        if not (whole and batch.fresh):
-            # Not in a fixed order: lone new tokens, whose earlier keys are in the cache, come here too then.
-            here = here and batch.fresh and not batch.fixed
-            prefill_attention(
-                q, k if here else cache.k, v if here else cache.v, batch.query_starts, batch.seq_lens, scale=scale,
-                causal=batch.causal, window=window, soft_cap=soft_cap, sinks=sinks,
-                tables=None if here else batch.block_tables,
-                skip_single=not batch.fixed, skip_fresh=whole, fixed=batch.fixed, plan=batch.plan, out=out,
-            )  # fmt: skip
-    if not batch.fixed and (batch.decode_only or batch.some_single):
-        decode_attention(
-            q, cache.k, cache.v, batch.block_tables, batch.seq_lens, _workspace(batch, q, k), scale=scale,
-            window=window, soft_cap=soft_cap, sinks=sinks, out=out,
-            query_starts=None if batch.decode_only else batch.query_starts,
-        )  # fmt: skip
+    batch.plan = {} if batch.plan is None else batch.plan  # shared by all layers
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks, "out": out}
+    lone = not batch.fixed and (batch.decode_only or batch.some_single)
+    if batch.max_query_len == 1 and not batch.fixed:
+        _attend_lone(q, k, batch, cache, **options)
+        return out
+    if lone and _overlaps(q):  # old keys are read while prompts are multiplied
+        side, main = _side_stream(q.device), torch.cuda.current_stream(q.device)
+        _workspace(batch, q, k)  # memory of the main stream
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            _attend_lone(q, k, batch, cache, beside=True, **options)
+        _attend_prompts(q, k, v, batch, cache, **options)
+        main.wait_stream(side)
+        return out
+    _attend_prompts(q, k, v, batch, cache, **options)
+    if lone:
+        _attend_lone(q, k, batch, cache, **options)
     return out
+
+
+def _overlaps(q: Tensor) -> bool:
+    return q.is_cuda
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _attend_prompts(
+    q: Tensor, k: Tensor, v: Tensor, batch: AttentionBatch, cache: LayerCache, **options: Any
+) -> None:
+    """Sequences with several new tokens; in a fixed order those with one, too."""
+    # Keys that lie in this batch are read there: the same numbers without the way through the table.
+    here = k.dtype == cache.k.dtype and k.stride() == v.stride()
+    whole = here and batch.causal and not batch.fixed and fresh_covers(q, k, v)
+    shared: dict[str, Any] = {**options, "plan": batch.plan}
+    if whole:
+        fresh_attention(q, k, v, batch.query_starts, batch.seq_lens, skip_single=True, **shared)
+    if not (whole and batch.fresh):
+        # Not in a fixed order: lone new tokens, whose earlier keys are in the cache, come here too then.
+        here = here and batch.fresh and not batch.fixed
+        prefill_attention(
+            q, k if here else cache.k, v if here else cache.v, batch.query_starts, batch.seq_lens,
+            causal=batch.causal, tables=None if here else batch.block_tables, skip_single=not batch.fixed,
+            skip_fresh=whole, fixed=batch.fixed, **shared,
+        )  # fmt: skip
+
+
+def _attend_lone(q: Tensor, k: Tensor, batch: AttentionBatch, cache: LayerCache, **options: Any) -> None:
+    """Sequences with one new token."""
+    assert batch.block_tables is not None
+    decode_attention(
+        q, cache.k, cache.v, batch.block_tables, batch.seq_lens, _workspace(batch, q, k),
+        query_starts=None if batch.decode_only else batch.query_starts, **options,
+    )  # fmt: skip
 
 
 def _workspace(batch: AttentionBatch, q: Tensor, k: Tensor) -> DecodeWorkspace:

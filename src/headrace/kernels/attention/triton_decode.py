@@ -324,6 +324,7 @@ def decode_attention(
     new_v: Tensor | None = None,
     fused: QKNormRope | None = None,
     long: bool = False,
+    beside: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend the one new token of each sequence to its cached keys.
@@ -339,6 +340,7 @@ def decode_attention(
         new_k, new_v: [T, Hkv, D], raw; with ``fused``: norm and rotation are applied to q and new_k, and new_k
             and new_v are written to the cache, here.
         long: cut for long sequences (see is_long).
+        beside: another kernel runs at the same time, and needs room.
         out: [T, Hq, D] contiguous.
 
     Returns:
@@ -361,6 +363,8 @@ def decode_attention(
         gains, cos, sin, eps = fused.weight, fused.cos, fused.sin, fused.eps
         assert new_k is not None and new_v is not None and new_k.stride() == new_v.stride()
     shape = _shape(num_seqs * num_kv_heads, padded, long, k_cache.dtype)
+    if beside:
+        shape = shape._replace(programs=max(1, shape.programs // 2), early=False)
     most = num_seqs * num_kv_heads * MAX_SPLITS
     programs = min(most, num_multiprocessors(q.device) * shape.programs)
     options = launch_options(q.device, shape.warps, shape.stages)
