@@ -77,7 +77,7 @@ def _gguf(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Facts:
         container="gguf",
         chat_template=bool(metadata.get("tokenizer.chat_template")),
         pieces=metadata.get("tokenizer.ggml.model") == "llama",
-        quantized=Quantized("gguf" if packed else "", "", main) if packed else Quantized(),
+        quantized=Quantized(method="gguf", source=main) if packed else Quantized(),
     )
 
 

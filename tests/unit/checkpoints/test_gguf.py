@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from headrace.checkpoints.gguf import GGUFCheckpoint
 from headrace.checkpoints.gguf_config import _llama3_factors
 from headrace.checkpoints.gguf_header import read_header
+from headrace.config.plan.plan import Machine
+from headrace.config.spec import EngineSpec
+from headrace.engines.plan import plan_for
 from headrace.errors import HeadraceError, MissingFile, UnknownArchitecture, UnsupportedCheckpoint
 from support.gguf_file import LLAMA, decoder_tensors, write_gguf
 
@@ -82,6 +85,20 @@ def test_packed_rows_stand_in_the_original_order(tmp_path: Path, rng: np.random.
     assert checkpoint.load(name, torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(UnsupportedCheckpoint, match="stored as F32"):
         checkpoint.load_packed("model.norm.weight")
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "F16"])
+def test_a_file_of_blocks_is_planned(tmp_path: Path, rng: np.random.Generator, kind: str) -> None:
+    """Blocks ask for no cache of their own."""
+    tensors = decoder_tensors(rng)
+    matrices = {
+        name: kind for name, tensor in tensors.items() if tensor.ndim == 2 and name.startswith("blk.")
+    }
+    file = write_gguf(tmp_path / "m.gguf", tensors, quantized=matrices)
+    machine = Machine(name="cpu", memory=1 << 34, cuda=False, packs=True)
+    plan = plan_for(EngineSpec(model=str(file), path=file, device="cpu"), machine)
+    assert plan.kv_dtype == plan.dtype == ("float32" if kind == "F16" else "bfloat16")
+    assert plan.fits
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16"])

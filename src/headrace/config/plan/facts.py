@@ -39,22 +39,22 @@ class Quantized(msgspec.Struct, frozen=True):
     Attributes:
         method: ``fp8``, ``nvfp4``, ``mxfp4``, ``awq``, ``gptq``, ``gguf``...; "" when it is not.
         kv: format of the KV cache that it asks for; "" when it says nothing.
-        kv_problem: why the cache that it asks for is not had; "" when it is, or nothing is asked for.
-        strangers: sentences about settings that no reader knows.
         source: the file that says so.
         bits: of a packed integer, 4 or 8; 0 when it is none.
         group: columns that share a scale, by the settings; 0 when they say nothing.
         reordered: whether columns are in groups by another order than theirs (GPTQ's ``desc_act``).
+        kv_problem: why the cache that it asks for is not had; "" when it is, or nothing is asked for.
+        strangers: sentences about settings that no reader knows.
     """
 
     method: str = ""
     kv: str = ""
-    kv_problem: str = ""
-    strangers: tuple[str, ...] = ()
     source: str = ""
     bits: int = 0
     group: int = 0
     reordered: bool = False
+    kv_problem: str = ""
+    strangers: tuple[str, ...] = ()
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
