@@ -43,6 +43,7 @@ class Reply:
 
     Attributes:
         body: bytes, or anything that JSON can hold.
+        when: asked until it says yes, for 10 s at most, before ``delay`` begins.
         delay: seconds before the first byte.
         chunks: sent chunked instead of ``body``, ``pause`` seconds apart.
         fault: ``reset`` (RST before a byte), ``close`` (FIN before a byte), ``half`` (half of the body, then
@@ -52,6 +53,7 @@ class Reply:
     body: Any = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
+    when: Callable[[], bool] | None = None
     delay: float = 0.0
     chunks: list[bytes] | None = None
     pause: float = 0.0
@@ -208,6 +210,10 @@ class _Connection(asyncio.Protocol):
             self._next()
 
     async def _write(self, request: Recorded, reply: Reply) -> None:
+        if reply.when is not None:
+            limit = time.monotonic() + 10
+            while not reply.when() and time.monotonic() < limit:
+                await asyncio.sleep(0.005)
         if reply.delay:
             await asyncio.sleep(reply.delay)
         if reply.fault == "silent":
