@@ -8,11 +8,13 @@ from torch import Tensor
 
 import triton_device
 from headrace.errors import UnsupportedCheckpoint
-from headrace.kernels.rounding import Format, Rounded, reference
+from headrace.kernels.attention import triton as attention
+from headrace.kernels.rounding import Bound, Format, Rounded, reference, values, within
 from headrace.kernels.rounding import triton as rounding
+from headrace.layers.attention import Attention
 from headrace.layers.eight_bits import EightBitLinear, PlainNorm, RoundingNorm
 from headrace.layers.linear import Linear
-from headrace.layers.packed import PackedBatch
+from headrace.layers.packed import AttentionBatch, PackedBatch
 from headrace.models.encode_eight_bits import EightBits, round_to_eight_bits, to_eight_bits
 from headrace.models.encoder import EncoderConfig, EncoderModel
 from headrace.models.loading import random_weights
@@ -86,6 +88,58 @@ def test_product(format: Format, rows: int) -> None:
         assert error(ours, expected) < 1e-2
 
 
+def test_results_with_one_scale() -> None:
+    """Rounded as they are written: by a product with its activation, and by attention."""
+    x = reference.rows(randn(70, 64, dtype=torch.float16, seed=0), "fp8")
+    weight = reference.rows(randn(48, 64, dtype=torch.float16, seed=1), "fp8")
+    bias, scale = randn(48, dtype=torch.float16, seed=2), weight.scale[:, 0].contiguous()
+    bound = Bound.of(300.0, x.codes.device)
+    for count in (70, 3):  # two ways
+        part = Rounded(x.codes[:count], x.scale[:count])
+        if not triton_device.ON_GPU and count > 64:
+            continue  # the interpreter has no descriptors of FP8
+        ours = rounding.linear(part, weight.codes, scale, bias, torch.float16, "gelu", "fp8", bound)
+        theirs = reference.linear(part, weight.codes, scale, bias, torch.float16, "gelu", "fp8", bound)
+        assert isinstance(ours, Rounded) and isinstance(theirs, Rounded)
+        assert ours.scale.shape == (1, 1)
+        if triton_device.ON_GPU:  # the interpreter's cast to FP8 goes wrong at times
+            assert error(values(ours), values(theirs)) < 5e-2  # a few near ties of few numbers
+            part = Rounded(part.codes, part.scale.clone())
+            part.scale[1] = float("nan")
+            bad = rounding.linear(part, weight.codes, scale, bias, torch.float16, "gelu", "fp8", bound)
+            assert isinstance(bad, Rounded)
+            assert (
+                values(bad).isnan().any(1).nonzero().flatten().tolist() == [1]
+                and values(bad)[1].isnan().all()
+            )
+        down = reference.rows(randn(32, 48, dtype=torch.float16, seed=3), "fp8")
+        weights = down.codes, down.scale[:, 0].contiguous(), None, torch.float16
+        assert error(rounding.linear(theirs, *weights), reference.linear(theirs, *weights)) < 1e-2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("lengths", "dim"), [([17, 1, 43], 32), ([400, 200, 513] * 9, 64)])
+def test_attention_that_rounds(lengths: list[int], dim: int, causal: bool) -> None:
+    """Also where warps are specialized."""
+    if sum(lengths) > 1000 and not triton_device.ON_GPU:
+        pytest.skip("long texts are for GPUs")
+    q, k, v = randn(sum(lengths), 3 * 4, dim, dtype=torch.float16, seed=0).split(4, 1)
+    lens = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+    starts = torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
+    batch = AttentionBatch(query_starts=starts, seq_lens=lens, causal=causal)
+    bound = Bound.of(20.0, q.device)
+    ours = attention.rounded_attention(q, k, v, batch, bound, scale=0.2)
+    plain = attention.attention(q, k, v, batch, 0, scale=0.2).flatten(1)
+    assert ours.codes.shape == plain.shape and torch.equal(ours.scale, bound.scale)
+    if triton_device.ON_GPU:  # the interpreter's cast to FP8 goes wrong at times
+        assert error(values(ours), values(within(plain, bound))) < 1e-2
+        first, second = lengths[:2]
+        v[first + second + 5, 1, 3], v[0, 0, 0] = float("nan"), float("inf")
+        again = attention.rounded_attention(q, k, v, batch, bound, scale=0.2).codes.float()
+        bad = again.isnan().any(1)
+        assert bad[0] and not bad[first : first + second].any() and bad[first + second + 5]
+
+
 SHAPE = {
     "vocab_size": 97, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16,
     "intermediate_size": 96, "max_tokens": 90,
@@ -155,11 +209,64 @@ def test_models(name: str, format: Format) -> None:
         0 if "before" in name or name == "qwen3" else 1
     )
     for model, mlp_only in ((small, False), (part, True)):
+        bounded = run(model)
         expected = run(one_by_one(build(name), format, mlp_only))
+        forget_bounds(model)
         assert error(run(model), expected) < 1e-3, "where inputs are rounded must not matter"
-        cosine = torch.nn.functional.cosine_similarity(expected, run(plain), dim=-1)
-        assert cosine.min() > 0.97
-        assert not torch.equal(expected, run(plain))
+        assert torch.equal(bounded, run(model)) == (not bounds(name, format, mlp_only))
+        for found in (expected, bounded):
+            cosine = torch.nn.functional.cosine_similarity(found, run(plain), dim=-1)
+            assert cosine.min() > 0.97
+            assert not torch.equal(found, run(plain))
+
+
+def bounds(name: str, format: Format, mlp_only: bool) -> bool:
+    """Whether any result has one scale for all rows."""
+    values = not mlp_only and name != "buckets"  # attention with a bias does not round
+    return format == "fp8" and (values or name in ("after", "buckets"))
+
+
+def forget_bounds(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, (Attention, EightBitLinear)):
+            module.bound = None
+
+
+@pytest.mark.parametrize("name", ["after", "before", "rms before", "qwen3"])
+def test_no_number_is_beyond_its_bound(name: str) -> None:
+    """Of any input: the norms' gains and biases are large here, and so are the inputs of the first norm."""
+    model = build(name)
+    generator = torch.Generator().manual_seed(6)
+    for path, weight in model.named_parameters():
+        if "norm" in path:
+            weight.data.normal_(0.0, 3.0, generator=generator)
+        elif path.startswith("layers."):
+            weight.data.mul_(4.0)
+    round_to_eight_bits(model, EightBits("fp8"))
+    if isinstance(model, EncoderModel):
+        model.finish()
+    seen: list[tuple[float, float]] = []
+    for module in list(model.modules()):
+        if isinstance(module, Attention) and module.bound is not None:
+            rows = slice(sum(module.qkv.parts[:2]), None)
+            watch(module.qkv, rows, module.bound.limit, seen)
+        if isinstance(module, EightBitLinear) and module.bound is not None:
+            watch(module, slice(None), module.bound.limit, seen)
+            module.rounds = False
+    run(model)
+    assert len(seen) == (6 if name == "after" else 2 if name == "before" else 3)
+    for largest, limit in seen:
+        assert largest <= limit
+        assert largest > limit / 40, "a bound so far away would cost precision"
+
+
+def watch(module: torch.nn.Module, rows: slice, limit: float, seen: list[tuple[float, float]]) -> None:
+    """Note the largest number that these columns of a result hold, and what was said of it."""
+
+    def note(_: torch.nn.Module, __: object, out: Tensor) -> None:
+        seen.append((float(out[:, rows].abs().max()), limit))
+
+    module.register_forward_hook(note)
 
 
 @pytest.mark.parametrize(("format", "width"), [("fp8", 72), ("int8", 80)])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from headrace.kernels.attention import attention
+from headrace.kernels.attention import attention, rounded_attention
 from headrace.kernels.norm import rms_norm
 from headrace.kernels.rotary import qk_norm_rope, rope
-from headrace.kernels.rounding import Rounded
+from headrace.kernels.rounding import Bound, Rounded
 from headrace.layers.norm import RMSNorm
 from headrace.layers.packed import AttentionBatch
 
@@ -61,6 +61,9 @@ class Attention(nn.Module):
         norm: HeadNorm or FullNorm, or None.
         layer: index of this layer's cache.
         sinks: float32 [Hq], a learned score for each head that joins the softmax and has no value (gpt-oss).
+
+    Attributes:
+        bound: of values, where o takes FP8 with one scale.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.layer, self.scale, self.window, self.soft_cap = layer, scale, window, soft_cap
         self.sinks = sinks
+        self.bound: Bound | None = None
 
     def forward(self, x: Tensor | Rounded, cos_sin: CosSin | None, batch: AttentionBatch) -> Tensor:
         """x [T, D] -> [T, D]. ``cos_sin`` None: no rotary embedding in this layer."""
@@ -93,6 +97,19 @@ class Attention(nn.Module):
             qk = self.qk_norm(qk, cos_sin)
         elif cos_sin is not None:
             qk = rope(qk, *cos_sin)
+        if self.bound is not None and self.sinks is None and not batch.caches:
+            return self.o(  # type: ignore[no-any-return]
+                rounded_attention(
+                    qk[:, :hq],
+                    qk[:, hq:],
+                    v,
+                    batch,
+                    self.bound,
+                    scale=self.scale,
+                    window=self.window,
+                    soft_cap=self.soft_cap,
+                )
+            )
         out = attention(
             qk[:, :hq],
             qk[:, hq:],

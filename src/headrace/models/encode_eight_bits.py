@@ -9,6 +9,7 @@ from torch import nn
 
 from headrace.errors import UnsupportedCheckpoint
 from headrace.kernels.rounding import BLOCK, Format
+from headrace.layers.attention import Attention
 from headrace.layers.dense import Dense
 from headrace.layers.eight_bits import EightBitLinear, PlainNorm, RoundingGate, RoundingNorm
 from headrace.layers.linear import Linear
@@ -18,6 +19,8 @@ from headrace.models.decoder import DecoderModel
 from headrace.models.encoder import EncoderModel
 
 __all__ = ["EightBits", "round_to_eight_bits", "to_eight_bits"]
+
+_SHRINKING = ("gelu", "gelu_tanh", "relu", "silu", "tanh")  # |f(x)| <= |x|
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,36 @@ def round_to_eight_bits(model: nn.Module, how: EightBits) -> None:
         _convert(layer, format, how.mlp_only)
     if isinstance(model, EncoderModel) and not model.config.pre_norm:
         _norms_after(model, layers, format)
-        return
-    for layer in layers:
-        layer.attention_norm = _norm_before(layer.attention_norm, layer.attention.qkv, format)
-        layer.mlp_norm = _norm_before(layer.mlp_norm, _first(layer.mlp), format)
+        before = [model.embedding_norm, *(layer.mlp_norm for layer in layers)]
+        norms = [(norm, layer.attention_norm) for norm, layer in zip(before, layers)]
+    else:
+        for layer in layers:
+            layer.attention_norm = _norm_before(layer.attention_norm, layer.attention.qkv, format)
+            layer.mlp_norm = _norm_before(layer.mlp_norm, _first(layer.mlp), format)
+        norms = [(layer.attention_norm, layer.mlp_norm) for layer in layers]
+    if format == "fp8":
+        for layer, (first, second) in zip(layers, norms, strict=True):
+            _bound(layer, first, second)
+
+
+def _bound(layer: Any, before_attention: nn.Module, before_mlp: nn.Module) -> None:
+    """Find how large values and activations can become, so that they are rounded where they are made."""
+    attention, up = layer.attention, _first(layer.mlp)
+    qkv = attention.qkv
+    if (
+        isinstance(qkv, EightBitLinear)
+        and isinstance(before_attention, RoundingNorm)
+        and type(attention) is Attention
+    ):
+        values = slice(sum(qkv.parts[:2]), None)
+        attention.bound = qkv.bound_of(before_attention.norm, values)
+    if (
+        isinstance(up, EightBitLinear)
+        and isinstance(before_mlp, RoundingNorm)
+        and up.rounds
+        and up.activation in _SHRINKING
+    ):
+        up.bound = up.bound_of(before_mlp.norm)
 
 
 def _convert(layer: Any, format: Format, mlp_only: bool) -> None:

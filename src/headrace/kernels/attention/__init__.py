@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from headrace.kernels.dispatch import kernel
+from headrace.kernels.rounding import Bound, Rounded
 
 if TYPE_CHECKING:
     from headrace.layers.packed import AttentionBatch
 
-__all__ = ["attention"]
+__all__ = ["attention", "rounded_attention"]
 
 
 def attention(
@@ -45,3 +46,26 @@ def attention(
     """
     run = kernel("attention", "attention", q.device.type)
     return run(q, k, v, batch, layer, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)  # type: ignore[no-any-return]
+
+
+def rounded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: AttentionBatch,
+    bound: Bound,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Rounded:
+    """The same without a cache, rounded to FP8 with one scale for all rows.
+
+    Args:
+        bound: of all values.
+
+    Returns:
+        [T, Hq * D].
+    """
+    run = kernel("attention", "rounded_attention", q.device.type)
+    return run(q, k, v, batch, bound, scale=scale, window=window, soft_cap=soft_cap)  # type: ignore[no-any-return]

@@ -107,14 +107,15 @@ def _step(acc, p, peak, norm, none, q, k_ring, v_ring, k_full, v_full, k_free, v
 
 @gluon.jit
 def _attend(out_ptr, q_rows, k_ring, v_ring, q_full, k_full, v_full, q_free, k_free, v_free, map_ptr, turns, num_heads,
-            factor, GROUP: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
-            CAUSAL: gl.constexpr):  # fmt: skip
+            factor, out_factor, GROUP: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+            CAUSAL: gl.constexpr, FACTOR: gl.constexpr):  # fmt: skip
     """A group of four warps: 64 rows of each tile."""
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    dtype: gl.constexpr = k_ring.dtype
+    WIDTH: gl.constexpr = 16 if FACTOR else 8
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    OUT: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32 * WIDTH // D, D // WIDTH], [4, 1], [1, 0])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     none = gl.full([64, TILE], 0.0, gl.float32, S_LAYOUT)
     taken = 0
@@ -174,8 +175,14 @@ def _attend(out_ptr, q_rows, k_ring, v_ring, q_full, k_full, v_full, q_free, k_f
             mbarrier.arrive(v_free.index(stage), count=1)
 
             inverse = 1.0 / gl.where(norm > 0.0, norm, 1.0)
+            if FACTOR:
+                inverse = inverse * out_factor
             acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            result = gl.convert_layout(acc.to(dtype), OUT)
+            if FACTOR:
+                acc += acc * 0.0  # infinity becomes NaN: the cast to FP8 would make it 448
+                result = gl.convert_layout(acc.to(gl.float16), OUT).to(out_ptr.dtype.element_ty)
+            else:
+                result = gl.convert_layout(acc.to(dtype), OUT)
             row = first + gl.arange(0, 64, gl.SliceLayout(1, OUT))
             d = gl.arange(0, D, gl.SliceLayout(0, OUT))
             at = (start + row).to(gl.int64) * num_heads + head
@@ -184,10 +191,10 @@ def _attend(out_ptr, q_rows, k_ring, v_ring, q_full, k_full, v_full, q_free, k_f
 
 @gluon.jit(do_not_specialize=["turns"])
 def _packed_specialized(
-    q_desc, k_desc, v_desc, out_ptr, map_ptr, turns, num_heads, scale, G: gl.constexpr, D: gl.constexpr,
-    TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    q_desc, k_desc, v_desc, out_ptr, map_ptr, turns, num_heads, scale, out_factor, G: gl.constexpr, D: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, FACTOR: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    dtype: gl.constexpr = q_desc.dtype
     factor = scale * 1.4426950408889634
     q_rows = gl.allocate_shared_memory(dtype, [4, 64, D], q_desc.layout)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], k_desc.layout)
@@ -209,9 +216,9 @@ def _packed_specialized(
     gl.warp_specialize(
         [
             (_attend, (out_ptr, q_rows, k_ring, v_ring, q_full, k_full, v_full, q_free, k_free, v_free, map_ptr, turns,
-                       num_heads, factor, 0, D, TILE, STAGES, CAUSAL)),
+                       num_heads, factor, out_factor, 0, D, TILE, STAGES, CAUSAL, FACTOR)),
             (_attend, (out_ptr, q_rows, k_ring, v_ring, q_full, k_full, v_full, q_free, k_free, v_free, map_ptr, turns,
-                       num_heads, factor, 1, D, TILE, STAGES, CAUSAL)),
+                       num_heads, factor, out_factor, 1, D, TILE, STAGES, CAUSAL, FACTOR)),
             (_fetch, (q_desc, k_desc, v_desc, q_rows, k_ring, v_ring, q_full, k_full, v_full, q_free, k_free, v_free,
                       map_ptr, turns, num_heads, G, D, TILE, STAGES, CAUSAL)),
         ],
@@ -221,19 +228,27 @@ def _packed_specialized(
 
 
 def packed_specialized(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, *, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    factor: float | None = None,
 ) -> Tensor:
     """As packed_attention, without window, soft cap and bias.
 
     Args:
         q: [T, Hq, D]; k, v: [T, Hkv, D], float16 or bfloat16, D 64 or 128, heads side by side.
         tiles: the map of tiles of ROWS query rows of one head.
+        factor: the result is multiplied with it, and rounded to FP8.
 
     Returns:
         [T, Hq, D], contiguous.
     """
     num_tokens, num_heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype if factor is None else torch.float8_e4m3fn, device=q.device)
     kind = gl.bfloat16 if q.dtype is torch.bfloat16 else gl.float16
 
     def described(x: Tensor, rows: int) -> TensorDescriptor:
@@ -243,6 +258,7 @@ def packed_specialized(
     turns = tiles.shape[0] * num_heads
     _packed_specialized[(min(turns, num_multiprocessors(q.device)),)](
         described(q, 64), described(k, _TILE), described(v, _TILE), out, tiles, turns, num_heads, scale,
-        G=num_heads // k.shape[1], D=dim, TILE=_TILE, STAGES=_STAGES, CAUSAL=causal, num_warps=4, maxnreg=168,
+        factor or 0.0, G=num_heads // k.shape[1], D=dim, TILE=_TILE, STAGES=_STAGES, CAUSAL=causal,
+        FACTOR=factor is not None, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return out

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.attention.cache import readable, store, take
+from headrace.kernels.dispatch import kernel
+from headrace.kernels.rounding import Bound, Rounded, within
 
 if TYPE_CHECKING:
     from headrace.layers.packed import AttentionBatch
 
-__all__ = ["attention", "visible"]
+__all__ = ["attention", "rounded_attention", "visible"]
 
 
 def visible(
@@ -57,6 +59,21 @@ def attention(
             )
         out[rows] = _one(q[rows], keys, values, batch.causal, scale, window, soft_cap, sinks)
     return out
+
+
+def rounded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: AttentionBatch,
+    bound: Bound,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Rounded:
+    run = kernel("attention", "attention", q.device.type)
+    return within(run(q, k, v, batch, 0, scale=scale, window=window, soft_cap=soft_cap).flatten(1), bound)
 
 
 def _one(

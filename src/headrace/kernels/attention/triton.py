@@ -18,11 +18,12 @@ from headrace.kernels.attention.triton_fresh import fresh_attention, fresh_cover
 from headrace.kernels.attention.triton_packed import packed_attention
 from headrace.kernels.attention.triton_prefill import prefill_attention
 from headrace.kernels.launch import launch_options
+from headrace.kernels.rounding import Bound, Rounded
 
 if TYPE_CHECKING:
     from headrace.layers.packed import AttentionBatch, LayerCache
 
-__all__ = ["attention", "write_cache"]
+__all__ = ["attention", "rounded_attention", "write_cache"]
 
 
 @triton.jit
@@ -144,6 +145,21 @@ def _attend_lone(q: Tensor, k: Tensor, batch: AttentionBatch, cache: LayerCache,
         q, cache.k, cache.v, batch.block_tables, batch.seq_lens, _workspace(batch, q, k),
         query_starts=None if batch.decode_only else batch.query_starts, **options,
     )  # fmt: skip
+
+
+def rounded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: AttentionBatch,
+    bound: Bound,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Rounded:
+    out = packed_attention(q, k, v, batch, scale=scale, window=window, soft_cap=soft_cap, factor=bound.factor)
+    return Rounded(out.flatten(1), bound.scale)
 
 
 def _workspace(batch: AttentionBatch, q: Tensor, k: Tensor) -> DecodeWorkspace:

@@ -85,9 +85,10 @@ def _keys(acc, peak, norm, q, k_ptr, v_ptr, k_desc, v_desc, row, column, key_row
 
 @triton.jit
 def _packed(q_ptr, q_row, q_head, k_ptr, v_ptr, k_desc, v_desc, key_row, kv_head, out_ptr, map_ptr, bias_ptr,
-            sinks_ptr, reach, num_heads, scale, soft_cap, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+            sinks_ptr, reach, num_heads, scale, soft_cap, factor, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
             ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, CAUSAL: tl.constexpr,
-            BIAS: tl.constexpr, SINKS: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            BIAS: tl.constexpr, SINKS: tl.constexpr, TMA: tl.constexpr, FACTOR: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -132,7 +133,11 @@ def _packed(q_ptr, q_row, q_head, k_ptr, v_ptr, k_desc, v_desc, key_row, kv_head
                                     key_row, bias_at, reach, full, hi, length, position,
                                 scale, soft_cap, D, DP, TILE, WINDOW, CAPPED, CAUSAL, BIAS, True, TMA)  # fmt: skip
         acc = weigh(acc, peak, norm, tile, head, sinks_ptr, G, ROWS, SINKS)
-        tl.store(out_ptr + (at * num_heads + heads[:, None]) * D + d[None, :], acc.to(q.dtype), mask=ok)
+        if FACTOR:
+            acc = acc * factor
+            acc += acc * 0.0  # infinity becomes NaN: the cast to FP8 would make it 448
+        result = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (at * num_heads + heads[:, None]) * D + d[None, :], result, mask=ok)
 
 
 def packed_attention(
@@ -146,12 +151,14 @@ def packed_attention(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    factor: float | None = None,
 ) -> Tensor:
     """Attend each query of a cache-less batch to its own sequence's keys.
 
     Args:
         q: [T, Hq, D]; k, v: [T, Hkv, D].
         bias: float32 [Hq, 2 R + 1] added to scores by distance key - query, or None.
+        factor: the result is multiplied with it, and rounded to FP8.
         Others: see kernels.attention.
 
     Returns:
@@ -169,10 +176,11 @@ def packed_attention(
         from headrace.kernels.attention.gluon_packed import ROWS, packed_specialized
 
         tiles = _tiles(batch, num_tokens, 1, ROWS)
-        return packed_specialized(q, k, v, tiles, scale=scale, causal=batch.causal)
+        return packed_specialized(q, k, v, tiles, scale=scale, causal=batch.causal, factor=factor)
     rows, tile, warps, stages, wanted = _shape(padded, num_tokens * group // num_seqs, q.element_size())
     tiles = _tiles(batch, num_tokens, group, rows)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    kind = q.dtype if factor is None else torch.float8_e4m3fn
+    out = torch.empty(q.shape, dtype=kind, device=q.device)
     tma = (
         wanted
         and dim == padded
@@ -184,9 +192,9 @@ def packed_attention(
     _packed[(tiles.shape[0] * k.shape[1],)](
         q, q.stride(0), q.stride(1), k, v, *descriptors, k.stride(0), k.stride(1), out, tiles,
         tiles if bias is None else bias, tiles if sinks is None else sinks, 0 if bias is None else bias.shape[1] // 2,
-        num_heads, scale, soft_cap or 0.0,
+        num_heads, scale, soft_cap or 0.0, factor or 0.0,
         G=group, D=dim, DP=padded, ROWS=rows, TILE=tile, WINDOW=window or 0, CAPPED=soft_cap is not None,
-        CAUSAL=batch.causal, BIAS=bias is not None, SINKS=sinks is not None, TMA=tma,
+        CAUSAL=batch.causal, BIAS=bias is not None, SINKS=sinks is not None, TMA=tma, FACTOR=factor is not None,
         **launch_options(q.device, warps, stages),
     )  # fmt: skip
     return out

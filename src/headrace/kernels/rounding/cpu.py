@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headrace.kernels.dense.reference import activated
 from headrace.kernels.norm.cpu import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from headrace.kernels.rounding import BLOCK, Format, Rounded, hadamard, reference
+from headrace.kernels.rounding import BLOCK, Bound, Format, Rounded, hadamard, reference
 
 __all__ = ["gate", "linear", "norm", "rows"]
 
@@ -71,9 +71,10 @@ def linear(
     dtype: torch.dtype,
     activation: str | None = None,
     rounds: Format | None = None,
+    bound: Bound | None = None,
 ) -> Tensor | Rounded:
     if weight.dtype is not torch.int8 or rounds == "fp8":
-        return reference.linear(x, weight, scale, bias, dtype, activation, rounds)
+        return reference.linear(x, weight, scale, bias, dtype, activation, rounds, bound)
     count, width = x.codes.shape[0], weight.shape[0]
     step = _ROWS * torch.get_num_threads()
     made = (

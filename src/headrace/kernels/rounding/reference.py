@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headrace.kernels.activation import reference as activation_reference
 from headrace.kernels.norm import reference as norms
-from headrace.kernels.rounding import BLOCK, Format, Rounded, hadamard, top
+from headrace.kernels.rounding import BLOCK, Bound, Format, Rounded, hadamard, top, within
 
 __all__ = ["activate", "gate", "linear", "norm", "rotated", "rows"]
 
@@ -69,10 +69,13 @@ def linear(
     dtype: torch.dtype,
     activation: str | None = None,
     rounds: Format | None = None,
+    bound: Bound | None = None,
 ) -> Tensor | Rounded:
     out = (x.codes.float() @ weight.float().T) * x.scale * scale
     if bias is not None:
         out = out + bias.float()
     if activation is not None:
         out = activation_reference.bias_activate(out, None, activation)
-    return out.to(dtype) if rounds is None else rows(out.to(dtype), rounds)
+    if rounds is None:
+        return out.to(dtype)
+    return rows(out.to(dtype), rounds) if bound is None else within(out, bound)
