@@ -26,9 +26,17 @@ def decode() -> Iterator[Variant]:
     """Every cache, as the fused step and on its own."""
     base = {
         **SHAPE, "GP": 16, "GM": 4, "R": 128, "TILE": 32, "FUSED": True, "NORM": True, "ROWS": True, "STARTS": False,
-        "WIDE": False, "MAX_SPLITS": 32, "MIN_SPLIT": 512, "CHUNK": 8,
+        "WIDE": False, "MAX_SPLITS": 32, "MIN_SPLIT": 512, "CHUNK": 8, "FEW": False,
     }  # fmt: skip
-    plain = {"FUSED": False, "NORM": False, "R": 0, "STARTS": True, "WINDOW": 100, "CAPPED": True}
+    plain = {
+        "FUSED": False,
+        "FEW": True,
+        "NORM": False,
+        "R": 0,
+        "STARTS": True,
+        "WINDOW": 100,
+        "CAPPED": True,
+    }
     caches = {
         "bf16": ("*bf16", {}),
         "fp8": ("*fp8e4nv", {}),

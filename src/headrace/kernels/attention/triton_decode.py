@@ -25,6 +25,7 @@ from headrace.kernels.attention.triton_pieces import (
     load_blocks,
     load_tile,
     merge,
+    merge_few,
     norm_rope,
     pieces,
 )
@@ -95,7 +96,7 @@ def _decode(
     G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, WIDE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, SINKS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.constexpr, SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     # Lengths, tables and older keys are written by no kernel that may still run (kernels/step), so a fused step
@@ -242,8 +243,12 @@ def _decode(
             arrived = tl.atomic_add(arrivals_ptr + seq * num_kv_heads + head, 1, sem="acq_rel", scope="gpu")
             if arrived == count - 1:
                 tl.debug_barrier()
-                o = merge(partial_ptr, row, count, head * G, num_heads, sinks_ptr, G, GM, DP, MAX_SPLITS, CHUNK, 4,
-                          SINKS)  # fmt: skip
+                if FEW:
+                    o = merge_few(partial_ptr, row, count, head * G, num_heads, sinks_ptr, G, GM, DP, MAX_SPLITS,
+                                  CHUNK, SINKS)  # fmt: skip
+                else:
+                    o = merge(partial_ptr, row, count, head * G, num_heads, sinks_ptr, G, GM, DP, MAX_SPLITS, CHUNK,
+                              4, SINKS)  # fmt: skip
                 gm = tl.arange(0, GM)
                 o_ok = (gm[:, None] < G) & (d[None, :] < D)
                 tl.store(out_ptr + o_at + (head * G + gm)[:, None] * D + d[None, :], o.to(dtype), mask=o_ok)
@@ -327,7 +332,8 @@ def decode_attention(
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
         STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
         MIN_SPLIT=shape.min_split,
-        CHUNK=max(1, min(MAX_SPLITS, 2048 // (merged * padded))), SINKS=sinks is not None, **options,
+        CHUNK=max(1, min(8 if shape.warps > 1 else MAX_SPLITS, 2048 // (merged * padded))), FEW=shape.warps > 1,
+        SINKS=sinks is not None, **options,
     )  # fmt: skip
     return out
 

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from headrace.kernels.attention.triton_fp4 import load_fp4
 
-__all__ = ["add_sink", "add_tile", "load_blocks", "load_tile", "merge", "norm_rope", "pieces"]
+__all__ = ["add_sink", "add_tile", "load_blocks", "load_tile", "merge", "merge_few", "norm_rope", "pieces"]
 
 
 @triton.jit
@@ -164,4 +164,56 @@ def merge(
         mine = i[None, :, None] == (start + c)[:, None, None]
         mine = tl.sum(tl.where(mine, weight[None, :, :], 0.0), 1)
         acc += tl.sum(part * mine[:, :, None], 0)
+    return acc / tl.where(total > 0.0, total, 1.0)[:, None]
+
+
+@triton.jit
+def merge_few(
+    partial_ptr,
+    base,
+    count,
+    head,
+    num_heads,
+    sinks_ptr,
+    G: tl.constexpr,
+    GM: tl.constexpr,
+    DP: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """As merge, for programs of several warps over few pieces: without copies through shared memory."""
+    W: tl.constexpr = DP + 4
+    g = tl.arange(0, GM)
+    i = tl.arange(0, MAX_SPLITS)
+    d = tl.arange(0, DP)
+    c = tl.arange(0, CHUNK)
+    # Everything that does not depend on the maximum is asked for first.
+    at = base + (c[:, None] * num_heads + head + g[None, :]) * W
+    ok = (c[:, None] < count) & (g[None, :] < G)
+    m = tl.load(partial_ptr + at + DP, mask=ok, other=float("-inf"), cache_modifier=".cg")
+    part = tl.load(
+        partial_ptr + at[:, :, None] + d[None, None, :], mask=ok[:, :, None], other=0.0, cache_modifier=".cg"
+    )
+    rows = base + (i[:, None] * num_heads + head + g[None, :]) * W
+    live = (i[:, None] < count) & (g[None, :] < G)
+    top = tl.load(partial_ptr + rows + DP, mask=live, other=float("-inf"), cache_modifier=".cg")
+    peak = tl.max(top, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    norm = tl.load(partial_ptr + rows + DP + 1, mask=live, other=0.0, cache_modifier=".cg")
+    total = tl.sum(norm * tl.exp2(top - peak[None, :]), 0)
+    if SINKS:
+        total = add_sink(total, peak, sinks_ptr, head + g, g < G)
+    acc = tl.sum(part * tl.exp2(m - peak[None, :])[:, :, None], 0)
+    for start in range(CHUNK, count, CHUNK):
+        at = base + ((start + c)[:, None] * num_heads + head + g[None, :]) * W
+        ok = ((start + c)[:, None] < count) & (g[None, :] < G)
+        m = tl.load(partial_ptr + at + DP, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(
+            partial_ptr + at[:, :, None] + d[None, None, :],
+            mask=ok[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        acc += tl.sum(part * tl.exp2(m - peak[None, :])[:, :, None], 0)
     return acc / tl.where(total > 0.0, total, 1.0)[:, None]
