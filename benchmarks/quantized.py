@@ -4,7 +4,9 @@
     python -m benchmarks.quantized --tune     # writes src/headrace/kernels/quantized_linear/tuned/<gpu>.json
 
 Each figure is a median over replays of a CUDA graph that walks over enough different weights not to fit the cache,
-with the rounding of activations included for FP8. Bytes are those of the weights and their scales.
+with the rounding of activations included for FP8. Floors: weights, scales, rows and outputs at the rate of copies, or
+operations at bf16's rate (FP8: twice that), whichever takes longer. ``times_bf16`` is against the faster of torch's
+product and our own kernel, of up to 64 rows with the gate.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Recorder, arguments, device_name, model_config
+from benchmarks.common import Recorder, arguments, ceilings, device_name, model_config
 from benchmarks.kernels import compile_all, graph_seconds
 from headrace.config.quantization import quantization_type
 from headrace.kernels.attention.decode_shapes import is_long
@@ -42,6 +44,7 @@ from headrace.quantization.registry import load_time
 from headrace.quantization.scaled import ScaledLinear
 
 DEVICE = torch.device("cuda")
+RATES = (4.0e12, 790e12)  # bytes/s of a copy and bf16 FLOP/s, of an H200, where they were not measured
 SPREAD = 192 << 20  # bytes that one graph walks over
 
 
@@ -64,12 +67,6 @@ def packed(scheme: str, n: int, k: int) -> ScaledLinear:
     made = load_time(quantization_type(scheme), DEVICE)("layers.0.mlp.down", linear)
     assert isinstance(made, ScaledLinear)
     return made
-
-
-def measure(run: Callable[[int], object], nbytes: int) -> tuple[float, float]:
-    """Seconds and bytes/s."""
-    seconds = graph_seconds(run, max(8, 2 * SPREAD // nbytes))
-    return seconds, nbytes / seconds
 
 
 def torch_linear(weights: list[Tensor], x: Tensor, i: int) -> Tensor:
@@ -126,7 +123,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="qwen3-8b")
     parser.add_argument("--schemes", nargs="+", default=["fp8", "nvfp4", "int4-g128"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64, 512])
     parser.add_argument("--tune", action="store_true", help="write tile shapes instead")
     parser.add_argument("--cache", action="store_true", help="attention over caches of each format instead")
     parser.add_argument("--limit", type=int, default=24, help="candidates of one case at most")
@@ -144,58 +141,94 @@ def main() -> None:
         )
         tune(args.model, args.schemes, args.rows, Path(path), args.limit, args.seconds)
         return
-    totals: dict[tuple[str, int], float] = {}
+    maps(recorder, args.model, args.schemes, args.rows)
 
-    def note(scheme: str, rows: int, name: str, seconds: float, rate: float) -> None:
-        totals[scheme, rows] = totals.get((scheme, rows), 0.0) + seconds
-        recorder.row(
-            model=args.model, precision=scheme, case=f"{name} M={rows}", metric="bytes_s", value=rate
-        )
 
-    for name, (n, k, gate) in shapes(args.model).items():
+class Layer:
+    """Rows of one layer's linear maps, and their sums; each with its floor and how many times bf16's speed it is."""
+
+    def __init__(self, recorder: Recorder, model: str) -> None:
+        self.recorder, self.model = recorder, model
+        self.seconds: dict[tuple[str, int], float] = {}
+        self.floors: dict[tuple[str, int], float] = {}
+        self.plain: dict[tuple[str, int], float] = {}  # of (map, rows), the faster bf16 product
+
+    def note(self, precision: str, rows: int, name: str, n: int, k: int, nbytes: int, seconds: float) -> None:
+        """One map's product; ``nbytes`` of its weights."""
+        copies, flops = ceilings() or RATES
+        work = 2.0 * rows * n * k / (flops * (2 if precision.startswith("fp8") else 1))
+        floor = max((nbytes + 2 * rows * (n + k)) / copies, work)
+        if precision.startswith("bf16"):
+            self.plain[name, rows] = min(seconds, self.plain.get((name, rows), seconds))
+        for total, value in ((self.seconds, seconds), (self.floors, floor)):
+            total[precision, rows] = total.get((precision, rows), 0.0) + value
+        self._row(precision, f"{name} M={rows}", seconds, floor, self.plain.get((name, rows)))
+
+    def total(self) -> None:
+        """Rows of the sums, and a table of them."""
+        plain: dict[int, float] = {}
+        for (_, rows), seconds in self.plain.items():
+            plain[rows] = plain.get(rows, 0.0) + seconds
+        for (precision, rows), seconds in self.seconds.items():
+            scaled_mm = self.seconds.get(("fp8 torch", rows)) if precision == "fp8" else None
+            more = {} if scaled_mm is None else {"times_scaled_mm": round(scaled_mm / seconds, 3)}
+            floor = self.floors[precision, rows]
+            self._row(precision, f"one layer M={rows}", seconds, floor, plain.get(rows), **more)
+        print(f"{'one layer, us':16}" + "".join(f"{f'M={rows} (floor) x bf16':>26}" for rows in plain))
+        for precision in dict.fromkeys(name for name, _ in self.seconds):
+            cells = [
+                (self.seconds.get((precision, m)), self.floors.get((precision, m), 0.0), plain[m])
+                for m in plain
+            ]
+            shown = [f"{t * 1e6:.1f} ({f * 1e6:.1f}) {b / t:.2f}" if t else "-" for t, f, b in cells]
+            print(f"{precision:16}" + "".join(f"{text:>26}" for text in shown), flush=True)
+
+    def _row(
+        self, precision: str, case: str, seconds: float, floor: float, plain: float | None, **more: float
+    ) -> None:
+        self.recorder.row(
+            model=self.model, precision=precision, case=case, metric="seconds", value=seconds, floor=floor,
+            times_bf16=None if plain is None else round(plain / seconds, 3), **more,
+        )  # fmt: skip
+
+
+def maps(recorder: Recorder, model: str, schemes: list[str], row_counts: list[int]) -> None:
+    """bf16 through torch and through our kernels, every scheme, and torch's own scaled product."""
+    layer = Layer(recorder, model)
+    for name, (n, k, gate) in shapes(model).items():
         copies = max(2, SPREAD // (n * k * 2))
         dense = [torch.randn(n, k, dtype=torch.bfloat16, device=DEVICE) for _ in range(copies)]
-        inputs = {rows: torch.randn(rows, k, dtype=torch.bfloat16, device=DEVICE) for rows in args.rows}
+        inputs = {rows: torch.randn(rows, k, dtype=torch.bfloat16, device=DEVICE) for rows in row_counts}
+
+        def note(
+            scheme: str, rows: int, nbytes: int, run: Callable[[int], object], name: str = name, n: int = n, k: int = k
+        ) -> None:  # fmt: skip
+            seconds = graph_seconds(run, max(8, 2 * SPREAD // nbytes))
+            layer.note(scheme, rows, name, n, k, nbytes, seconds)
+
         for rows, x in inputs.items():
-            note("bf16 torch", rows, name, *measure(partial(torch_linear, dense, x), n * k * 2))
+            note("bf16 torch", rows, n * k * 2, partial(torch_linear, dense, x))
             if rows <= kernels.MAX_ROWS:
-                plain = partial(plain_linear, dense, x, gate)
-                note("bf16", rows, name, *measure(plain, n * k * 2))
+                note("bf16", rows, n * k * 2, partial(plain_linear, dense, x, gate))
         del dense
-        for scheme in args.schemes:
+        for scheme in schemes:
             first = packed(scheme, n, k)
             linears = [first, *(packed(scheme, n, k) for _ in range(max(1, SPREAD // first.nbytes)))]
             for rows, x in inputs.items():
-                note(scheme, rows, name, *measure(partial(packed_linear, linears, x, gate), first.nbytes))
-            if scheme == "fp8":
-                torch_scaled(
-                    linears, inputs, lambda *facts, name=name: note("fp8 torch", facts[0], name, *facts[1:])
-                )
-    for (scheme, rows), seconds in totals.items():
-        row = {"model": args.model, "precision": scheme, "case": f"one layer M={rows}"}
-        recorder.row(**row, metric="seconds", value=seconds)
+                note(scheme, rows, first.nbytes, partial(packed_linear, linears, x, gate))
+                if scheme == "fp8" and rows >= 16:
+                    note("fp8 torch", rows, first.nbytes, partial(torch_scaled, linears, x))
+    layer.total()
 
 
-def torch_scaled(
-    linears: list[ScaledLinear], inputs: dict[int, Tensor], note: Callable[[int, float, float], None]
-) -> None:
+def torch_scaled(linears: list[ScaledLinear], x: Tensor, i: int) -> object:
     """torch._scaled_mm with scales for rows, its activations rounded by our kernel."""
-    for rows, x in inputs.items():
-        if rows < 16:
-            continue
-
-        def run(i: int, x: Tensor = x) -> object:
-            linear = linears[i % len(linears)]
-            codes, scale = kernels.quantize_rows(x)
-            return torch._scaled_mm(
-                codes,
-                linear.held.codes.t(),
-                scale_a=scale,
-                scale_b=scaled.row_scales(linear)[None, :],
-                out_dtype=torch.bfloat16,
-            )
-
-        note(rows, *measure(run, linears[0].nbytes))
+    linear = linears[i % len(linears)]
+    codes, scale = kernels.quantize_rows(x)
+    return torch._scaled_mm(
+        codes, linear.held.codes.t(), scale_a=scale, scale_b=scaled.row_scales(linear)[None, :],
+        out_dtype=torch.bfloat16,
+    )  # fmt: skip
 
 
 def candidates(scheme: str, rows: int, n: int, k: int, gated: bool) -> list[Any]:
@@ -220,7 +253,7 @@ def candidates(scheme: str, rows: int, n: int, k: int, gated: bool) -> list[Any]
                 found.append(PackedShape(bn, bk, splits, warps, stages))
         return found
     blocks = -(-k // 128)
-    for tiles, warps, splits in itertools.product((1, 2, 4), (4, 8, 16), (1, 2, 4)):
+    for tiles, warps, splits in itertools.product((1, 2, 4), (1, 2, 4, 8, 16), (1, 2, 4, 8)):
         programs = -(-n // (16 * tiles)) * splits
         fits = tiles * bm * warps <= 256 and (tiles > 1 or not gated) and blocks % (warps * splits) == 0
         if fits and 100 <= programs <= 3100 and 500 <= programs * warps <= 12500:

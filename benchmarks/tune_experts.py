@@ -40,7 +40,11 @@ def candidates(block: int, most: int, gated: bool) -> list[ExpertCodesShape]:
         if fits and tiles_of * warps <= 16:
             found.append(ExpertCodesShape(bm, tiles_of, warps))
     if most > 8:
-        found += [ExpertCodesShape(block, t, w, True, stages) for t, w, stages in MANY]
+        found += [ExpertCodesShape(block, t, w, tuning.MANY, stages) for t, w, stages in MANY]
+        wide = ((16, 8), (8, 4)) if gated else ((16, 8), (8, 8), (8, 4), (4, 4))
+        found += [
+            ExpertCodesShape(block, t, w, tuning.WIDE, 4) for t, w in wide if block < 128 or t <= 2 * w <= 16
+        ]
     return found
 
 
@@ -83,6 +87,7 @@ def main() -> None:
     parser.add_argument("--model", default="gpt-oss-20b")
     parser.add_argument("--scheme", default="mxfp4")
     parser.add_argument("--tokens", default="1,16,64")
+    parser.add_argument("--kinds", default="", help="only these kinds of shapes, as digits")
     parser.add_argument("--compile", action="store_true", help="compile only")
     parser.add_argument("--write", action="store_true", help="the best into the package's table")
     args = parser.parse_args()
@@ -91,6 +96,7 @@ def main() -> None:
     best: dict[str, list[Any]] = {}
     for tokens in map(int, args.tokens.split(",")):
         runs = jobs(mixture, tokens, config.hidden_size)
+        runs = [found for found in runs if not args.kinds or str(found[1].kind) in args.kinds]
         compile_all([partial(run, 0) for *_, run in runs])
         if args.compile:
             continue

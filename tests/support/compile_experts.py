@@ -66,10 +66,11 @@ def eight_bits() -> Iterator[Variant]:
 def four_bits() -> Iterator[Variant]:
     base = {"SHARED": 8, "ROWS": 16, "BM": 8, "EVEN": True, "BIAS": False, "PLAIN": False, "PDL": True}
     forms = {
-        "nvfp4": {"FP4": True, "GROUP": 16, "ZERO": False},
-        "mxfp4": {"FP4": True, "GROUP": 32, "ZERO": False},
-        "int4": {"FP4": False, "GROUP": 128, "ZERO": True},
-        "int4 of 32": {"FP4": False, "GROUP": 32, "ZERO": False},
+        "nvfp4": {"FP4": True, "GROUP": 16, "ZERO": False, "SMALL": False},
+        "mxfp4": {"FP4": True, "GROUP": 32, "ZERO": False, "SMALL": True},
+        "mxfp4 of any scale": {"FP4": True, "GROUP": 32, "ZERO": False, "SMALL": False},
+        "int4": {"FP4": False, "GROUP": 128, "ZERO": True, "SMALL": False},
+        "int4 of 32": {"FP4": False, "GROUP": 32, "ZERO": False, "SMALL": False},
     }
     shapes: tuple[dict[str, Any], ...] = (
         {"T": 2, "W": 4, "GATE": 1},

@@ -61,13 +61,21 @@ def four_bits() -> Iterator[Variant]:
         "BM": 8, "T": 2, "W": 4, "SPLITS": 2, "EVEN": True, "BIAS": True, "GATE": 0, "RESIDUAL": True,
         "PLAIN": False, "PDL": True,
     }  # fmt: skip
-    nvfp4 = {"FP4": True, "GROUP": 16, "ZERO": False}
-    mxfp4 = {**nvfp4, "GROUP": 32, "EVEN": False}
-    int4 = {"FP4": False, "GROUP": 128, "ZERO": False}
+    nvfp4 = {"FP4": True, "GROUP": 16, "SMALL": False, "ZERO": False}
+    mxfp4 = {**nvfp4, "GROUP": 32, "SMALL": True, "EVEN": False}
+    int4 = {"FP4": False, "GROUP": 128, "SMALL": False, "ZERO": False}
     middle = {**int4, "GROUP": 64, "ZERO": True}
     fine = {**int4, "GROUP": 32, "ZERO": True, "GATE": 1}
     wide = {"BM": 32, "SPLITS": 1}
-    forms = {"nvfp4": nvfp4, "mxfp4": mxfp4, "int4": int4, "int4 of 64": middle, "int4 of 32": fine}
+    any_scale = {**mxfp4, "SMALL": False}
+    forms = {
+        "nvfp4": nvfp4,
+        "mxfp4": mxfp4,
+        "mxfp4 of any scale": any_scale,
+        "int4": int4,
+        "int4 of 64": middle,
+        "int4 of 32": fine,
+    }
     for (name, form), more in itertools.product(forms.items(), ({}, wide, {"PLAIN": True})):
         types = {"w_ptr": "*i32", "zero_ptr": "*bf16"} | ({"w_scale_ptr": "*i32"} if form["FP4"] else {})
         if "PLAIN" in more:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.kernels.activation import gelu_mul, gelu_tanh_mul, silu_mul
 from headrace.kernels.norm import rms_norm
 from headrace.kernels.quantized_linear import quantize_rows, tuning
 from headrace.kernels.quantized_linear import triton as kernels
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GROUP", "eight_bits", "fused", "has_kernel", "product", "rounded_rows", "row_scales", "tiles"]
 
+GATES = {"silu": silu_mul, "gelu": gelu_mul, "gelu_tanh": gelu_tanh_mul}
 GROUP = 128  # columns that share an activation's scale, for weights in blocks
 
 
@@ -74,6 +76,13 @@ def fused(
             return _gated(wide, gate, residual).to(x.dtype)
         return (wide if residual is None else wide + residual.float()).to(x.dtype)
     if isinstance(weight, TiledWeight):
+        if x.shape[0] > tuning.FEW_ROWS:
+            found = _wide_codes(linear, x, residual if gate is None else None)
+            if found is not None and gate is not None:
+                found = GATES[gate](found)
+                found = found if residual is None else found + residual
+            if found is not None:
+                return found
         if gate is not None and weight.shape[0] % 32:  # halves do not end with a tile
             common |= {"gate": None, "residual": None, "out_dtype": torch.float32}
             both = four_bit_product(x, **tiles(weight), rows=weight.shape[0], **common)
@@ -104,7 +113,26 @@ def product(linear: ScaledLinear, x: Tensor) -> Tensor:
             return rounded_product(linear, Rounded(*quantize_rows(x.contiguous())))
         rounded = linear.activations.rounded(x).to(x.dtype)
         return F.linear(rounded, weight.dequantize().to(x.dtype), linear.bias)
-    return F.linear(x, _dense(linear, x.dtype), linear.bias)
+    wide = _wide_codes(linear, x)
+    return F.linear(x, _dense(linear, x.dtype), linear.bias) if wide is None else wide
+
+
+def _wide_codes(linear: ScaledLinear, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+    """``x @ weight.T + bias + residual`` with FP4 weights where a kernel decodes them as it multiplies; else None."""
+    weight = linear.held
+    if not isinstance(weight, TiledWeight) or weight.row_scale is None:
+        return None
+    if not tuning.covers_wide(x, weight.group, weight.small):
+        return None
+    shape = tuning.wide_shape(x.device, x.shape[0], *weight.shape)
+    if shape is None:
+        return None
+    from headrace.kernels.quantized_linear.gluon_wide import wide_product
+
+    return wide_product(
+        x if x.stride(1) == 1 else x.contiguous(), weight.words, weight.scale, weight.row_scale, rows=weight.shape[0],
+        group=weight.group, bias=linear.bias, residual=residual, shape=shape,
+    )  # fmt: skip
 
 
 def takes_rounded(linear: ScaledLinear, x: Tensor) -> bool:

@@ -62,6 +62,8 @@ _GRAPH_BYTES_A_LAYER = 18 * 1024
 _DECODE_KINDS = 4  # where a decode graph ends: see GraphKey
 # Formats whose products of many rows take the whole matrix in 16 bits.
 _DENSE_FORMATS = ("nvfp4", "mxfp4", "int8", "int4", "int4-g64", "int4-g128", "awq", "gptq")
+_GATHERED_FORMATS = ("nvfp4", "mxfp4")  # of experts whose products of many rows copy these first
+_EXPERT_ROWS = 127  # that a block of 128 may lack
 _FP8_DENSE_BYTES = (
     14  # of each number that is made dense from FP8 in blocks: codes, scales and product in float32
 )
@@ -190,6 +192,8 @@ def _step_bytes(shape: ModelShape, load: Load, tokens: int) -> int:
     of FP8 in blocks (or with static scales) also inputs, by way of float32."""
     size, hidden, inner = load.dtype_bytes, shape.hidden, shape.intermediate // load.ranks
     plain = forward_bytes(shape, tokens, size, load.ranks)
+    if load.cuda and shape.experts and load.packed in _GATHERED_FORMATS:
+        return max(plain, tokens * 3 * hidden * size + _gathered_numbers(shape, tokens) * size)
     if not load.cuda or shape.experts:
         return plain
     matrix, stream = hidden * inner, tokens * 3 * hidden * size
@@ -200,6 +204,15 @@ def _step_bytes(shape: ModelShape, load: Load, tokens: int) -> int:
         rounded = max(_ROUND_BYTES * tokens * inner, tokens * inner * size + _FP8_DENSE_BYTES * matrix)
         return max(plain, stream + tokens * inner * size + rounded, stream + wide * _FP8_DENSE_BYTES * matrix)
     return plain
+
+
+def _gathered_numbers(shape: ModelShape, tokens: int) -> int:
+    """What lives at once where rows are copied expert by expert, in blocks of which the last is not full, before each
+    of the two products."""
+    pairs = tokens * shape.chosen
+    rows = pairs + shape.experts * _EXPERT_ROWS
+    return max(rows * shape.hidden + pairs * shape.expert_size,
+               rows * shape.expert_size + pairs * (shape.expert_size + shape.hidden))  # fmt: skip
 
 
 def logits_bytes(shape: ModelShape, rows: int, dtype_bytes: int, ranks: int = 1) -> int:

@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.kernels.experts.plan import ExpertPlan
 from headrace.kernels.experts.triton_parts import GATES, block_of, rows_of, store
-from headrace.kernels.experts.tuning import ExpertCodesShape, codes_rows, codes_shape
+from headrace.kernels.experts.tuning import MANY, WIDE, ExpertCodesShape, codes_rows, codes_shape
 from headrace.kernels.launch import INTERPRETED, launch_options
 from headrace.kernels.quantized_linear.tiling import COLUMNS, ROWS
 from headrace.kernels.quantized_linear.triton_codes import code_sums
@@ -26,6 +26,7 @@ from headrace.kernels.quantized_linear.triton_fragments import (
     found_rows,
     tile_of,
 )
+from headrace.kernels.quantized_linear.tuning import covers_wide
 
 __all__ = ["expert_codes"]
 
@@ -188,8 +189,15 @@ def expert_codes(
     most = min(plan.block, plan.chosen.shape[0])  # an expert has no more rows than there are tokens
     shape = shape or codes_shape(
         x.device, codes_rows(plan.num_pairs, plan.num_experts, plan.block), plan.block, most, each, k, group,
-        gated=gate is not None, itemsize=x.itemsize,
+        gated=gate is not None, itemsize=x.itemsize, wide=fp4 and covers_wide(x, group, small),
     )  # fmt: skip
+    if shape.kind == WIDE:
+        from headrace.kernels.experts import gluon_codes
+
+        assert row_scale is not None
+        return gluon_codes.expert_wide_codes(
+            x, words, scale, row_scale, plan, rows=rows, group=group, bias=bias, gate=gate, shape=shape
+        )
     halves = 1 if gate is None else 2
     tiles = triton.cdiv(n, shape.tiles * ROWS // halves)
     out = torch.empty(plan.num_pairs, n, dtype=x.dtype, device=x.device)
@@ -204,7 +212,7 @@ def expert_codes(
     }  # fmt: skip
     sizes = (n, k, each // ROWS, blocks, tiles)
     grid, whole = tiles * plan.contents.numel(), k == blocks * COLUMNS
-    if shape.many:
+    if shape.kind == MANY:
         assert shape.bm == plan.block
         _many_codes[(grid,)](
             *tensors, *sizes, EVEN=whole, **common, **launch_options(x.device, shape.warps, shape.stages)

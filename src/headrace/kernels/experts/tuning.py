@@ -15,6 +15,9 @@ import torch
 from headrace.kernels.tuned import tuned
 
 __all__ = [
+    "FEW",
+    "MANY",
+    "WIDE",
     "ExpertCodesShape",
     "ProductShape",
     "block_rows",
@@ -28,8 +31,9 @@ __all__ = [
 
 # All as measured on an H200, on layers of Qwen3-30B-A3B.
 _FOLDER = Path(__file__).parent
+FEW, MANY, WIDE = 0, 1, 2
 _FEW_BLOCKS = 16  # as one token has
-_MANY_CODES = {32: (8, 4, True, 3), 64: (8, 8, True, 3), 128: (8, 4, True, 2)}
+_MANY_CODES = {32: (8, 4, MANY, 3), 64: (8, 8, MANY, 3), 128: (8, 4, MANY, 2)}
 
 
 class ProductShape(NamedTuple):
@@ -90,13 +94,15 @@ def eight_bit_shape(device: torch.device, rows: int, blocks: int, gated: bool, f
 class ExpertCodesShape(NamedTuple):
     """``bm`` rows and ``tiles`` of 16 outputs a program (both halves of a gate counted).
 
-    ``many``: decoded weights pass through shared memory; else K is spread over the warps, which decode for themselves.
+    ``kind``: FEW: K is spread over the warps, which decode for themselves; MANY: decoded weights pass through shared
+    memory; WIDE: weights are decoded while the ones before are multiplied (gluon_codes.py; with a gate, ``tiles`` is
+    twice ``warps``).
     """
 
     bm: int
     tiles: int
     warps: int
-    many: bool = False
+    kind: int = FEW
     stages: int = 1
 
 
@@ -117,29 +123,22 @@ def codes_key(rows: int, n: int, k: int, group: int, gated: bool) -> str:
 
 
 def codes_shape(
-    device: torch.device,
-    rows: int,
-    block: int,
-    most: int,
-    n: int,
-    k: int,
-    group: int,
-    *,
-    gated: bool,
-    itemsize: int,
-) -> ExpertCodesShape:
+    device: torch.device, rows: int, block: int, most: int, n: int, k: int, group: int, *, gated: bool, itemsize: int,
+    wide: bool = False,
+) -> ExpertCodesShape:  # fmt: skip
     """For x of ``itemsize`` bytes a number and 4-bit weights, see ``codes_key``.
 
     Args:
         block: rows of the plan's blocks, of which ``most`` at most hold something.
+        wide: shapes of that kind can be taken.
     """
     if itemsize == 4 or not _roomy(device):
         return ExpertCodesShape(8 if most <= 8 else 16 if most <= 16 else 32, 2, 2)
     found = tuned(_FOLDER, device).get(codes_key(rows, n, k, group, gated))
-    if found is not None:
-        return ExpertCodesShape(found[0], found[1], found[2], bool(found[3]), found[4])
+    if found is not None and (wide or found[3] != WIDE):
+        return ExpertCodesShape(*found)
     if rows == 1:
         return ExpertCodesShape(8, 2 if gated else 1, 4 if k >= 1024 else 2 if k > 128 else 1)
     if block == 16:
         return ExpertCodesShape(8 if rows == 4 or most <= 8 else 16, 2, 1)
-    return ExpertCodesShape(block, *_MANY_CODES[block])
+    return ExpertCodesShape(block, 8, 4, WIDE, 4) if wide else ExpertCodesShape(block, *_MANY_CODES[block])

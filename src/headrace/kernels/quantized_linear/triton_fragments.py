@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "E2M1_QUARTERS",
     "by_lane",
     "decode_fp4",
     "decode_integers",
@@ -23,6 +24,30 @@ __all__ = [
     "row_factors",
     "tile_of",
 ]
+
+
+E2M1_QUARTERS = tl.constexpr("""
+{
+.reg .b32 a, b, z;
+mov.b32 z, 0x80008000;
+and.b32 a, $4, 0x81C081C0;
+fma.rn.bf16x2 $0, a, $5, z;
+shl.b32 a, $4, 3;
+and.b32 a, a, 0x81C081C0;
+fma.rn.bf16x2 $1, a, $6, z;
+shl.b32 a, $4, 6;
+and.b32 a, a, 0x81C081C0;
+fma.rn.bf16x2 $2, a, $5, z;
+shl.b32 a, $4, 1;
+and.b32 a, a, 0x80008000;
+shr.b32 b, $4, 4;
+lop3.b32 a, b, 0x00C000C0, a, 0xEA;
+shr.b32 b, $4, 5;
+lop3.b32 a, b, 0x01000100, a, 0xEA;
+fma.rn.bf16x2 $3, a, $6, z;
+}
+""")
+"""Instructions: four pairs of bfloat16 of E2M1 in int32 $4, times 2**-126 and the scales of both rows, $5 and $6."""
 
 
 @triton.jit
@@ -133,27 +158,7 @@ def _e2m1_quarters(w, s0, s1):
     shift and a mask find them, the last quarter's with four more operations.
     """
     return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 a, b, z;
-        mov.b32 z, 0x80008000;
-        and.b32 a, $4, 0x81C081C0;
-        fma.rn.bf16x2 $0, a, $5, z;
-        shl.b32 a, $4, 3;
-        and.b32 a, a, 0x81C081C0;
-        fma.rn.bf16x2 $1, a, $6, z;
-        shl.b32 a, $4, 6;
-        and.b32 a, a, 0x81C081C0;
-        fma.rn.bf16x2 $2, a, $5, z;
-        shl.b32 a, $4, 1;
-        and.b32 a, a, 0x80008000;
-        shr.b32 b, $4, 4;
-        lop3.b32 a, b, 0x00C000C0, a, 0xEA;
-        shr.b32 b, $4, 5;
-        lop3.b32 a, b, 0x01000100, a, 0xEA;
-        fma.rn.bf16x2 $3, a, $6, z;
-        }
-        """,
+        E2M1_QUARTERS,
         "=&r,=&r,=&r,=&r,r,r,r",
         [w, s0, s1],
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32),

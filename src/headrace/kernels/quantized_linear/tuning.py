@@ -1,7 +1,8 @@
 """Tile shapes of the few-row kernels over weights of few bits: data for measured GPUs and shapes, a rule for others.
 
 ``tuned/<gpu>.json`` maps ``"<form>:<rows>:<N>x<K>[g]"`` to a list of numbers in the order of the shape's fields.
-Forms: fp8, fp4, int4, and ring (FP8 in gluon_ring.py, chosen by the time of a step). Rows: 1, or 8, 16, 32 or 64 for up
+Forms: fp8, fp4, int4, ring (FP8 in gluon_ring.py, chosen by the time of a step), and wide (FP4 in gluon_wide.py; an
+empty list where it is not the fastest way). Rows: 1, or 8, 16, 32 or 64 for up
 to that many; g: gated, N counting both halves. benchmarks/quantized.py --tune measures and writes them.
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from headrace.kernels.launch import supports_gluon
 from headrace.kernels.linear.tuning import GemvShape, RingShape
@@ -19,14 +21,19 @@ from headrace.kernels.tuned import tuned
 __all__ = [
     "CodesShape",
     "PackedShape",
+    "WideShape",
     "codes_shape",
+    "covers_wide",
     "fp8_ring_shape",
     "gemv_shape",
     "packed_shape",
     "padded_rows",
+    "wide_shape",
 ]
 
 _FOLDER = Path(__file__).parent
+FEW_ROWS = 16  # up to which each warp decodes for itself
+WIDE_ROWS = 2048  # with more, weights that are dequantized once and torch's product are faster
 
 
 class PackedShape(NamedTuple):
@@ -46,6 +53,16 @@ class CodesShape(NamedTuple):
     tiles: int
     warps: int
     splits: int
+
+
+class WideShape(NamedTuple):
+    """For hundreds of rows and 4-bit codes: ``tiles`` of 16 outputs and ``bm`` rows a program, K over ``splits``."""
+
+    tiles: int
+    bm: int
+    splits: int
+    warps: int
+    stages: int
 
 
 def padded_rows(rows: int) -> int:
@@ -89,6 +106,30 @@ def codes_shape(device: torch.device, rows: int, n: int, k: int, fp4: bool, gate
     if bm <= 16:
         return CodesShape(2, 4, 1) if gated else CodesShape(1, 8, 1)
     return CodesShape(2, 8, 1)
+
+
+def covers_wide(x: Tensor, group: int, small: bool) -> bool:
+    """Whether gluon_wide.py multiplies such rows [M, K] and FP4 weights."""
+    decodes = group == 16 or small
+    return x.dtype is torch.bfloat16 and x.shape[1] % 64 == 0 and decodes and supports_gluon(x.device)
+
+
+def wide_shape(device: torch.device, rows: int, n: int, k: int) -> WideShape | None:
+    """For x [rows, k] and FP4 weights [n, k]; None where weights that are dequantized first are faster."""
+    if rows > WIDE_ROWS:
+        return None
+    found = tuned(_FOLDER, device).get(f"wide:{max(32, 1 << (rows - 1).bit_length())}:{n}x{k}")
+    if found is not None:
+        return WideShape(*found) if found else None
+    across = -(-n // 128)
+    if rows <= 64:
+        return WideShape(8, 32 if rows <= 32 else 64, _splits(across, k, 128, 4), 8, 4)
+    if across * -(-rows // 256) >= 96:
+        return WideShape(8, 256, 1, 8, 4)
+    heights = -(-rows // 128)
+    if across * heights >= 150:
+        return WideShape(8, 128, 1, 8, 4)
+    return WideShape(4, 128, _splits(-(-n // 64) * heights, k, 128, 8), 4, 4)
 
 
 def _splits(tiles: int, k: int, bk: int, steps: int, programs: int = 150) -> int:
