@@ -110,6 +110,44 @@ def fp4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return packed, torch.tensor(dense)
 
 
+def table_state(values: dict[str, Any]) -> Tensor:
+    """bitsandbytes' settings of one matrix: JSON in bytes."""
+    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+
+
+def bitsandbytes4(
+    base: str, weight: Tensor, kind: str, rng: random.Random, *, nested: bool
+) -> tuple[Written, Tensor]:
+    """A random matrix of 4 bits by a table, scales for 64 numbers that may be places in a table of 256."""
+    rows, columns = weight.shape
+    count, block, wide = rows * columns, 64, 4
+    table = torch.sort(torch.rand(16) * 2 - 1).values
+    codes = [rng.randrange(16) for _ in range(count)]
+    groups = -(-count // block)
+    parts: Written = {f"{base}.weight.quant_map": table}
+    state: dict[str, Any] = {
+        "quant_type": kind,
+        "blocksize": block,
+        "dtype": "bfloat16",
+        "shape": [rows, columns],
+    }
+    scale = torch.rand(groups) * 0.1
+    parts[f"{base}.weight.absmax"] = scale
+    if nested:
+        places = torch.randint(0, 256, (groups,), dtype=torch.uint8)
+        fine, coarse = torch.rand(256) * 2 - 1, torch.rand(-(-groups // wide)) * 0.05
+        offset = 0.0625
+        state |= {"nested_blocksize": wide, "nested_dtype": "float32", "nested_offset": offset}
+        parts |= {f"{base}.weight.absmax": places, f"{base}.weight.nested_absmax": coarse}
+        parts[f"{base}.weight.nested_quant_map"] = fine
+        scale = torch.stack([fine[int(places[i])] * coarse[i // wide] + offset for i in range(groups)])
+    dense = torch.stack([table[code] * scale[i // block] for i, code in enumerate(codes)]).view(rows, columns)
+    packed = [codes[i] << 4 | (codes[i + 1] if i + 1 < count else 0) for i in range(0, count, 2)]
+    parts[f"{base}.weight"] = torch.tensor(packed, dtype=torch.uint8)[:, None]
+    parts[f"{base}.weight.quant_state.bitsandbytes__{kind}"] = table_state(state)
+    return parts, dense
+
+
 def write_quantized(
     folder: Path, pack: Any, settings: dict[str, Any] | None, *, moe: bool = False
 ) -> dict[str, Tensor]:

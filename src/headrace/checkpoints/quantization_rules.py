@@ -40,6 +40,9 @@ Values = Mapping[str, Any]
 _READ = {
     "awq": """bits w_bit group_size q_group_size zero_point sym version format checkpoint_format dynamic pack_dtype
         data_type""",
+    "bitsandbytes": """load_in_4bit load_in_8bit _load_in_4bit _load_in_8bit bnb_4bit_quant_type
+        bnb_4bit_use_double_quant bnb_4bit_compute_dtype bnb_4bit_quant_storage llm_int8_threshold llm_int8_skip_modules
+        llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight""",
     "gptq": """bits group_size desc_act sym checkpoint_format format dynamic pack_dtype adapter rotation
         is_marlin_format data_type activation""",
     "fp8": """fmt activation_scheme weight_block_size scale_fmt kv_cache_scheme data_type bits group_size sym""",
@@ -162,6 +165,12 @@ def _awq(own: Values, where: str) -> None:
         if str(own.get(key) or "gemm").lower() != "gemm":
             raise refuse(f"{where}.{key}", own[key], "gemm")
     _words(own, where)
+
+
+def _bitsandbytes(own: Values, where: str) -> None:
+    kind = own.get("bnb_4bit_quant_type", "fp4")
+    if kind not in ("nf4", "fp4"):
+        raise refuse(f"{where}.bnb_4bit_quant_type", kind, "nf4 or fp4")
 
 
 def _gptq(own: Values, where: str) -> None:
@@ -314,6 +323,7 @@ def _only(at: str, found: Values, known: set[str]) -> None:
 
 _RULES: dict[str, Callable[[Values, str], None]] = {
     "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
     "gptq": _gptq,
     "fp8": _fp8,
     "modelopt": _modelopt,

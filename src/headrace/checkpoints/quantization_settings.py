@@ -18,7 +18,17 @@ __all__ = [
     "without_quantization",
 ]
 
-METHODS = ("awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt", "modelopt_fp4", "mxfp4")
+METHODS = (
+    "awq",
+    "bitsandbytes",
+    "compressed-tensors",
+    "fbgemm_fp8",
+    "fp8",
+    "gptq",
+    "modelopt",
+    "modelopt_fp4",
+    "mxfp4",
+)
 SIDE_FILE = "hf_quant_config.json"  # ModelOpt's
 KEYS = ("quantization_config", "compression_config")  # the second is compressed-tensors' older name
 _PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")

@@ -145,6 +145,8 @@ def _quantized(path: Path, config: dict[str, Any], files: frozenset[str]) -> Qua
         )
     if found.method.startswith("modelopt") or found.method == "compressed-tensors":
         named = str(own.get("quant_algo") or own.get("format") or found.method).lower()
+    if named == "bitsandbytes" and (own.get("load_in_8bit") or own.get("_load_in_8bit")):
+        named = "int8"
     bits, group, reordered = _packing(own, found.method)
     if named == "pack-quantized" and bits == 8:
         named = "int8"

@@ -16,6 +16,7 @@ from headrace.quantization.scaled import QuantizedWeight, ScaledLinear, joined_l
 from headrace.quantization.schemes.fp8 import Fp8Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
 from headrace.quantization.schemes.int4 import GROUPS, Int4Linear, Int4Weight, fast_on_this_cpu
+from headrace.quantization.schemes.table import TableWeight
 
 __all__ = ["keeps_quantized", "quantized_experts", "quantized_linear"]
 
@@ -56,8 +57,8 @@ def quantized_linear(
     if not all(name in checkpoint.modules for name in names):
         return None
     modules = [checkpoint.modules[name] for name in names]
-    weights = [module.read() for module in modules]
-    if device.type != "cpu" and any(map(_unread, weights)):
+    weights = _packed([module.read() for module in modules], device)
+    if weights is None:
         return None
     if orders:
         weights = [w if order is None else w.reordered(order) for w, order in zip(weights, orders)]
@@ -100,7 +101,9 @@ def quantized_experts(
     if not all(name in checkpoint.modules for name in names):
         return None
     modules = [checkpoint.modules[name] for name in names]
-    weights = [module.read() for module in modules]
+    weights = _packed([module.read() for module in modules], device)
+    if weights is None:
+        return None
     parts = len(names) // num_experts  # of one expert; 0: all are in one tensor
     cpu = device.type == "cpu"
     if cpu and parts and dtype is torch.bfloat16 and fast_on_this_cpu() and _for_cpu_kernel(weights):
@@ -109,8 +112,6 @@ def quantized_experts(
         return PackedExperts(
             [_cpu_linear(ints[i * parts : (i + 1) * parts], each) for i, each in enumerate(biases)]
         )
-    if not cpu and any(map(_unread, weights)):
-        return None
     if not cpu and not all(multiplies_experts(weight, 1 if parts else num_experts) for weight in weights):
         return None
     return joined_linear(
@@ -121,12 +122,25 @@ def quantized_experts(
     )
 
 
-def _unread(weight: QuantizedWeight) -> bool:
-    """FP8 with scales for so few columns that its dequantized weights are faster, and exact in bfloat16: MXFP8."""
-    return isinstance(weight, Fp8Weight) and weight.block[1] < _LEAST_COLUMNS < weight.shape[1]
+def _packed(
+    weights: Sequence[QuantizedWeight | TableWeight], device: torch.device
+) -> list[QuantizedWeight] | None:
+    """The same, or None when a linear over one of them would be no faster than a dense one, or is not had.
+
+    On GPUs these are FP8 weights with a scale for fewer columns than a kernel reads at once (MXFP8).
+    """
+    found: list[QuantizedWeight] = []
+    for weight in weights:
+        if isinstance(weight, TableWeight):
+            return None
+        fine = isinstance(weight, Fp8Weight) and weight.block[1] < _LEAST_COLUMNS < weight.shape[1]
+        if fine and device.type != "cpu":
+            return None
+        found.append(weight)
+    return found
 
 
-def _for_cpu_kernel(weights: Sequence[QuantizedWeight]) -> bool:
+def _for_cpu_kernel(weights: Sequence[QuantizedWeight | TableWeight]) -> bool:
     first = weights[0]
     return isinstance(first, GroupIntWeight) and all(
         isinstance(weight, GroupIntWeight)

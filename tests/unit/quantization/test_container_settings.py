@@ -136,7 +136,7 @@ def test_packed_weights_without_settings_are_told(tmp_path: Path) -> None:
         load_decoder(checkpoint.config, checkpoint, dtype=torch.float32, device="cpu")
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "torchao", "quark", "auto-round", "eetq", ""])
+@pytest.mark.parametrize("method", ["aqlm", "hqq", "torchao", "quark", "auto-round", "eetq", ""])
 def test_methods_that_are_not_read_are_refused_before_loading(method: str, tmp_path: Path) -> None:
     make(tmp_path, gptq(), {"quant_method": method, "bits": 4})
     refused(tmp_path, f"quant_method is '{method}'.*16-bit weights")

@@ -276,7 +276,7 @@ def _layout(spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine)
         dtype = "float16"
     else:
         dtype = "bfloat16"
-    no_kernel = facts.quantized.method == "mxfp8"  # see quantization/keep.py
+    no_kernel = facts.quantized.method in ("mxfp8", "bitsandbytes")  # see quantization/keep.py
     return _Layout(
         scheme=spec.quantization,
         kv_dtype=_kv_dtype(spec, facts, shape, dtype),

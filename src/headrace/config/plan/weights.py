@@ -52,7 +52,8 @@ KEPT_BLOCKS: dict[str, tuple[int, int]] = {
 KEPT_GROUPS = (32, 64, 128, 256)
 """Columns of 4-bit integers that may share a scale where a CPU multiplies with them as they are."""
 _PACKED_SCALE = re.compile(
-    r"(scale|scales|zeros|qzeros|g_idx|absmax|_scale_inv|input_scale|weight_scale_2|weight_shape|zero_point)$"
+    r"(scale|scales|zeros|qzeros|g_idx|absmax|_scale_inv|input_scale|weight_scale_2|weight_shape|zero_point|"
+    r"quant_map|bitsandbytes__nf4|bitsandbytes__fp4|SCB|weight_format)$"
 )
 _FLOATS = ("F64", "F32", "F16", "BF16")
 

@@ -10,6 +10,7 @@ from headrace.checkpoints.folder import read_json
 from headrace.checkpoints.quantization_rules import check_settings
 from headrace.checkpoints.quantization_settings import SIDE_FILE, QuantizationSettings, quantization_settings
 from headrace.quantization.containers.base import Container, QuantizedCheckpoint
+from headrace.quantization.containers.bitsandbytes import BitsAndBytes
 from headrace.quantization.containers.compressed_tensors import CompressedTensors
 from headrace.quantization.containers.fp8 import DeepSeekFp8, FbgemmFp8
 from headrace.quantization.containers.gpt_oss import Mxfp4Experts
@@ -27,6 +28,7 @@ METHODS: dict[str, Callable[[QuantizationSettings, Checkpoint], Container]] = {
     "fp8": DeepSeekFp8,
     "fbgemm_fp8": FbgemmFp8,
     "awq": AWQ,
+    "bitsandbytes": BitsAndBytes,
     "gptq": GPTQ,
     "mxfp4": Mxfp4Experts,
 }

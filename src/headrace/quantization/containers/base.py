@@ -17,6 +17,7 @@ from headrace.checkpoints.quantization_rules import cache_problem, refuse, wante
 from headrace.checkpoints.quantization_settings import QuantizationSettings, without_quantization
 from headrace.errors import UnsupportedCheckpoint
 from headrace.quantization.scaled import Activations, QuantizedWeight
+from headrace.quantization.schemes.table import TableWeight
 
 __all__ = ["Container", "Module", "QuantizedCheckpoint"]
 
@@ -38,7 +39,7 @@ class Module:
 
     shape: tuple[int, ...]
     tensors: tuple[str, ...]
-    read: Callable[[], QuantizedWeight]
+    read: Callable[[], QuantizedWeight | TableWeight]
     activations: Callable[[], Activations] = Activations
 
 
@@ -184,6 +185,6 @@ class QuantizedCheckpoint:
             tensor = self.raw.load(name)
         return tensor if dtype is None else tensor.to(dtype)
 
-    def quantized(self, name: str) -> QuantizedWeight:
+    def quantized(self, name: str) -> QuantizedWeight | TableWeight:
         """A matrix as it is packed. ``name`` is one of ``modules``."""
         return self.modules[name].read()
