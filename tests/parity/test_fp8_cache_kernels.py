@@ -14,7 +14,7 @@ from headrace.kernels.attention.decode_shapes import DecodeShape
 from headrace.kernels.attention.triton import attention
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
 from headrace.kernels.rotary.reference import qk_norm_rope
-from headrace.layers.packed import LayerCache
+from headrace.layers.packed import AttentionBatch, LayerCache
 from triton_device import DEVICE, DTYPES, ON_GPU, error, randn, tolerance
 
 FP8 = torch.float8_e4m3fn
@@ -151,3 +151,31 @@ def test_pieces_of_many_tiles(size: float, dtype: torch.dtype, monkeypatch: pyte
                 DecodeWorkspace.allocate(len(lens), 8, 2, dim, DEVICE), scale=scale, long=long,
             )  # fmt: skip
             assert error(out, expected) < 2 * tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_chunks_change_nothing(fixed: bool, dtype: torch.dtype) -> None:
+    """A prompt sees its keys and values as the cache has them, in one piece and behind a piece of itself."""
+    (q, k, v), whole = make_batch([50], [50], 4, 2, 64, dtype)
+    cache = LayerCache(*(torch.empty_like(c, dtype=FP8) for c in (whole.caches[0].k, whole.caches[0].v)))
+    slots, outs = whole.slots, []
+    for chunks in ([50], [29, 21], [49, 1]):
+        for pool in (cache.k, cache.v):
+            pool.view(torch.uint8).fill_(127)
+        done, found = 0, []
+        for count in chunks:
+            here = slice(done, done + count)
+            done += count
+            batch = AttentionBatch(
+                query_starts=torch.tensor([0, count], dtype=torch.int32, device=DEVICE),
+                seq_lens=torch.tensor([done], dtype=torch.int32, device=DEVICE), block_tables=whole.block_tables,
+                slots=slots[here], caches=[cache], max_query_len=count, max_seq_len=done, fresh=done == count,
+                fixed=fixed,
+            )  # fmt: skip
+            found.append(attention(q[here], k[here], v[here], batch, 0, scale=0.125))
+        outs.append(torch.cat(found))
+    plain = reference.attention(q, k, v, whole, 0, scale=0.125)  # over a cache of the model's type
+    assert error(outs[0], plain) > 5 * tolerance(dtype)  # rounding shows; chunks must not
+    for out in outs[1:]:
+        assert error(out, outs[0]) < tolerance(dtype)
