@@ -66,6 +66,7 @@ CASES = [
     Case(90, 300, heads=8, kv=4, dim=256, rotated=64, norm=False),
     Case(9, 700, long=True, heads=6, kv=2, dim=80, rotated=32, norm=False, soft_cap=30.0),
     Case(40, 500, heads=32, kv=32, dim=96, rotated=96, norm=False, window=200),
+    Case(64, 300, heads=8, kv=8, dim=32, rotated=32),
 ]
 
 

@@ -41,6 +41,7 @@ def decode() -> Iterator[Variant]:
     caches = {
         "bf16": ("*bf16", {}),
         "fp8": ("*i16", {"PARTS": 2}),
+        "fp8, 16 dimensions": ("*fp8e4nv", {"D": 16, "DP": 16}),
         "fp4": ("*i16", {"PARTS": 4}),
         "fp4, 80 dimensions": ("*u8", {"D": 80}),
     }

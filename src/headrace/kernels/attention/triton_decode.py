@@ -29,7 +29,13 @@ from headrace.kernels.attention.triton_pieces import (
     norm_rope,
     pieces,
 )
-from headrace.kernels.attention.triton_words import split_columns, store_words, to_half_range, turned
+from headrace.kernels.attention.triton_words import (
+    round_fp8,
+    split_columns,
+    store_words,
+    to_half_range,
+    turned,
+)
 from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors, sequence_lanes
 
 __all__ = [
@@ -285,10 +291,14 @@ def _add_new(
         new_k = store_words(k_cache + slot, new_k, newest, D, DP, PARTS)
         new_v = store_words(v_cache + slot, new_v, newest, D, DP, PARTS)
     else:
-        new_k = new_k.to(k_cache.dtype.element_ty)
-        new_v = new_v.to(v_cache.dtype.element_ty)
-        tl.store(k_cache + slot + one + d[None, :], new_k, mask=k_ok)
-        tl.store(v_cache + slot + one + d[None, :], new_v, mask=k_ok)
+        if k_cache.dtype.element_ty == tl.float8e4nv:
+            new_k = round_fp8(new_k.to(tl.float32))
+            new_v = round_fp8(new_v.to(tl.float32))
+        else:
+            new_k = new_k.to(k_cache.dtype.element_ty)
+            new_v = new_v.to(v_cache.dtype.element_ty)
+        tl.store(k_cache + slot + one + d[None, :], new_k.to(k_cache.dtype.element_ty), mask=k_ok)
+        tl.store(v_cache + slot + one + d[None, :], new_v.to(v_cache.dtype.element_ty), mask=k_ok)
     return q, new_k, new_v
 
 
@@ -371,13 +381,11 @@ def decode_attention(
     Returns:
         out.
     """
-    kind, parts = k_cache.dtype, 1
-    if kind is FP4 and q.shape[2] % 32 == 0:
-        k_cache, v_cache, parts = k_cache.view(torch.int16), v_cache.view(torch.int16), 4
-    elif kind is FP4:
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    elif kind is torch.float8_e4m3fn:
-        k_cache, v_cache, parts = k_cache.view(torch.int16), v_cache.view(torch.int16), 2
+    kind, parts = k_cache.dtype, _parts(k_cache.dtype, q.shape[2])
+    if parts > 1 or kind is FP4:
+        k_cache, v_cache = (
+            cache.view(torch.int16 if parts > 1 else torch.uint8) for cache in (k_cache, v_cache)
+        )
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
     num_seqs = seq_lens.shape[0]
@@ -424,16 +432,20 @@ def decode_attention(
     return out
 
 
+def _parts(cache: torch.dtype, dim: int) -> int:
+    """Numbers of a word that the cache is read by; a product takes 16 of each part."""
+    parts = 4 if cache is FP4 else 2 if cache is torch.float8_e4m3fn else 1
+    return parts if dim % (8 * parts) == 0 and padded_dim(dim) >= 16 * parts else 1
+
+
 def _shape(num_heads: int, padded: int, long: bool, cache: torch.dtype) -> DecodeShape:
     if INTERPRETED:
         return DecodeShape(16, 16, 2, 4, 1)
-    if cache is FP4:
-        # Programs of one warp gave wrong answers over FP4 (0071); larger tiles take too many registers for decoding.
-        shape = decode_shape(num_heads, padded, False)
-        if shape.warps == 1:
-            return DecodeShape(32, 512, 2, 4, 4)
-        return shape._replace(tile=min(shape.tile, 32))
     shape = decode_shape(num_heads, padded, long)
     if cache.itemsize == 1 and shape.warps == 1:  # as many bytes a tile
         shape = shape._replace(tile=2 * shape.tile)
+    if (
+        cache is FP4
+    ):  # larger tiles take too many registers for decoding, smaller ones give wrong products (0071)
+        shape = shape._replace(tile=32)
     return shape

@@ -41,11 +41,11 @@ def _load_rows(
     d = tl.expand_dims(tl.arange(0, DP), 1 - KEYS)
     at = base + tl.expand_dims(slots, KEYS) + d
     if MASKED:
-        rows = tl.load(at, mask=tl.expand_dims(there, KEYS) & (d < D), other=0)
+        rows = tl.load(at, mask=tl.expand_dims(there, KEYS) & (d < D), other=0.0)
     elif D == DP:
         rows = tl.load(at)
     else:
-        rows = tl.load(at, mask=d < D, other=0)
+        rows = tl.load(at, mask=d < D, other=0.0)
     return rows
 
 
