@@ -20,6 +20,7 @@ class DecodeShape(NamedTuple):
         programs: on each multiprocessor.
         registers: of a thread at most; None: the compiler decides.
         early: programs may start while the kernel before still runs.
+        splits: pieces of a sequence at most; no more than triton_decode.MAX_SPLITS.
     """
 
     tile: int
@@ -29,6 +30,7 @@ class DecodeShape(NamedTuple):
     stages: int
     registers: int | None = None
     early: bool = True
+    splits: int = 32
 
 
 def is_long(num_heads: int, head_dim: int, longest: int) -> bool:

@@ -403,7 +403,7 @@ def decode_attention(
     shape = _shape(num_seqs * num_kv_heads, padded, long, kind)
     if beside:
         shape = shape._replace(programs=max(1, shape.programs // 2), early=False)
-    most = num_seqs * num_kv_heads * MAX_SPLITS
+    most = num_seqs * num_kv_heads * shape.splits
     programs = min(most, num_multiprocessors(q.device) * shape.programs)
     options = launch_options(q.device, shape.warps, shape.stages)
     if shape.registers is not None:
@@ -423,9 +423,9 @@ def decode_attention(
         G=group, GP=max(8, merged), GM=merged, D=head_dim, DP=padded, R=0 if cos is None else cos.shape[-1],
         BLOCK=block_size, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
-        STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
+        STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=shape.splits,
         MIN_SPLIT=shape.min_split,
-        CHUNK=max(1, min(8 if shape.warps > 1 else MAX_SPLITS, 2048 // (merged * padded))), FEW=shape.warps > 1,
+        CHUNK=max(1, min(8 if shape.warps > 1 else shape.splits, 2048 // (merged * padded))), FEW=shape.warps > 1,
         SINKS=sinks is not None, PARTS=parts, PLAIN=INTERPRETED or (parts == 4 and q.dtype is not torch.bfloat16),
         **options,
     )  # fmt: skip
