@@ -90,7 +90,8 @@ class Step:
             self.lens, self.at = lens, lens.long() - 1
             self.tables = (torch.randperm(count * per).int() + 1).view(count, per)
             self.rows = torch.arange(count)
-            known = torch.randn(2, count * per + 1, BLOCK, kv, dim, dtype=torch.bfloat16)
+            dtype = torch.float32 if kind is torch.float32 else torch.bfloat16
+            known = torch.randn(2, count * per + 1, BLOCK, kv, dim, dtype=dtype)
             self.cache = torch.stack([as_cached(part, kind).view(torch.uint8) for part in known])
             known = None
             old = torch.zeros(self.cache.shape[1:3], dtype=torch.bool)
@@ -100,14 +101,14 @@ class Step:
             self.cache[:, ~old] = 255  # NaN in every type
             self.new = torch.zeros_like(old)
             self.new[self.tables[self.rows, self.at // BLOCK].long(), self.at % BLOCK] = True
-            self.qkv = torch.randn(count, heads + 2 * kv, dim, dtype=torch.bfloat16)
-            gain = (1 + torch.randn(2, dim) / 4).bfloat16()[[0] * heads + [1] * kv]
+            self.qkv = torch.randn(count, heads + 2 * kv, dim, dtype=dtype)
+            gain = (1 + torch.randn(2, dim) / 4).to(dtype)[[0] * heads + [1] * kv]
             angle = torch.rand(case.length, case.rotated // 2) * 6
             cos, sin = torch.cat([angle.cos()] * 2, 1), torch.cat([-angle.sin(), angle.sin()], 1)
             self.sinks = torch.randn(heads) * 3 if case.sinks else None
             self.workspace = DecodeWorkspace.allocate(count, heads, kv, dim, lens.device)
             self.workspace.partial.fill_(torch.nan)
-            self.out = torch.full((count, heads, dim), 7.0, dtype=torch.bfloat16)
+            self.out = torch.full((count, heads, dim), 7.0, dtype=dtype)
         turns = case.rotated > 0
         self.fused = QKNormRope(
             gain if case.norm else None, 1e-6, cos if turns else None, sin if turns else None
@@ -163,12 +164,24 @@ class Step:
 @pytest.mark.parametrize("kind", [torch.bfloat16, FP8, FP4], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_bits(case: Case, kind: torch.dtype) -> None:
+    again(case, kind, 1.2e-2)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(5, 90, heads=4, kv=2, dim=16, rotated=16), CASES[0], CASES[-1]], ids=str
+)
+def test_float32(case: Case) -> None:
+    again(case, torch.float32, 1e-4)
+
+
+def again(case: Case, kind: torch.dtype, most: float) -> None:
+    """Ten equal steps, and of an FP8 cache ten more that find the new token in it."""
     step = Step(case, kind)
     wanted, written = step.wanted()
     for fused in (True, False)[: 1 + (kind is FP8)]:  # the second finds in the cache what the first wrote
         first = step.run(fused=fused)
         error = (first.float() - wanted).norm(dim=(1, 2)) / wanted.norm(dim=(1, 2))
-        assert error.max() < 1.2e-2, error.tolist()
+        assert error.max() < most, error.tolist()
         moved = step.cache != written
         assert not moved[:, ~step.new].any()
         # The norm sums in another order: a number between two of the cache's may have gone to the other one.

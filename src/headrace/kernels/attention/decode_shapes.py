@@ -64,5 +64,7 @@ def decode_shape(num_heads: int, padded: int, long: bool) -> DecodeShape:
     if num_heads > LONG_GRAPH_HEADS:
         return DecodeShape(16, 2048 if num_heads >= 1024 else 1024, 8, 1, 4)
     if long:
-        return DecodeShape(16, 64 if num_heads <= 32 else 512, 8, 1, 4, early=False)
+        if num_heads <= 32:
+            return DecodeShape(16, 64, 8, 1, 4, early=False)
+        return DecodeShape(16, 512, 8, 1, 4, early=False, splits=16)
     return _short(num_heads)

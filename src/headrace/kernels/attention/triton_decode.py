@@ -381,11 +381,7 @@ def decode_attention(
     Returns:
         out.
     """
-    kind, parts = k_cache.dtype, _parts(k_cache.dtype, q.shape[2])
-    if parts > 1 or kind is FP4:
-        k_cache, v_cache = (
-            cache.view(torch.int16 if parts > 1 else torch.uint8) for cache in (k_cache, v_cache)
-        )
+    kind = k_cache.dtype
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
     num_seqs = seq_lens.shape[0]
@@ -401,6 +397,11 @@ def decode_attention(
         gains, cos, sin, eps = fused.weight, fused.cos, fused.sin, fused.eps
         assert new_k is not None and new_v is not None and new_k.stride() == new_v.stride()
     shape = _shape(num_seqs * num_kv_heads, padded, long, kind)
+    parts = _parts(kind, head_dim, shape)
+    if parts > 1 or kind is FP4:
+        k_cache, v_cache = (
+            cache.view(torch.int16 if parts > 1 else torch.uint8) for cache in (k_cache, v_cache)
+        )
     if beside:
         shape = shape._replace(programs=max(1, shape.programs // 2), early=False)
     most = num_seqs * num_kv_heads * shape.splits
@@ -432,9 +433,11 @@ def decode_attention(
     return out
 
 
-def _parts(cache: torch.dtype, dim: int) -> int:
+def _parts(cache: torch.dtype, dim: int, shape: DecodeShape) -> int:
     """Numbers of a word that the cache is read by; a product takes 16 of each part."""
     parts = 4 if cache is FP4 else 2 if cache is torch.float8_e4m3fn else 1
+    if parts == 4 and shape.warps > 1 and dim <= 128 and not INTERPRETED:  # bytes are faster there
+        return 1
     return parts if dim % (8 * parts) == 0 and padded_dim(dim) >= 16 * parts else 1
 
 
