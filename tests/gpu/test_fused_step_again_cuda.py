@@ -185,7 +185,8 @@ def again(case: Case, kind: torch.dtype, most: float) -> None:
         moved = step.cache != written
         assert not moved[:, ~step.new].any()
         # The norm sums in another order: a number between two of the cache's may have gone to the other one.
-        assert moved[:, step.new].float().mean() < (0.02 if case.norm or case.rotated else 1e-9)
+        apart = (wide(step.cache, kind) - wide(written, kind))[:, step.new].abs() > 1e-5
+        assert apart.float().mean() < (0.02 if case.norm or case.rotated else 1e-9)
         written = step.cache.clone()
         for _ in range(9):
             assert torch.equal(step.run(fused=fused), first) and torch.equal(step.cache, written)
