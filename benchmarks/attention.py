@@ -18,7 +18,9 @@ from torch import Tensor
 from benchmarks import fa3
 from benchmarks.common import Recorder, arguments, ceilings
 from benchmarks.kernels import DEVICE, DTYPE, SPREAD, graph_seconds
+from headrace.kernels.attention.cache import cache_width
 from headrace.kernels.attention.decode_shapes import is_long
+from headrace.kernels.attention.fp4 import FP4
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, decode_attention
 from headrace.kernels.attention.triton_fresh import fresh_attention
 from headrace.kernels.attention.triton_prefill import prefill_attention
@@ -27,6 +29,7 @@ HEADS = [(16, 8, 128), (32, 8, 128)]  # queries, keys, size: Qwen3-0.6B and 8B
 DECODES = [*itertools.product((1, 4, 16, 32, 64), (512, 4096, 32768)), (256, 512), (256, 1088), (256, 4096)]
 PREFILLS = [(1, 4096), (8, 1024), (16, 512)]
 SCALE = 0.088
+CACHES = {"bf16": DTYPE, "fp8": torch.float8_e4m3fn, "fp4": FP4}
 BLOCK = 16
 
 
@@ -37,12 +40,23 @@ def blocks_of(count: int, length: int) -> tuple[int, Tensor, Tensor]:
     return count * per + 1, table, torch.full((count,), length, dtype=torch.int32, device=DEVICE)
 
 
-def decode(recorder: Recorder, heads: int, kv: int, dim: int, count: int, length: int, *, peer: bool) -> None:
+def decode(
+    recorder: Recorder, heads: int, kv: int, dim: int, count: int, length: int, *, peer: bool, kind: str
+) -> None:
     """One new token a sequence over the paged cache; the peer's at its best, its work planned ahead or not."""
-    size = 4 * count * length * kv * dim
+    width = cache_width(dim, CACHES[kind])
+    size = 2 * count * length * kv * width * CACHES[kind].itemsize
     copies = max(1, min(8, SPREAD // size))
     blocks, tables, lens = blocks_of(count, length)
-    caches = [torch.randn(2, blocks, BLOCK, kv, dim, dtype=DTYPE, device=DEVICE) for _ in range(copies)]
+    shape = (2, blocks, BLOCK, kv, width * CACHES[kind].itemsize)
+    # Bytes below 60: no NaN, and no large number, in any of the types.
+    caches = [
+        torch.randint(0, 60, shape, dtype=torch.uint8, device=DEVICE).view(CACHES[kind])
+        for _ in range(copies)
+    ]
+    if kind == "bf16":
+        for cache in caches:
+            cache.normal_()
     q = torch.randn(count, heads, dim, dtype=DTYPE, device=DEVICE)
     out, theirs = torch.empty_like(q), torch.empty_like(q)
     long = is_long(count * kv, dim, length)
@@ -65,7 +79,7 @@ def decode(recorder: Recorder, heads: int, kv: int, dim: int, count: int, length
         more = {"fa3_us": round(best * 1e6, 1), "of_fa3": round(best / seconds, 3), "apart": round(apart, 4)}
     rates = ceilings()
     recorder.row(
-        model=f"{heads}/{kv} heads of {dim}", precision="bf16", case=f"decode {count}x{length}", metric="bytes_s",
+        model=f"{heads}/{kv} heads of {dim}", precision=kind, case=f"decode {count}x{length}", metric="bytes_s",
         value=size / seconds, floor=rates[0] if rates else None, us=round(seconds * 1e6, 1), **more,
     )  # fmt: skip
 
@@ -106,17 +120,22 @@ def prefill(
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--what", nargs="+", choices=["decode", "prefill"], default=["decode", "prefill"])
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=["bf16"], help="of decode steps")
     parser.add_argument("--heads", nargs="+", type=int, default=[16, 32], help="of queries")
     parser.add_argument("--fa3", help="the peer's wheel or library, to compare with")
     args = parser.parse_args()
     recorder = Recorder("attention", args)
     if args.fa3:
         fa3.load(args.fa3)
-    for what, run, settings in (("decode", decode, DECODES), ("prefill", prefill, PREFILLS)):
-        shapes = [shape for shape in HEADS if shape[0] in args.heads]
-        for shape, setting in itertools.product(shapes, settings if what in args.what else []):
-            run(recorder, *shape, *setting, peer=args.fa3 is not None)
+    shapes = [shape for shape in HEADS if shape[0] in args.heads]
+    for shape, setting in itertools.product(shapes, DECODES if "decode" in args.what else []):
+        for kind in args.caches:
+            peer = args.fa3 is not None and kind == "bf16"
+            decode(recorder, *shape, *setting, peer=peer, kind=kind)
             torch.cuda.empty_cache()
+    for shape, setting in itertools.product(shapes, PREFILLS if "prefill" in args.what else []):
+        prefill(recorder, *shape, *setting, peer=args.fa3 is not None)
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

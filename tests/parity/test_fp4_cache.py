@@ -6,12 +6,16 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from test_triton_attention import make_batch
 
 from headrace.kernels.attention import fp4, reference
 from headrace.kernels.attention.cache import readable
 from headrace.kernels.attention.triton import attention
 from headrace.kernels.attention.triton_decode import DecodeWorkspace, QKNormRope, decode_attention
+from headrace.kernels.attention.triton_words import widen_fp4
+from headrace.kernels.launch import INTERPRETED
 from headrace.kernels.quantized_linear.formats import E2M1_VALUES, pack_nibbles
 from headrace.layers.packed import AttentionBatch, LayerCache
 from triton_device import DEVICE, DTYPES, error, randn, tolerance
@@ -41,6 +45,29 @@ def test_rounding_is_near_and_stable() -> None:
     broken = torch.zeros(1, 32)
     broken[0, 3] = torch.inf
     assert fp4.decode(fp4.encode(broken))[0].isnan().tolist() == [True] * 16 + [False] * 16
+
+
+@triton.jit
+def _widen(words_ptr, scales_ptr, out_ptr, PLAIN: tl.constexpr):
+    row = tl.arange(0, 256)[:, None]
+    at = row * 8 + tl.arange(0, 8)[None, :]
+    scales = tl.load(scales_ptr + row)
+    parts = widen_fp4(tl.load(words_ptr + at), scales, 256, 8, tl.float32, PLAIN, False)
+    for i in tl.static_range(4):
+        tl.store(out_ptr + at * 4 + i, parts[i])
+
+
+def test_words_of_every_scale_and_code() -> None:
+    """As attention reads them, against the definition."""
+    codes = torch.randint(0, 256, (256, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    scales = torch.stack((torch.arange(256), 255 - torch.arange(256)), 1).to(torch.uint8)
+    codes[:, :8] = pack_nibbles(torch.arange(16, dtype=torch.uint8))
+    out = torch.full((256, 32), 7.0, device=DEVICE)
+    words = (x.view(torch.int16).to(DEVICE) for x in (codes, scales))
+    _widen[(1,)](*words, out, PLAIN=INTERPRETED)
+    wanted = fp4.decode(torch.cat((codes, scales), 1))
+    factor = 1.0 if INTERPRETED else 65536.0
+    assert torch.equal((out.cpu() * factor).nan_to_num(9e9), wanted.nan_to_num(9e9))
 
 
 def rounded(batch: AttentionBatch) -> AttentionBatch:

@@ -27,6 +27,7 @@ def decode() -> Iterator[Variant]:
     base = {
         **SHAPE, "SEQS": 16, "GP": 8, "GM": 4, "R": 128, "TILE": 32, "FUSED": True, "NORM": True, "ROWS": True,
         "STARTS": False, "WIDE": False, "MAX_SPLITS": 32, "MIN_SPLIT": 512, "CHUNK": 8, "FEW": False,
+        "PARTS": 1, "PLAIN": False,
     }  # fmt: skip
     plain = {
         "FUSED": False,
@@ -39,8 +40,9 @@ def decode() -> Iterator[Variant]:
     }
     caches = {
         "bf16": ("*bf16", {}),
-        "fp8": ("*fp8e4nv", {}),
-        "fp4": ("*u8", {}),
+        "fp8": ("*i16", {"PARTS": 2}),
+        "fp8, 16 dimensions": ("*fp8e4nv", {"D": 16, "DP": 16}),
+        "fp4": ("*i16", {"PARTS": 4}),
         "fp4, 80 dimensions": ("*u8", {"D": 80}),
     }
     for (name, (kind, changes)), more in itertools.product(caches.items(), ({}, plain)):
@@ -49,6 +51,9 @@ def decode() -> Iterator[Variant]:
     sinks = {"D": 64, "DP": 64, "R": 64, "G": 8, "GM": 8, "NORM": False, "SINKS": True}
     for more in ({}, {"WINDOW": 128}):
         yield f"decode sinks {more}", triton_decode._decode, {}, {**base, **sinks, **more}
+    half = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "gain_ptr"), "*fp16")
+    words = {"k_cache": "*i16", "v_cache": "*i16"}
+    yield "decode fp4, float16", triton_decode._decode, {**half, **words}, {**base, "PARTS": 4, "PLAIN": True}
 
 
 def prefill() -> Iterator[Variant]:

@@ -20,6 +20,7 @@ class DecodeShape(NamedTuple):
         programs: on each multiprocessor.
         registers: of a thread at most; None: the compiler decides.
         early: programs may start while the kernel before still runs.
+        splits: pieces of a sequence at most; no more than triton_decode.MAX_SPLITS.
     """
 
     tile: int
@@ -29,6 +30,7 @@ class DecodeShape(NamedTuple):
     stages: int
     registers: int | None = None
     early: bool = True
+    splits: int = 32
 
 
 def is_long(num_heads: int, head_dim: int, longest: int) -> bool:
@@ -62,5 +64,7 @@ def decode_shape(num_heads: int, padded: int, long: bool) -> DecodeShape:
     if num_heads > LONG_GRAPH_HEADS:
         return DecodeShape(16, 2048 if num_heads >= 1024 else 1024, 8, 1, 4)
     if long:
-        return DecodeShape(16, 64 if num_heads <= 32 else 512, 8, 1, 4, early=False)
+        if num_heads <= 32:
+            return DecodeShape(16, 64, 8, 1, 4, early=False)
+        return DecodeShape(16, 512, 8, 1, 4, early=False, splits=16)
     return _short(num_heads)

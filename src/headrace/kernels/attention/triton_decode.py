@@ -29,6 +29,13 @@ from headrace.kernels.attention.triton_pieces import (
     norm_rope,
     pieces,
 )
+from headrace.kernels.attention.triton_words import (
+    round_fp8,
+    split_columns,
+    store_words,
+    to_half_range,
+    turned,
+)
 from headrace.kernels.launch import INTERPRETED, launch_options, num_multiprocessors, sequence_lanes
 
 __all__ = [
@@ -97,7 +104,7 @@ def _decode(
     BLOCK: tl.constexpr, TILE: tl.constexpr, SEQS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     FUSED: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, STARTS: tl.constexpr, WIDE: tl.constexpr,
     MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.constexpr, SINKS: tl.constexpr,
-    PDL: tl.constexpr,
+    PARTS: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # Lengths, tables and older keys are written by no kernel that may still run (kernels/step), so a fused step
     # reads them before it waits for the projection. A program without work leaves at once, to make room for the
@@ -144,51 +151,66 @@ def _decode(
         tail = lo + tl.maximum(hi - lo - 1, 0) // TILE * TILE
         blocks = load_blocks(table_ptr, tail, hi, BLOCK, TILE)
         k, v = load_tile(k_cache, v_cache, blocks, tail, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                          TILE, D, DP, WIDE, True, dtype)  # fmt: skip
+                         TILE, D, DP, PARTS, WIDE, True, dtype)  # fmt: skip
         # Blocks are always read one tile ahead: were they read with their keys, the software pipeline would have
         # to empty itself for each tile.
         blocks = load_blocks(table_ptr, lo, tail, BLOCK, TILE)
         q_at = q_ptr + token * q_row + tl.minimum(head * G + gm, num_heads - 1)[:, None] * q_head
         peak = tl.full([GP], float("-inf"), tl.float32)
         norm = tl.zeros([TILE, GP], tl.float32)
-        acc = tl.zeros([DP, GP], tl.float32)
+        acc = tl.zeros([GP, DP], tl.float32)
         if FUSED:
             kv_at = token * kv_row + head * kv_head
             q, new_k, new_v = _add_new(
                 q_at, q_ok, k_ptr + kv_at, v_ptr + kv_at, k_cache, v_cache, table_ptr, length - 1, newest, head,
                 cache_block, cache_token, cache_head, num_heads, gain_ptr, eps, cos_ptr, sin_ptr, G, D, DP, R, BLOCK,
-                NORM, PDL)  # fmt: skip
+                NORM, PARTS, PDL)  # fmt: skip
             score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
             if CAPPED:
                 score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
             score = tl.where(newest, score * 1.4426950408889634, float("-inf"))
             peak = tl.broadcast_to(score[None, :], (GP // GM, GM)).reshape(GP)
             norm += tl.where(newest & (tl.arange(0, TILE) == 0), 1.0, 0.0)[:, None]
-            acc += tl.trans(new_v.to(tl.float32))
+            acc += new_v.to(tl.float32)
         else:
             q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
+        factor = tl.full([GM], 1.0, tl.float32) * scale
+        if PARTS == 2 and dtype != tl.float32:
+            q, power = to_half_range(q)
+            factor = factor * power
         # Heads are repeated until they are as many as a product takes.
-        q = tl.trans(tl.broadcast_to(q[None, :, :], (GP // GM, GM, DP)).reshape(GP, DP))
-        acc, peak, norm = add_tile(acc, peak, norm, q, k, v, hi - tail, scale, soft_cap, CAPPED, True)
+        q = tl.broadcast_to(q[None, :, :], (GP // GM, GM, DP)).reshape(GP, DP)
+        factor = tl.broadcast_to(factor[None, :], (GP // GM, GM)).reshape(GP)
+        LOWERED: tl.constexpr = 65536.0 if PARTS == 4 and not PLAIN else 1.0  # see widen_fp4
+        factor = factor * LOWERED
+        q_parts = turned(split_columns(q, GP, DP, PARTS), PARTS)
+        sums = turned(split_columns(acc / LOWERED, GP, DP, PARTS), PARTS)
+        sums, peak, norm = add_tile(sums, peak, norm, q_parts, k, v, hi - tail, factor, soft_cap, TILE, DP, PARTS,
+                                    PLAIN, CAPPED, True)  # fmt: skip
         for key in range(lo, tail, TILE):
             following = load_blocks(table_ptr, key + TILE, tail, BLOCK, TILE)
             k, v = load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head * cache_head, BLOCK,
-                             TILE, D, DP, WIDE, False, dtype)  # fmt: skip
+                             TILE, D, DP, PARTS, WIDE, False, dtype)  # fmt: skip
             blocks = following
-            acc, peak, norm = add_tile(acc, peak, norm, q, k, v, TILE, scale, soft_cap, CAPPED, False)
+            sums, peak, norm = add_tile(sums, peak, norm, q_parts, k, v, TILE, factor, soft_cap, TILE, DP, PARTS,
+                                        PLAIN, CAPPED, False)  # fmt: skip
 
-        acc = tl.trans(acc)
+        sums = turned(sums, PARTS)
         norm = tl.sum(norm, 0)
+        # Column j of part i is dimension PARTS j + i; parts in memory lie one behind another.
+        c = tl.arange(0, DP // PARTS)[None, :]
         out_at = out_ptr + token * num_heads * D
         if count == 1:
             if SINKS:
                 norm = add_sink(norm, peak, sinks_ptr, head * G + g, g < G)
-            o = acc / norm[:, None]
-            o_ok = (g[:, None] < G) & (d[None, :] < D)
-            tl.store(out_at + (head * G + g)[:, None] * D + d[None, :], o.to(dtype), mask=o_ok)
+            for i in tl.static_range(PARTS):
+                o = (sums[i] * LOWERED / norm[:, None]).to(dtype)
+                o_ok = (g[:, None] < G) & (c * PARTS + i < D)
+                tl.store(out_at + (head * G + g)[:, None] * D + c * PARTS + i, o, mask=o_ok)
         else:
-            _add_piece(acc, peak, norm, out_at, partial_ptr, arrivals_ptr, sinks_ptr, seq, head, split - first,
-                       count, num_kv_heads, G, GP, GM, D, DP, MAX_SPLITS, CHUNK, FEW, SINKS)  # fmt: skip
+            _add_piece(sums, peak, norm, out_at, partial_ptr, arrivals_ptr, sinks_ptr, seq, head, split - first,
+                       count, num_kv_heads, LOWERED, G, GP, GM, D, DP, PARTS, MAX_SPLITS, CHUNK, FEW,
+                       SINKS)  # fmt: skip
 
 
 @triton.jit
@@ -217,7 +239,7 @@ def _add_new(
     q_at, q_ok, k_ptr, v_ptr, k_cache, v_cache, table_ptr, pos, newest, head,
     cache_block, cache_token, cache_head, num_heads, gain_ptr, eps, cos_ptr, sin_ptr,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
-    PDL: tl.constexpr,
+    PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotation of the queries and the new key at ``pos``, which goes to the cache with its value.
 
@@ -265,28 +287,40 @@ def _add_new(
         store_fp4(k_cache, slot + tl.arange(0, 1), codes, scales, only, D, DP)
         codes, scales, new_v = round_fp4(new_v.to(tl.float32), 1, DP)
         store_fp4(v_cache, slot + tl.arange(0, 1), codes, scales, only, D, DP)
+    elif PARTS > 1:
+        new_k = store_words(k_cache + slot, new_k, newest, D, DP, PARTS)
+        new_v = store_words(v_cache + slot, new_v, newest, D, DP, PARTS)
     else:
-        new_k = new_k.to(k_cache.dtype.element_ty)
-        new_v = new_v.to(v_cache.dtype.element_ty)
-        tl.store(k_cache + slot + one + d[None, :], new_k, mask=k_ok)
-        tl.store(v_cache + slot + one + d[None, :], new_v, mask=k_ok)
+        if k_cache.dtype.element_ty == tl.float8e4nv:
+            new_k = round_fp8(new_k.to(tl.float32))
+            new_v = round_fp8(new_v.to(tl.float32))
+        else:
+            new_k = new_k.to(k_cache.dtype.element_ty)
+            new_v = new_v.to(v_cache.dtype.element_ty)
+        tl.store(k_cache + slot + one + d[None, :], new_k.to(k_cache.dtype.element_ty), mask=k_ok)
+        tl.store(v_cache + slot + one + d[None, :], new_v.to(v_cache.dtype.element_ty), mask=k_ok)
     return q, new_k, new_v
 
 
 @triton.jit
 def _add_piece(
-    acc, peak, norm, out_ptr, partial_ptr, arrivals_ptr, sinks_ptr, seq, head, place, count, num_kv_heads,
-    G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.constexpr, SINKS: tl.constexpr,
+    sums, peak, norm, out_ptr, partial_ptr, arrivals_ptr, sinks_ptr, seq, head, place, count, num_kv_heads,
+    LOWERED: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    PARTS: tl.constexpr, MAX_SPLITS: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Leave the sums of piece ``place`` of ``count`` in memory; who comes last adds them all and writes the output."""
+    """Leave the sums of piece ``place`` of ``count`` in memory; who comes last adds all of them and writes the output.
+
+    ``sums`` is a tuple of PARTS tiles [GP, DP / PARTS].
+    """
     W: tl.constexpr = DP + 4
     num_heads = num_kv_heads * G
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
     row = seq.to(tl.int64) * (MAX_SPLITS * num_heads * W)
     mine = partial_ptr + row + (place * num_heads + head * G + g) * W
-    tl.store(mine[:, None] + d[None, :], acc, mask=(g[:, None] < G) & (d[None, :] < DP))
+    c = tl.arange(0, DP // PARTS)[None, :]
+    for i in tl.static_range(PARTS):
+        tl.store(mine[:, None] + i * (DP // PARTS) + c, sums[i] * LOWERED, mask=(g[:, None] < G) & (c < DP))
     tl.store(mine + DP, peak, mask=g < G)
     tl.store(mine + DP + 1, norm, mask=g < G)
     tl.debug_barrier()
@@ -300,8 +334,9 @@ def _add_piece(
             o = merge(partial_ptr, row, count, head * G, num_heads, sinks_ptr, G, GM, DP, MAX_SPLITS, CHUNK, 4,
                       SINKS)  # fmt: skip
         gm = tl.arange(0, GM)
-        o_ok = (gm[:, None] < G) & (d[None, :] < D)
-        o_at = out_ptr + (head * G + gm)[:, None] * D + d[None, :]
+        column = (d % (DP // PARTS) * PARTS + d // (DP // PARTS))[None, :]
+        o_ok = (gm[:, None] < G) & (column < D)
+        o_at = out_ptr + (head * G + gm)[:, None] * D + column
         tl.store(o_at, o.to(out_ptr.dtype.element_ty), mask=o_ok)
         tl.store(arrivals_ptr + seq * num_kv_heads + head, 0)
 
@@ -346,8 +381,7 @@ def decode_attention(
     Returns:
         out.
     """
-    if k_cache.dtype is FP4:
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    kind = k_cache.dtype
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
     num_seqs = seq_lens.shape[0]
@@ -362,10 +396,15 @@ def decode_attention(
     if fused is not None:
         gains, cos, sin, eps = fused.weight, fused.cos, fused.sin, fused.eps
         assert new_k is not None and new_v is not None and new_k.stride() == new_v.stride()
-    shape = _shape(num_seqs * num_kv_heads, padded, long, k_cache.dtype)
+    shape = _shape(num_seqs * num_kv_heads, padded, long, kind)
+    parts = _parts(kind, head_dim, shape)
+    if parts > 1 or kind is FP4:
+        k_cache, v_cache = (
+            cache.view(torch.int16 if parts > 1 else torch.uint8) for cache in (k_cache, v_cache)
+        )
     if beside:
         shape = shape._replace(programs=max(1, shape.programs // 2), early=False)
-    most = num_seqs * num_kv_heads * MAX_SPLITS
+    most = num_seqs * num_kv_heads * shape.splits
     programs = min(most, num_multiprocessors(q.device) * shape.programs)
     options = launch_options(q.device, shape.warps, shape.stages)
     if shape.registers is not None:
@@ -385,21 +424,31 @@ def decode_attention(
         G=group, GP=max(8, merged), GM=merged, D=head_dim, DP=padded, R=0 if cos is None else cos.shape[-1],
         BLOCK=block_size, TILE=shape.tile, SEQS=sequence_lanes(num_seqs), WINDOW=window or 0,
         CAPPED=soft_cap is not None, FUSED=fused is not None, NORM=gains is not None, ROWS=rows is not None,
-        STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=MAX_SPLITS,
+        STARTS=query_starts is not None, WIDE=k_cache.numel() >= 2**31, MAX_SPLITS=shape.splits,
         MIN_SPLIT=shape.min_split,
-        CHUNK=max(1, min(8 if shape.warps > 1 else MAX_SPLITS, 2048 // (merged * padded))), FEW=shape.warps > 1,
-        SINKS=sinks is not None, **options,
+        CHUNK=max(1, min(8 if shape.warps > 1 else shape.splits, 2048 // (merged * padded))), FEW=shape.warps > 1,
+        SINKS=sinks is not None, PARTS=parts, PLAIN=INTERPRETED or (parts == 4 and q.dtype is not torch.bfloat16),
+        **options,
     )  # fmt: skip
     return out
+
+
+def _parts(cache: torch.dtype, dim: int, shape: DecodeShape) -> int:
+    """Numbers of a word that the cache is read by; a product takes 16 of each part."""
+    parts = 4 if cache is FP4 else 2 if cache is torch.float8_e4m3fn else 1
+    if parts == 4 and shape.warps > 1 and dim <= 128 and not INTERPRETED:  # bytes are faster there
+        return 1
+    return parts if dim % (8 * parts) == 0 and padded_dim(dim) >= 16 * parts else 1
 
 
 def _shape(num_heads: int, padded: int, long: bool, cache: torch.dtype) -> DecodeShape:
     if INTERPRETED:
         return DecodeShape(16, 16, 2, 4, 1)
-    shape = decode_shape(num_heads, padded, long and cache.itemsize == 2)  # measured for those
-    if cache is torch.uint8:
-        # Programs of one warp gave wrong answers over FP4 (0071); larger tiles take too many registers for decoding.
-        shape = (
-            DecodeShape(32, 512, 2, 4, 4) if shape.warps == 1 else shape._replace(tile=min(shape.tile, 32))
-        )
+    shape = decode_shape(num_heads, padded, long)
+    if cache.itemsize == 1 and shape.warps == 1:  # as many bytes a tile
+        shape = shape._replace(tile=2 * shape.tile)
+    if (
+        cache is FP4
+    ):  # larger tiles take too many registers for decoding, smaller ones give wrong products (0071)
+        shape = shape._replace(tile=32)
     return shape

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.attention.triton_fp4 import load_fp4
+from headrace.kernels.attention.triton_words import widen_fp4, widen_fp8
 
 __all__ = ["add_sink", "add_tile", "load_blocks", "load_tile", "merge", "merge_few", "norm_rope", "pieces"]
 
@@ -32,75 +33,113 @@ def load_blocks(table_ptr, key, hi, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _load_side(base, slot, there, TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TURNED: tl.constexpr,
-               MASKED: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """[TILE, DP] at ``slot``, or with TURNED [DP, TILE]; with MASKED zero where not ``there``."""
+def _load_rows(
+    base, slots, there, D: tl.constexpr, DP: tl.constexpr, TURNED: tl.constexpr, MASKED: tl.constexpr
+):
+    """[TILE, DP] at ``slots``, or [DP, TILE]; with MASKED zero where not ``there``."""
     KEYS: tl.constexpr = 0 if TURNED else 1  # the axis that keys do not have
     d = tl.expand_dims(tl.arange(0, DP), 1 - KEYS)
-    at = base + tl.expand_dims(slot, KEYS) + d
-    if base.dtype.element_ty == tl.uint8:
-        side = load_fp4(base, slot, there, TILE, D, DP, dtype)
-        if TURNED:
-            side = tl.trans(side)
-    elif MASKED:
-        side = tl.load(at, mask=tl.expand_dims(there, KEYS) & (d < D), other=0.0)
+    at = base + tl.expand_dims(slots, KEYS) + d
+    if MASKED:
+        rows = tl.load(at, mask=tl.expand_dims(there, KEYS) & (d < D), other=0.0)
     elif D == DP:
-        side = tl.load(at)
+        rows = tl.load(at)
     else:
-        side = tl.load(at, mask=d < D, other=0.0)
-    return side
+        rows = tl.load(at, mask=d < D, other=0.0)
+    return rows
+
+
+@triton.jit
+def _load_half(base, slots, there, TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr,
+               TURNED: tl.constexpr, MASKED: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """Keys of a tile, or with TURNED its values."""
+    if base.dtype.element_ty == tl.uint8:
+        rows = load_fp4(base, slots, there, TILE, D, DP, dtype)
+        if TURNED:
+            rows = tl.trans(rows)
+        found = (rows,)
+    elif PARTS == 4:
+        # Rows begin at multiples of their size: said so, as much as that allows is loaded at once.
+        WIDTH: tl.constexpr = D // 4 + D // 32
+        ALIGNED: tl.constexpr = 8 if WIDTH % 8 == 0 else 4 if WIDTH % 4 == 0 else 2 if WIDTH % 2 == 0 else 1
+        slots = slots // ALIGNED * ALIGNED
+        words = _load_rows(base, slots, there, D // 4, DP // 4, TURNED, MASKED)
+        scales = _load_rows(base + D // 4, slots, there, D // 32, DP // 32, TURNED, MASKED)
+        found = (words, scales)  # type: ignore[assignment]
+    else:
+        found = (_load_rows(base, slots, there, D // PARTS, DP // PARTS, TURNED, MASKED),)
+    return found
 
 
 @triton.jit
 def load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head_offset, BLOCK: tl.constexpr,
-              TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-              dtype: tl.constexpr):  # fmt: skip
-    """Keys [TILE, DP] and values [DP, TILE] from ``key`` on; with MASKED zero from ``hi`` on. WIDE: 64-bit offsets.
+              TILE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
+              MASKED: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """Keys and values from ``key`` on; with MASKED zero from ``hi`` on. WIDE: 64-bit offsets.
 
-    As the cache has them, or in ``dtype`` from an FP4 cache (bytes). Values are loaded as their product takes them:
-    turned afterwards, they would not be fetched ahead.
+    Keys are a tuple: [TILE, DP] as the cache has them (or in ``dtype`` from an FP4 cache of bytes), words
+    [TILE, DP / 2] of an FP8 cache, or words [TILE, DP / 4] of an FP4 cache and those of their scales, [TILE, DP / 32].
+    Values are the same transposed: a product's operand is loaded as it will be read, or its loads are not taken ahead
+    of the loop.
     """
     at = key + tl.arange(0, TILE)
+    there = at < hi
     if WIDE:
         blocks = blocks.to(tl.int64)
-    slot = blocks * cache_block + (at.to(tl.uint32) % BLOCK).to(tl.int32) * cache_token + head_offset
-    k = _load_side(k_cache, slot, at < hi, TILE, D, DP, False, MASKED, dtype)
-    v = _load_side(v_cache, slot, at < hi, TILE, D, DP, True, MASKED, dtype)
+    slots = blocks * cache_block + (at.to(tl.uint32) % BLOCK).to(tl.int32) * cache_token + head_offset
+    k = _load_half(k_cache, slots, there, TILE, D, DP, PARTS, False, MASKED, dtype)
+    v = _load_half(v_cache, slots, there, TILE, D, DP, PARTS, True, MASKED, dtype)
     return k, v
 
 
 @triton.jit
-def add_tile(acc, peak, norm, q, k, v, left, scale, soft_cap, CAPPED: tl.constexpr, MASKED: tl.constexpr):
+def _widened(tile, TILE: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, PLAIN: tl.constexpr,
+             TURNED: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """A tuple of PARTS tiles of keys [TILE, DP / PARTS], or with TURNED of values [DP / PARTS, TILE], of ``dtype``."""
+    if PARTS == 1:
+        parts = (tile[0].to(dtype),)
+    elif PARTS == 2:
+        parts = widen_fp8(tile[0], dtype, PLAIN)
+    else:
+        parts = widen_fp4(tile[0], tile[1], TILE, DP // 4, dtype, PLAIN, TURNED)
+    return parts
+
+
+@triton.jit
+def add_tile(acc, peak, norm, q, k, v, left, factor, soft_cap, TILE: tl.constexpr, DP: tl.constexpr,
+             PARTS: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """One step of the online softmax, in powers of 2; with MASKED only the first ``left`` keys count.
 
-    Keys and dimensions are the wide side of both products, heads the narrow one: tensor cores take 8 columns, but
-    16 rows.
-
-    Args:
-        acc: float32 [DP, H].
-        peak: float32 [H].
-        norm: float32 [TILE, H], whose sum over keys is left to the end.
-        q: [DP, H].
-        k, v: as load_tile has them.
+    Keys and dimensions are the wide side of the products, heads the narrow one. ``q`` and ``acc`` are tuples of PARTS
+    tiles [DP / PARTS, H], k and v as load_tile has them; ``norm`` [TILE, H] is summed over keys by the caller, once;
+    ``factor`` float32 [H] is that of each head's scores.
     """
-    dtype: tl.constexpr = q.dtype
-    score = tl.dot(k.to(dtype), q, out_dtype=tl.float32, input_precision="ieee")
-    factor = scale * 1.4426950408889634
+    dtype: tl.constexpr = q[0].dtype
+    keys = _widened(k, TILE, DP, PARTS, PLAIN, False, dtype)
+    score = tl.dot(keys[0], q[0], out_dtype=tl.float32, input_precision="ieee")
+    for i in tl.static_range(1, PARTS):
+        score = tl.dot(keys[i], q[i], score, out_dtype=tl.float32, input_precision="ieee")
     if CAPPED:
-        score = soft_cap * (2.0 * tl.sigmoid(2.0 * score * scale / soft_cap) - 1.0)
-        factor = 1.4426950408889634
+        score = soft_cap * (2.0 * tl.sigmoid(2.0 * score * factor[None, :] / soft_cap) - 1.0)
+        factor = factor * 0.0 + 1.0
+    factor = factor * 1.4426950408889634
     if MASKED:
-        score = tl.where((tl.arange(0, k.shape[0]) < left)[:, None], score, float("-inf"))
+        score = tl.where((tl.arange(0, TILE) < left)[:, None], score, float("-inf"))
     top = tl.maximum(peak, tl.max(score, 0) * factor)
     safe = top
     if MASKED:
         safe = tl.where(top == float("-inf"), 0.0, top)
-    p = tl.exp2(score * factor - safe[None, :])
+    p = tl.exp2(score * factor[None, :] - safe[None, :])
     alpha = tl.exp2(peak - safe)
     norm = norm * alpha[None, :] + p
-    acc = acc * alpha[None, :]
-    acc = tl.dot(v.to(dtype), p.to(dtype), acc, out_dtype=tl.float32, input_precision="ieee")
-    return acc, top, norm
+    p = p.to(dtype)
+    values = _widened(v, TILE, DP, PARTS, PLAIN, True, dtype)
+    sums = ()
+    for i in tl.static_range(PARTS):
+        scaled = acc[i] * alpha[None, :]
+        total = tl.dot(values[i], p, scaled, out_dtype=tl.float32, input_precision="ieee")
+        sums = sums + (total,)  # type: ignore[assignment]  # noqa: RUF005  (Triton 3.6 knows no star)
+    return sums, top, norm
 
 
 @triton.jit

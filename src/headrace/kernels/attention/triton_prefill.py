@@ -20,6 +20,7 @@ from headrace.kernels.attention.triton_decode import padded_dim
 from headrace.kernels.attention.triton_fp4 import load_fp4
 from headrace.kernels.attention.triton_tile_map import mapped_tile, tile_map
 from headrace.kernels.attention.triton_tiles import query_rows, scores, soften, weigh
+from headrace.kernels.attention.triton_words import to_half_range
 from headrace.kernels.launch import INTERPRETED, launch_options
 
 __all__ = ["prefill_attention"]
@@ -93,6 +94,10 @@ def _prefill(
         )
         last = length - new + token
         scales = tl.full([ROWS], 1.0, tl.float32) * scale
+        if k_ptr.dtype.element_ty == tl.float8e4nv and q_ptr.dtype.element_ty != tl.float32:
+            # FP8 numbers become float16 by one instruction, bfloat16 by several slow ones.
+            q, power = to_half_range(q)
+            scales = scales * power
         acc = tl.zeros([ROWS, DP], tl.float32)
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         norm = tl.zeros([ROWS], tl.float32)
