@@ -115,20 +115,14 @@ def _decode(
             gdc_wait()  # the new keys are the work of the kernel before
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     num_heads = num_kv_heads * G
-    s_all = tl.arange(0, SEQS)
-    count_all = _count_pieces(lens_ptr, starts_ptr, s_all, num_seqs, WINDOW, STARTS, MAX_SPLITS, MIN_SPLIT)
-    ends = tl.cumsum(count_all, 0)
-    total = tl.max(ends, 0)
-
-    g = tl.arange(0, GP)
-    gm = tl.arange(0, GM)
-    d = tl.arange(0, DP)
-    q_ok = (gm[:, None] < G) & (d[None, :] < D)
-    for work in range(tl.program_id(0), total * num_kv_heads, tl.num_programs(0)):
-        piece = work // num_kv_heads
+    seqs = tl.arange(0, SEQS)
+    counts = _count_pieces(lens_ptr, starts_ptr, seqs, num_seqs, WINDOW, STARTS, MAX_SPLITS, MIN_SPLIT)
+    ends = tl.cumsum(counts, 0)
+    LOWERED: tl.constexpr = 65536.0 if PARTS == 4 and not PLAIN else 1.0  # see widen_fp4
+    for work in range(tl.program_id(0), tl.max(ends, 0) * num_kv_heads, tl.num_programs(0)):
         head = work % num_kv_heads
-        seq = tl.sum((ends <= piece).to(tl.int32), 0)
-        length = tl.load(lens_ptr + seq)
+        seq, length, place, count, lo, hi = _find_piece(work // num_kv_heads, ends, counts, seqs, lens_ptr, WINDOW,
+                                                        MAX_SPLITS, MIN_SPLIT)  # fmt: skip
         token = seq
         if STARTS:
             token = tl.load(starts_ptr + seq)
@@ -137,14 +131,7 @@ def _decode(
         if ROWS:
             table = tl.load(rows_ptr + seq)
         table_ptr = tables_ptr + table.to(tl.int64) * table_row
-        first, count, size = pieces(length, WINDOW, MAX_SPLITS, MIN_SPLIT)
-        base = tl.sum(tl.where(s_all < seq, count_all, 0), 0)
-        split = first + piece - base
-        lo = split * size
-        hi = tl.minimum(lo + size, length)
         newest = hi == length
-        if WINDOW > 0:
-            lo = tl.maximum(lo, length - WINDOW)
         if FUSED:
             hi = tl.minimum(hi, length - 1)
         # The last tile, which may not be full, goes first: the others need no masks.
@@ -155,62 +142,24 @@ def _decode(
         # Blocks are always read one tile ahead: were they read with their keys, the software pipeline would have
         # to empty itself for each tile.
         blocks = load_blocks(table_ptr, lo, tail, BLOCK, TILE)
-        q_at = q_ptr + token * q_row + tl.minimum(head * G + gm, num_heads - 1)[:, None] * q_head
-        peak = tl.full([GP], float("-inf"), tl.float32)
-        norm = tl.zeros([TILE, GP], tl.float32)
-        acc = tl.zeros([GP, DP], tl.float32)
-        if FUSED:
-            kv_at = token * kv_row + head * kv_head
-            q, new_k, new_v = _add_new(
-                q_at, q_ok, k_ptr + kv_at, v_ptr + kv_at, k_cache, v_cache, table_ptr, length - 1, newest, head,
-                cache_block, cache_token, cache_head, num_heads, gain_ptr, eps, cos_ptr, sin_ptr, G, D, DP, R, BLOCK,
-                NORM, PARTS, PDL)  # fmt: skip
-            score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
-            if CAPPED:
-                score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
-            score = tl.where(newest, score * 1.4426950408889634, float("-inf"))
-            peak = tl.broadcast_to(score[None, :], (GP // GM, GM)).reshape(GP)
-            norm += tl.where(newest & (tl.arange(0, TILE) == 0), 1.0, 0.0)[:, None]
-            acc += new_v.to(tl.float32)
-        else:
-            q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
-        factor = tl.full([GM], 1.0, tl.float32) * scale
-        if PARTS == 2 and dtype != tl.float32:
-            q, power = to_half_range(q)
-            factor = factor * power
-        # Heads are repeated until they are as many as a product takes.
-        q = tl.broadcast_to(q[None, :, :], (GP // GM, GM, DP)).reshape(GP, DP)
-        factor = tl.broadcast_to(factor[None, :], (GP // GM, GM)).reshape(GP)
-        LOWERED: tl.constexpr = 65536.0 if PARTS == 4 and not PLAIN else 1.0  # see widen_fp4
-        factor = factor * LOWERED
-        q_parts = turned(split_columns(q, GP, DP, PARTS), PARTS)
-        sums = turned(split_columns(acc / LOWERED, GP, DP, PARTS), PARTS)
-        sums, peak, norm = add_tile(sums, peak, norm, q_parts, k, v, hi - tail, factor, soft_cap, TILE, DP, PARTS,
-                                    PLAIN, CAPPED, True)  # fmt: skip
+        heads = tl.minimum(head * G + tl.arange(0, GM), num_heads - 1)
+        kv_at = token * kv_row + head * kv_head
+        q, sums, peak, norm, factor = _begin(
+            q_ptr + token * q_row + heads[:, None] * q_head, k_ptr + kv_at, v_ptr + kv_at, k_cache, v_cache, table_ptr,
+            length - 1, newest, head, cache_block, cache_token, cache_head, num_heads, gain_ptr, eps, cos_ptr, sin_ptr,
+            scale, soft_cap, LOWERED, G, GP, GM, D, DP, R, BLOCK, TILE, CAPPED, FUSED, NORM, PARTS, PDL)  # fmt: skip
+        sums, peak, norm = add_tile(sums, peak, norm, q, k, v, hi - tail, factor, soft_cap, TILE, DP, PARTS, PLAIN,
+                                    CAPPED, True)  # fmt: skip
         for key in range(lo, tail, TILE):
             following = load_blocks(table_ptr, key + TILE, tail, BLOCK, TILE)
             k, v = load_tile(k_cache, v_cache, blocks, key, hi, cache_block, cache_token, head * cache_head, BLOCK,
                              TILE, D, DP, PARTS, WIDE, False, dtype)  # fmt: skip
             blocks = following
-            sums, peak, norm = add_tile(sums, peak, norm, q_parts, k, v, TILE, factor, soft_cap, TILE, DP, PARTS,
-                                        PLAIN, CAPPED, False)  # fmt: skip
-
-        sums = turned(sums, PARTS)
-        norm = tl.sum(norm, 0)
-        # Column j of part i is dimension PARTS j + i; parts in memory lie one behind another.
-        c = tl.arange(0, DP // PARTS)[None, :]
-        out_at = out_ptr + token * num_heads * D
-        if count == 1:
-            if SINKS:
-                norm = add_sink(norm, peak, sinks_ptr, head * G + g, g < G)
-            for i in tl.static_range(PARTS):
-                o = (sums[i] * LOWERED / norm[:, None]).to(dtype)
-                o_ok = (g[:, None] < G) & (c * PARTS + i < D)
-                tl.store(out_at + (head * G + g)[:, None] * D + c * PARTS + i, o, mask=o_ok)
-        else:
-            _add_piece(sums, peak, norm, out_at, partial_ptr, arrivals_ptr, sinks_ptr, seq, head, split - first,
-                       count, num_kv_heads, LOWERED, G, GP, GM, D, DP, PARTS, MAX_SPLITS, CHUNK, FEW,
-                       SINKS)  # fmt: skip
+            sums, peak, norm = add_tile(sums, peak, norm, q, k, v, TILE, factor, soft_cap, TILE, DP, PARTS, PLAIN,
+                                        CAPPED, False)  # fmt: skip
+        _end(turned(sums, PARTS), peak, tl.sum(norm, 0), out_ptr + token * num_heads * D, partial_ptr, arrivals_ptr,
+             sinks_ptr, seq, head, place, count, num_kv_heads, LOWERED, G, GP, GM, D, DP, PARTS, MAX_SPLITS, CHUNK,
+             FEW, SINKS)  # fmt: skip
 
 
 @triton.jit
@@ -227,6 +176,64 @@ def _count_pieces(lens_ptr, starts_ptr, seqs, num_seqs, WINDOW: tl.constexpr, ST
 
 
 @triton.jit
+def _find_piece(piece, ends, counts, seqs, lens_ptr, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr,
+                MIN_SPLIT: tl.constexpr):  # fmt: skip
+    """(sequence, its keys, the piece's place in it, of how many, its first key, the one behind its last)."""
+    seq = tl.sum((ends <= piece).to(tl.int32), 0)
+    length = tl.load(lens_ptr + seq)
+    first, count, size = pieces(length, WINDOW, MAX_SPLITS, MIN_SPLIT)
+    place = piece - tl.sum(tl.where(seqs < seq, counts, 0), 0)
+    lo = (first + place) * size
+    hi = tl.minimum(lo + size, length)
+    if WINDOW > 0:
+        lo = tl.maximum(lo, length - WINDOW)
+    return seq, length, place, count, lo, hi
+
+
+@triton.jit
+def _begin(
+    q_at, k_ptr, v_ptr, k_cache, v_cache, table_ptr, pos, newest, head, cache_block, cache_token, cache_head,
+    num_heads, gain_ptr, eps, cos_ptr, sin_ptr, scale, soft_cap,
+    LOWERED: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr,
+    NORM: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Queries and, as add_tile has them, sums, maxima and denominators of the new token alone, and factors of scores.
+
+    The fused step waits for the kernel before. The new key and value never leave registers: they open the sums of the
+    piece that they end; those of other pieces are empty.
+    """
+    d = tl.arange(0, DP)
+    q_ok = (tl.arange(0, GM)[:, None] < G) & (d[None, :] < D)
+    peak = tl.full([GP], float("-inf"), tl.float32)
+    norm = tl.zeros([TILE, GP], tl.float32)
+    acc = tl.zeros([GP, DP], tl.float32)
+    if FUSED:
+        q, new_k, new_v = _take_new(
+            q_at, q_ok, k_ptr, v_ptr, k_cache, v_cache, table_ptr, pos, newest, head, cache_block, cache_token,
+            cache_head, num_heads, gain_ptr, eps, cos_ptr, sin_ptr, G, D, DP, R, BLOCK, NORM, PARTS, PDL)  # fmt: skip
+        score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
+        if CAPPED:
+            score = soft_cap * (2.0 * tl.sigmoid(2.0 * score / soft_cap) - 1.0)
+        score = tl.where(newest, score * 1.4426950408889634, float("-inf"))
+        peak = tl.broadcast_to(score[None, :], (GP // GM, GM)).reshape(GP)
+        norm += tl.where(newest & (tl.arange(0, TILE) == 0), 1.0, 0.0)[:, None]
+        acc += new_v.to(tl.float32)
+    else:
+        q = tl.load(q_at + d[None, :], mask=q_ok, other=0.0)
+    factor = tl.full([GM], 1.0, tl.float32) * scale
+    if PARTS == 2 and q.dtype != tl.float32:
+        q, power = to_half_range(q)
+        factor = factor * power
+    # Heads are repeated until they are as many as a product takes.
+    q = tl.broadcast_to(q[None, :, :], (GP // GM, GM, DP)).reshape(GP, DP)
+    factor = tl.broadcast_to(factor[None, :], (GP // GM, GM)).reshape(GP) * LOWERED
+    q_parts = turned(split_columns(q, GP, DP, PARTS), PARTS)
+    sums = turned(split_columns(acc / LOWERED, GP, DP, PARTS), PARTS)
+    return q_parts, sums, peak, norm, factor
+
+
+@triton.jit
 def _gains(gain_ptr, d, swap, D: tl.constexpr):
     """A head's gains, float32 [1, DP], and those of the dimensions ``swap``."""
     gain = tl.load(gain_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
@@ -235,7 +242,7 @@ def _gains(gain_ptr, d, swap, D: tl.constexpr):
 
 
 @triton.jit
-def _add_new(
+def _take_new(
     q_at, q_ok, k_ptr, v_ptr, k_cache, v_cache, table_ptr, pos, newest, head,
     cache_block, cache_token, cache_head, num_heads, gain_ptr, eps, cos_ptr, sin_ptr,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
@@ -243,8 +250,7 @@ def _add_new(
 ):  # fmt: skip
     """Norm and rotation of the queries and the new key at ``pos``, which goes to the cache with its value.
 
-    Key and value never leave registers: they open the sum of the piece that they end. Others read zeros, and write
-    nothing.
+    Unless this is the ``newest`` piece, key and value are zeros, and nothing is written.
 
     Returns:
         Queries [GM, DP], the key and the value [1, DP] as the cache has them.
@@ -300,6 +306,29 @@ def _add_new(
         tl.store(k_cache + slot + one + d[None, :], new_k.to(k_cache.dtype.element_ty), mask=k_ok)
         tl.store(v_cache + slot + one + d[None, :], new_v.to(v_cache.dtype.element_ty), mask=k_ok)
     return q, new_k, new_v
+
+
+@triton.jit
+def _end(
+    sums, peak, norm, out_ptr, partial_ptr, arrivals_ptr, sinks_ptr, seq, head, place, count, num_kv_heads,
+    LOWERED: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    PARTS: tl.constexpr, MAX_SPLITS: tl.constexpr, CHUNK: tl.constexpr, FEW: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Write the output of a sequence of one piece; of several, the piece's sums.
+
+    ``sums`` is a tuple of PARTS tiles [GP, DP / PARTS]: column j of tile i is dimension PARTS j + i.
+    """
+    if count == 1:
+        g, c = tl.arange(0, GP), tl.arange(0, DP // PARTS)[None, :]
+        if SINKS:
+            norm = add_sink(norm, peak, sinks_ptr, head * G + g, g < G)
+        for i in tl.static_range(PARTS):
+            o = (sums[i] * LOWERED / norm[:, None]).to(out_ptr.dtype.element_ty)
+            o_ok = (g[:, None] < G) & (c * PARTS + i < D)
+            tl.store(out_ptr + (head * G + g)[:, None] * D + c * PARTS + i, o, mask=o_ok)
+    else:
+        _add_piece(sums, peak, norm, out_ptr, partial_ptr, arrivals_ptr, sinks_ptr, seq, head, place, count,
+                   num_kv_heads, LOWERED, G, GP, GM, D, DP, PARTS, MAX_SPLITS, CHUNK, FEW, SINKS)  # fmt: skip
 
 
 @triton.jit
