@@ -12,7 +12,7 @@ import pytest
 
 from headrace.config.spec import EngineSpec
 from headrace.serving.state import Model
-from live.test_one_pass_server import _engine, make_bert, make_embedder
+from support.one_pass import make_bert, make_embedder, start_engine
 from support.serving import LiveServer, live
 
 STATE = {"from": "Tim Cook", "text": "Apple buys a startup in Berlin"}
@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
         models.append(Model(EngineSpec(model=name, path=folder, num_threads=1, **fields)))
     with live(*models, max_inputs=9) as server:
         for model in models:
-            model.loaded = server.call(_engine(model.spec))
+            model.loaded = server.call(start_engine(model.spec))
         yield server
 
 

@@ -108,16 +108,29 @@ def test_no_architecture() -> None:
         select(Facts(where="x", config={}))
 
 
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+
+
 @pytest.mark.parametrize(
     ("quantization", "method", "kv"),
     [
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8", ""),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4", ""),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4", ""),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "nvfp4-pack-quantized",
+                "config_groups": {"group_0": {"targets": ["Linear"], "weights": NVFP4}},
+            },
+            "nvfp4",
+            "",
+        ),
         (
             {
                 "quant_method": "compressed-tensors",
                 "format": "float-quantized",
+                "config_groups": {"group_0": {"targets": ["Linear"], "weights": FP8}},
                 "kv_cache_scheme": {"num_bits": 8, "type": "float"},
             },
             "fp8",
@@ -125,7 +138,7 @@ def test_no_architecture() -> None:
         ),
         ({"quant_method": "mxfp4"}, "mxfp4", ""),
         ({"quant_method": "awq", "bits": 4}, "awq", ""),
-        ({"quant_method": "gptq"}, "gptq", ""),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq", ""),
     ],
 )
 def test_quantization_is_read(tmp_path: Path, quantization: dict[str, Any], method: str, kv: str) -> None:
