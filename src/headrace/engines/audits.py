@@ -27,7 +27,7 @@ from headrace.quantization.schemes.fp4 import Fp4Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
 from headrace.quantization.schemes.int8 import Int8Linear
 
-__all__ = ["PLAIN", "Bits", "audits", "is_fitted", "is_packed", "stored_bits"]
+__all__ = ["PLAIN", "Bits", "audits", "fitted_group", "is_packed", "stored_bits"]
 
 PLAIN = 16  # bits of a weight that was cast at most
 Bits = Callable[[str], int]
@@ -78,7 +78,7 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def audits(
-    model: nn.Module, reference: nn.Module, bits: Bits = lambda _: PLAIN, *, fitted: bool = False
+    model: nn.Module, reference: nn.Module, bits: Bits = lambda _: PLAIN, *, fitted: int = 0
 ) -> Iterator[MatrixError]:
     """Compare all weights; yields those of quantized matrices, and whatever else is wrong.
 
@@ -205,12 +205,14 @@ def stored_bits(checkpoint: Checkpoint, *, decoder: bool) -> Bits:
     return lambda path: least if path.startswith("layers.") else PLAIN
 
 
-def is_fitted(checkpoint: Checkpoint) -> bool:
-    """Whether others may have fitted its 4-bit integers to data."""
+def fitted_group(checkpoint: Checkpoint) -> int:
+    """Columns that share a scale, where others may have fitted its 4-bit integers to data; else 0."""
     if not isinstance(checkpoint, QuantizedCheckpoint) or not checkpoint.modules:
-        return False
+        return 0
     first = checkpoint.quantized(next(iter(checkpoint.modules)))
-    return isinstance(first, GroupIntWeight) and first.bits == 4
+    if not isinstance(first, GroupIntWeight) or first.bits != 4:
+        return 0
+    return first.shape[1] if first.order is not None else first.group
 
 
 def _bits_on_disk(checkpoint: QuantizedCheckpoint, name: str) -> int:
@@ -274,7 +276,12 @@ def _bits(module: nn.Module) -> int:
 def _even(module: nn.Module) -> bool:
     if isinstance(module, ScaledLinear):
         weight = module.quantized
-        return isinstance(weight, GroupIntWeight) and weight.group == weight.shape[1]
+        whole = (
+            isinstance(weight, GroupIntWeight) and weight.order is None and weight.group == weight.shape[1]
+        )
+        return whole or (
+            isinstance(weight, GroupIntWeight) and weight.bits == 8
+        )  # a group's steps are no larger
     if isinstance(module, JoinedLinear):
         return any(_even(part) for part in module.linears)
     return isinstance(module, Int8Linear) or (isinstance(module, EightBitLinear) and module.format == "int8")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
-from headrace.engines.audits import PLAIN, Bits, audits, is_fitted, is_packed, stored_bits
+from headrace.engines.audits import PLAIN, Bits, audits, fitted_group, is_packed, stored_bits
 from headrace.engines.choices import choose_device, choose_dtype
 from headrace.engines.layer_errors import LayerErrors
 from headrace.engines.quality import Measured, blind_spots, describe, save_measured
@@ -124,7 +124,9 @@ def verify(
         )
     bits = stored_bits(checkpoint, decoder=True)
     texts = tokenize(checkpoint)
-    report = compare(model, own, texts, cache, base_dtype, device, limits, bits, fitted=is_fitted(checkpoint))
+    report = compare(
+        model, own, texts, cache, base_dtype, device, limits, bits, fitted=fitted_group(checkpoint)
+    )
     del model
     report = msgspec.structs.replace(
         report,
@@ -159,7 +161,7 @@ def compare(
     limits: Limits = DEFAULT_LIMITS,
     bits: Bits = lambda _: PLAIN,
     *,
-    fitted: bool = False,
+    fitted: int = 0,
 ) -> Report:
     """Run both over the texts and audit the weights of ``model`` against those of ``reference``.
 

@@ -12,7 +12,7 @@ import torch
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
-from headrace.engines.audits import PLAIN, Bits, audits, is_fitted, is_packed, stored_bits
+from headrace.engines.audits import PLAIN, Bits, audits, fitted_group, is_packed, stored_bits
 from headrace.engines.choices import choose_device, choose_encode_dtype
 from headrace.engines.encode_build import load_encode
 from headrace.engines.layer_errors import LayerErrors
@@ -141,7 +141,7 @@ def verify_encode(
         )
     inputs = encode_inputs(checkpoint, model, rows, max_tokens)
     bits = stored_bits(checkpoint, decoder=False)
-    report = compare_encoders(model, own, inputs, device, limits, bits, fitted=is_fitted(checkpoint))
+    report = compare_encoders(model, own, inputs, device, limits, bits, fitted=fitted_group(checkpoint))
     report = msgspec.structs.replace(
         report,
         setup=describe(spec, checkpoint, dtype),
@@ -191,7 +191,7 @@ def compare_encoders(
     limits: EncodeLimits = DEFAULT_ENCODE_LIMITS,
     bits: Bits = lambda _: PLAIN,
     *,
-    fitted: bool = False,
+    fitted: int = 0,
 ) -> EncodeReport:
     """Run both over the inputs and audit the weights of ``model`` against those of ``reference``.
 

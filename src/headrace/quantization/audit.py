@@ -16,7 +16,9 @@ _FLOOR = 0.25  # of the row's own size: pieces that small may well be lost
 # Bits -> relative error of one piece that no sound rounding reaches (0.15 with 8 bits and 0.28 with 4, measured), and
 # that half of a scale exceeds.
 _LIMITS = {16: 0.03, 8: 0.25, 4: 0.4}
-_SLACK = 1.5  # errors of 64 steps beside their mean
+_SLACK = 1.8  # errors of 64 steps beside their mean; half a step each is 1.73
+_ROUNDING = 0.55  # of a step: half, and the rounding of scales
+_ASKEW = 0.4  # half of a scale is 0.5; noise of its size leaves 0.1 of 64 columns
 _MISSING = 0.95  # a piece that is not there, or twice itself
 
 
@@ -50,7 +52,7 @@ class MatrixError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def audit(
-    name: str, packed: Tensor, reference: Tensor, *, bits: int, even: bool = False, fitted: bool = False
+    name: str, packed: Tensor, reference: Tensor, *, bits: int, even: bool = False, fitted: int = 0
 ) -> MatrixError:
     """Compare piece by piece, so that a wrong scale, swapped halves or a missing block cannot hide in the sum.
 
@@ -59,8 +61,9 @@ def audit(
         reference: the unquantized weight, same shape.
         bits: of a packed value, 4 or 8; 16 for one that was only cast.
         even: its values are integers times a scale a row, so that a large one leaves the others of its row few steps.
-        fitted: rounding may have moved weights far where inputs are small (GPTQ): a piece that stands alone in its
-            row is no defect unless it is missing.
+        fitted: how many columns share a scale, where rounding may have moved weights far, as inputs are small (GPTQ);
+            0: nothing moved. A piece that stands alone in its row is no defect then unless it is missing, nor is one
+            that is no further off than half a step, nor one that lies along its reference (a wrong scale does not).
     """
     assert packed.shape == reference.shape, (name, packed.shape, reference.shape)
     rows, columns = packed.shape
@@ -78,12 +81,36 @@ def audit(
             beyond &= error * full > _SLACK * step * (_PIECE / 12) ** 0.5
         if fitted:
             beyond &= (beyond.sum(1, keepdim=True) >= min(2, beyond.shape[1])) | (error >= _MISSING)
+            beyond &= error * full > _half_steps(wanted, fitted, bits)
+            beyond &= _askew(packed[part].float(), wanted, full) > _ASKEW
         places = beyond.nonzero()
         if len(places) and where is None:
             where = (start + int(places[0, 0]), int(places[0, 1]) * _PIECE)
         bad += len(places)
     whole = math.sqrt(lost / max(kept, 1e-30)) if math.isfinite(lost) else math.inf
     return MatrixError(name=name, error=whole, worst=worst, bad_pieces=bad, where=where)
+
+
+def _half_steps(reference: Tensor, group: int, bits: int) -> Tensor:
+    """The most that rounding to nearest takes from each piece [rows, pieces], its groups' largest values at the end."""
+    columns = reference.shape[1]
+    padded = torch.nn.functional.pad(reference, (0, -columns % group)).unflatten(1, (-1, group))
+    step = padded.abs().amax(-1, keepdim=True).expand_as(padded).flatten(1)[:, :columns] / (
+        2 ** (bits - 1) - 1
+    )
+    by_piece = torch.nn.functional.pad(step, (0, -columns % _PIECE)).unflatten(1, (-1, _PIECE))
+    most: Tensor = by_piece.square().sum(-1).sqrt() * _ROUNDING
+    return most
+
+
+def _askew(packed: Tensor, reference: Tensor, full: Tensor) -> Tensor:
+    """How much of each piece's error lies along its reference [rows, pieces]: 0.5 for half or one and a half of it."""
+    width = -packed.shape[1] % _PIECE
+    wanted = torch.nn.functional.pad(reference, (0, width)).unflatten(1, (-1, _PIECE))
+    error = torch.nn.functional.pad(packed, (0, width)).unflatten(1, (-1, _PIECE)) - wanted
+    along = (error * wanted).sum(-1).abs() / wanted.square().sum(-1).clamp(min=1e-30).sqrt()
+    share: Tensor = (along / full).nan_to_num(nan=torch.inf)
+    return share
 
 
 def _pieces(packed: Tensor, reference: Tensor) -> tuple[Tensor, float, float, Tensor]:

@@ -157,6 +157,26 @@ def test_audit_names_the_place(bits: int) -> None:
     assert audit("w", wrong, full, bits=bits, fitted=True).where == (3, 0)
 
 
+def test_groups_with_an_outlier_and_moved_weights_are_no_defect() -> None:
+    """llm-compressor's groups of 128 and GPTQ's moves: small numbers beside a large one are lost, and some go far."""
+    torch.manual_seed(7)
+    full = torch.randn(64, 512) * 0.02
+    full[9, 70], full[9, 200] = 0.6, -0.8
+    step = full.unflatten(1, (-1, 128)).abs().amax(-1, keepdim=True) / 7
+    rounded = ((full.unflatten(1, (-1, 128)) / step).round() * step).flatten(1)
+    assert audit("w", rounded, full, bits=4).where is not None
+    assert audit("w", rounded, full, bits=4, fitted=128).where is None
+    moved = rounded.clone()
+    moved[20] += torch.randn(512) * 0.02  # as large as the weights, and not along them
+    assert audit("w", moved, full, bits=4, fitted=128).where is None
+    for factor in (0.5, 2.0, 0.0, -1.0):
+        wrong = moved.clone()
+        wrong[30, 128:256] *= factor  # one group
+        assert audit("w", wrong, full, bits=4, fitted=128).where == (30, 128)
+    wrong = torch.cat((rounded[32:], rounded[:32]))
+    assert audit("w", wrong, full, bits=4, fitted=128).bad_pieces > 400
+
+
 def test_large_weights_leave_their_row_few_steps() -> None:
     """Integers with a scale a row: that is rounding, while half a scale or a missing block are none."""
     full = torch.randn(6, 4096)
