@@ -19,6 +19,7 @@ _LIMITS = {16: 0.03, 8: 0.25, 4: 0.4}
 _SLACK = 1.8  # errors of 64 steps beside their mean; half a step each is 1.73
 _ROUNDING = 0.55  # of a step: half, and the rounding of scales
 _ASKEW = 0.4  # half of a scale is 0.5; noise of its size leaves 0.1 of 64 columns
+_SHIFT = 0.25  # a zero point that is off by one is 0.3 to 0.5
 _MISSING = 0.95  # a piece that is not there, or twice itself
 
 
@@ -63,7 +64,8 @@ def audit(
         even: its values are integers times a scale a row, so that a large one leaves the others of its row few steps.
         fitted: how many columns share a scale, where rounding may have moved weights far, as inputs are small (GPTQ);
             0: nothing moved. A piece that stands alone in its row is no defect then unless it is missing, nor is one
-            that is no further off than half a step, nor one that lies along its reference (a wrong scale does not).
+            that is no further off than half a step, nor one whose error points nowhere: a wrong scale's lies along the
+            reference, a wrong zero point's is the same in every column.
     """
     assert packed.shape == reference.shape, (name, packed.shape, reference.shape)
     rows, columns = packed.shape
@@ -82,7 +84,8 @@ def audit(
         if fitted:
             beyond &= (beyond.sum(1, keepdim=True) >= min(2, beyond.shape[1])) | (error >= _MISSING)
             beyond &= error * full > _half_steps(wanted, fitted, bits)
-            beyond &= _askew(packed[part].float(), wanted, full) > _ASKEW
+            scaled, shifted = _directed(packed[part].float(), wanted, full)
+            beyond &= (scaled > _ASKEW) | (shifted > _SHIFT)
         places = beyond.nonzero()
         if len(places) and where is None:
             where = (start + int(places[0, 0]), int(places[0, 1]) * _PIECE)
@@ -103,14 +106,17 @@ def _half_steps(reference: Tensor, group: int, bits: int) -> Tensor:
     return most
 
 
-def _askew(packed: Tensor, reference: Tensor, full: Tensor) -> Tensor:
-    """How much of each piece's error lies along its reference [rows, pieces]: 0.5 for half or one and a half of it."""
+def _directed(packed: Tensor, reference: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of each piece's error lies along its reference, and how much is common to its columns [rows, pieces].
+
+    Relative to ``full``: the first is 0.5 for half or one and a half of the piece.
+    """
     width = -packed.shape[1] % _PIECE
     wanted = torch.nn.functional.pad(reference, (0, width)).unflatten(1, (-1, _PIECE))
     error = torch.nn.functional.pad(packed, (0, width)).unflatten(1, (-1, _PIECE)) - wanted
     along = (error * wanted).sum(-1).abs() / wanted.square().sum(-1).clamp(min=1e-30).sqrt()
-    share: Tensor = (along / full).nan_to_num(nan=torch.inf)
-    return share
+    common = error.sum(-1).abs() / _PIECE**0.5
+    return (along / full).nan_to_num(nan=torch.inf), (common / full).nan_to_num(nan=torch.inf)
 
 
 def _pieces(packed: Tensor, reference: Tensor) -> tuple[Tensor, float, float, Tensor]:

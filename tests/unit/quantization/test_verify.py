@@ -175,6 +175,10 @@ def test_groups_with_an_outlier_and_moved_weights_are_no_defect() -> None:
         assert audit("w", wrong, full, bits=4, fitted=128).where == (30, 128)
     wrong = torch.cat((rounded[32:], rounded[:32]))
     assert audit("w", wrong, full, bits=4, fitted=128).bad_pieces > 400
+    for rows in (slice(0, 64), slice(40, 44)):  # zero points off by one
+        wrong = moved.clone()
+        wrong[rows] += step.expand(-1, -1, 128).flatten(1)[rows]
+        assert audit("w", wrong, full, bits=4, fitted=128).where is not None
 
 
 def test_large_weights_leave_their_row_few_steps() -> None:
