@@ -137,6 +137,11 @@ def _open_folder(out: Path, mark: Mapping[str, Any]) -> None:
                 f"{out} holds an unfinished run of something else ({before}); delete it or give another folder",
                 param="out",
             )
+        for left in (
+            *out.glob(".tmp*"),
+            *out.glob("*.part"),
+        ):  # what a killed run was writing, safetensors' own, too
+            left.unlink()
         return
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARK).write_text(json.dumps(mark), "utf-8")

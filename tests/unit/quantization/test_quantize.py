@@ -93,6 +93,8 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
         written(folder, tmp_path / "b", "fp8", shard_bytes=30_000)
     with pytest.raises(ConfigError, match="unfinished run of something else"):
         written(folder, tmp_path / "b", "fp4", shard_bytes=30_000)
+    for killed in (".tmpVs10WT", "model-00003.part"):  # safetensors' own, and ours
+        (tmp_path / "b" / killed).write_bytes(b"half")
     again: list[str] = []
     monkeypatch.setattr(module, "_write_shard", lambda *args: (again.append(str(args[6])), real(*args)))
     resumed = written(folder, tmp_path / "b", "fp8", shard_bytes=30_000)
@@ -100,6 +102,7 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
     assert len(again) == len(shards) - 2
     for name in whole.names():
         assert torch.equal(whole.load(name), resumed.load(name))
+    assert not list((tmp_path / "b").glob(".tmp*")) and not list((tmp_path / "b").glob("*.part"))
     with pytest.raises(ConfigError, match="something else already"):
         written(folder, tmp_path / "b", "fp8")
 
