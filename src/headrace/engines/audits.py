@@ -276,12 +276,10 @@ def _bits(module: nn.Module) -> int:
 def _even(module: nn.Module) -> bool:
     if isinstance(module, ScaledLinear):
         weight = module.quantized
-        whole = (
-            isinstance(weight, GroupIntWeight) and weight.order is None and weight.group == weight.shape[1]
-        )
-        return whole or (
-            isinstance(weight, GroupIntWeight) and weight.bits == 8
-        )  # a group's steps are no larger
+        if not isinstance(weight, GroupIntWeight):
+            return False
+        # With 8 bits a group's steps are no larger than its row's would be.
+        return weight.bits == 8 or (weight.order is None and weight.group == weight.shape[1])
     if isinstance(module, JoinedLinear):
         return any(_even(part) for part in module.linears)
     return isinstance(module, Int8Linear) or (isinstance(module, EightBitLinear) and module.format == "int8")

@@ -145,16 +145,16 @@ def test_audit_names_the_place(bits: int) -> None:
     wrong[17, 128:] = 0
     found = audit("w", wrong, full, bits=bits)
     assert (found.where, found.bad_pieces) == ((17, 128), 1)
-    assert audit("w", wrong, full, bits=bits, fitted=True).where == (17, 128)
+    assert audit("w", wrong, full, bits=bits, fitted=1).where == (17, 128)
     wrong[17, 128:] = full[17, 128:] * 1.5  # far off, and alone
     assert audit("w", wrong, full, bits=bits).where == (17, 128)
-    assert audit("w", wrong, full, bits=bits, fitted=True).where is None
+    assert audit("w", wrong, full, bits=bits, fitted=1).where is None
     wrong[17, :64] = full[17, :64] * 1.5
-    assert audit("w", wrong, full, bits=bits, fitted=True).where == (17, 0)
+    assert audit("w", wrong, full, bits=bits, fitted=1).where == (17, 0)
     wrong = rounded.clone()
     wrong[3, 5] = torch.nan
     assert audit("w", wrong, full, bits=bits).where == (3, 0)
-    assert audit("w", wrong, full, bits=bits, fitted=True).where == (3, 0)
+    assert audit("w", wrong, full, bits=bits, fitted=1).where == (3, 0)
 
 
 def test_groups_with_an_outlier_and_moved_weights_are_no_defect() -> None:
