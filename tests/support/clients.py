@@ -9,7 +9,7 @@ from support.scripted_server import Recorded, ScriptedServer
 
 __all__ = ["batch_number", "client", "preference"]
 
-QUICK = {"timeout_s": 5.0, "initial_backoff_ms": 50}
+QUICK = {"timeout_s": 30.0, "initial_backoff_ms": 50}
 
 
 def client(lib: ModuleType, server: ScriptedServer) -> Any:

@@ -12,11 +12,12 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Recorded", "Reply", "ScriptedServer", "embeddings", "free_port"]
+__all__ = ["Recorded", "Reply", "ScriptedServer", "closed_port", "embeddings"]
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Reply:
 
     Attributes:
         body: bytes, or anything that JSON can hold.
-        when: asked until it says yes, for 10 s at most, before ``delay`` begins.
+        when: asked until it says yes, for 60 s at most, before ``delay`` begins.
         delay: seconds before the first byte.
         chunks: sent chunked instead of ``body``, ``pause`` seconds apart.
         fault: ``reset`` (RST before a byte), ``close`` (FIN before a byte), ``half`` (half of the body, then
@@ -79,11 +80,13 @@ def embeddings(request: Recorded, dim: int = 4) -> Reply:
     return Reply({"object": "list", "data": data, "model": request.json["model"], "usage": usage})
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@contextmanager
+def closed_port() -> Iterator[int]:
+    """A port where nobody listens, and that nobody else is given meanwhile: a ``ScriptedServer`` may."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 class ScriptedServer:
@@ -91,7 +94,7 @@ class ScriptedServer:
 
     Args:
         handler: from request to reply; or an iterable of replies, one a request in order of arrival.
-        port: fixed, to let an endpoint die and come back.
+        port: one of ``closed_port``, to let an endpoint die and come back.
         tls: a server-side context.
     """
 
@@ -119,18 +122,23 @@ class ScriptedServer:
     def __enter__(self) -> ScriptedServer:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
-        assert self._ready.wait(10), "the scripted server did not start"
+        assert self._ready.wait(60), "the scripted server did not start"
         return self
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         server = await self._loop.create_server(
-            lambda: _Connection(self), "127.0.0.1", self.port, backlog=2048, ssl=self._tls
+            lambda: _Connection(self),
+            "127.0.0.1",
+            self.port,
+            backlog=2048,
+            ssl=self._tls,
+            reuse_port=bool(self.port),
         )
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
@@ -139,7 +147,16 @@ class ScriptedServer:
         for transport in list(self.open):
             transport.abort()
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    def settle(self) -> None:
+        """Until everything is read that clients have sent so far: some turns of the loop, each of which looks."""
+
+        async def turns() -> None:
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(turns(), self._loop).result(60)
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 60.0) -> bool:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if condition():
@@ -211,7 +228,7 @@ class _Connection(asyncio.Protocol):
 
     async def _write(self, request: Recorded, reply: Reply) -> None:
         if reply.when is not None:
-            limit = time.monotonic() + 10
+            limit = time.monotonic() + 60
             while not reply.when() and time.monotonic() < limit:
                 await asyncio.sleep(0.005)
         if reply.delay:

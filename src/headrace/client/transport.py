@@ -133,7 +133,9 @@ class HttpClientWrapper:
     async def connect(self, origin: Origin) -> Connection:
         """A new connection. Raises ConnectionFailed with ``connecting`` set."""
         try:
-            return await asyncio.wait_for(self._connect(origin), _CONNECT_S)
+            # Not wait_for: before Python 3.12 it loses a cancellation that comes as the connection is made.
+            async with asyncio.timeout(_CONNECT_S):
+                return await self._connect(origin)
         except (OSError, TimeoutError, ssl.SSLError) as error:
             text = str(error) or f"no answer in {_CONNECT_S:g} s"
             raise ConnectionFailed(

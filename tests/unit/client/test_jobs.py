@@ -113,17 +113,27 @@ def test_kill_9_and_resume(tmp_path: Path, seed: int) -> None:
     )
     output = tmp_path / "out.jsonl"
     kills = 0
-    with ScriptedServer(lambda request: answer(request, delay=0.02 + 0.02 * rng.random())) as server:
+    wanted = 0
+
+    def slowly(request: Recorded) -> Reply:
+        """Until so many have come: whoever was to be killed before the end does not reach it."""
+        if request.number >= wanted:
+            return Reply(fault="silent")
+        return answer(request, delay=0.02 + 0.02 * delays.random())
+
+    delays = random.Random(seed)
+    with ScriptedServer(slowly) as server:
         for _ in range(30):
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-            before = len(server.requests)
+            server.settle()
+            wanted = len(server.requests) + rng.randrange(20, 60)
+            limit = time.monotonic() + 60
             process = subprocess.Popen(
                 [sys.executable, "-c", code, server.url, str(tmp_path / "in.jsonl"), str(output)],
                 env=environment,
             )
-            wanted = before + rng.randrange(20, 60)
-            patience = time.monotonic() + 20
-            while len(server.requests) < wanted and process.poll() is None and time.monotonic() < patience:
+            while len(server.requests) <= wanted and process.poll() is None:
+                assert time.monotonic() < limit, "the server is not asked"
                 time.sleep(0.005)
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)

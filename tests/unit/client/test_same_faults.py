@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from support.clients import client, preference
-from support.scripted_server import Recorded, Reply, ScriptedServer, embeddings, free_port
+from support.scripted_server import Recorded, Reply, ScriptedServer, closed_port, embeddings
 
 
 @pytest.mark.parametrize("fault", ["reset", "close"])
@@ -35,16 +35,19 @@ def test_network_faults_spend_the_budget(lib: ModuleType) -> None:
 
 
 def test_nobody_listens(lib: ModuleType) -> None:
-    nobody = lib.PerformanceClient(f"http://127.0.0.1:{free_port()}", "KEY")
-    with pytest.raises(ValueError):
-        nobody.embed(["a"], "m", preference=preference(lib))
+    with closed_port() as port:
+        nobody = lib.PerformanceClient(f"http://127.0.0.1:{port}", "KEY")
+        with pytest.raises(ValueError):
+            nobody.embed(["a"], "m", preference=preference(lib))
 
 
 def test_timeout_is_retried_then_raised(lib: ModuleType) -> None:
     with ScriptedServer(lambda request: Reply(fault="silent")) as server:
         with pytest.raises(requests.exceptions.Timeout) as caught:
-            client(lib, server).embed(["a"], "m", preference=preference(lib, timeout_s=0.2))
-        assert len(server.requests) == 3
+            client(lib, server).embed(["a"], "m", preference=preference(lib, timeout_s=0.3))
+        server.settle()
+        assert server.connections == 3  # on a slow machine the time may be over before a request is written
+        assert len(server.requests) <= 3
         assert server.wait_for(lambda: all(request.gone for request in server.requests))
     assert caught.value.args[0] == 408
     assert caught.value.args[1].startswith("Remote timeout")
@@ -55,45 +58,57 @@ def test_timeout_once(lib: ModuleType) -> None:
         return embeddings(request) if request.number else Reply(fault="silent")
 
     with ScriptedServer(handler) as server:
-        wanted = preference(lib, timeout_s=0.2, batch_size=1)
+        # Answers that are late on a slow machine are asked for again, too: there is budget for it.
+        wanted = preference(lib, timeout_s=0.5, batch_size=1, retry_budget_pct=3.0)
         assert len(client(lib, server).embed(["a", "b"], "m", preference=wanted).data) == 2
 
 
 def test_total_timeout(lib: ModuleType) -> None:
-    with ScriptedServer(lambda request: Reply(embeddings(request).body, delay=0.15)) as server:
-        wanted = preference(lib, timeout_s=0.3, total_timeout_s=0.5, batch_size=1, max_concurrent_requests=1)
+    """The second request has only what the first one left: its own time limit would be as long as the whole."""
+
+    def handler(request: Recorded) -> Reply:
+        return Reply(fault="silent") if request.number else Reply(embeddings(request).body, delay=0.5)
+
+    with ScriptedServer(handler) as server:
+        wanted = preference(lib, timeout_s=0.9, total_timeout_s=0.9, batch_size=1, max_concurrent_requests=1)
         begun = time.monotonic()
         with pytest.raises(requests.exceptions.Timeout) as caught:
             client(lib, server).embed(["a"] * 10, "m", preference=wanted)
-        assert 0.45 < time.monotonic() - begun < 1.4  # all ten take 1.5
-        assert 2 <= len(server.requests) <= 4
+        assert time.monotonic() - begun > 0.85
+        server.settle()
+        assert len(server.requests) <= 2
+        if lib.__name__ == "headrace.client":
+            assert all(int(late.headers["request-timeout-ms"]) <= 401 for late in server.requests[1:])
     assert caught.value.args[0] == 408
     assert caught.value.args[1].startswith("Local timeout")
 
 
-def slow_first(count: int, seconds: float) -> Any:
-    def handler(request: Recorded) -> Reply:
-        return Reply(embeddings(request).body, delay=seconds if request.number < count else 0)
-
-    return handler
-
-
 def test_hedge_wins(lib: ModuleType) -> None:
-    with ScriptedServer(slow_first(1, 3.0)) as server:
+    """The first is never answered, and nothing is asked again."""
+
+    def handler(request: Recorded) -> Reply:
+        return embeddings(request) if request.number else Reply(fault="silent")
+
+    with ScriptedServer(handler) as server:
         begun = time.monotonic()
-        response = client(lib, server).embed(["a"], "m", preference=preference(lib, hedge_delay=0.1))
-        assert time.monotonic() - begun < 2.5  # the first answer takes 3
+        wanted = preference(lib, hedge_delay=0.1, timeout_s=10.0, max_retries=0)
+        response = client(lib, server).embed(["a"], "m", preference=wanted)
         first, copy = server.requests
         assert first.body == copy.body
-        assert 0.09 < copy.at - begun < 1.5
+        assert copy.at - begun > 0.09
         assert server.wait_for(lambda: first.gone)  # the loser is cancelled
     assert len(response.data) == 1
 
 
 @pytest.mark.parametrize(("share", "copies"), [(0.1, 2), (0.0, 0), (0.35, 5)])
 def test_hedge_budget(lib: ModuleType, share: float, copies: int) -> None:
+    """Nobody is answered before all copies are there, and a while: for one too many."""
     assert copies == (1 + math.ceil(10 * share) if share else 0)
-    with ScriptedServer(slow_first(10, 0.5)) as server:
+
+    def handler(request: Recorded) -> Reply:
+        return Reply(embeddings(request).body, when=lambda: len(server.requests) >= 10 + copies, delay=0.3)
+
+    with ScriptedServer(handler) as server:
         wanted = preference(lib, batch_size=1, hedge_delay=0.1, hedge_budget_pct=share)
         response = client(lib, server).embed(["a"] * 10, "m", preference=wanted)
         assert len(server.requests) == 10 + copies
@@ -101,7 +116,12 @@ def test_hedge_budget(lib: ModuleType, share: float, copies: int) -> None:
 
 
 def test_concurrency_is_bounded(lib: ModuleType) -> None:
-    with ScriptedServer(slow_first(100, 0.02)) as server:
+    """Nobody is answered before seven wait, and a while: for an eighth."""
+
+    def handler(request: Recorded) -> Reply:
+        return Reply(embeddings(request).body, when=lambda: server.peak >= 7, delay=0.02)
+
+    with ScriptedServer(handler) as server:
         wanted = preference(lib, batch_size=1, max_concurrent_requests=7)
         client(lib, server).embed(["a"] * 40, "m", preference=wanted)
         assert server.peak == 7
@@ -197,7 +217,7 @@ def test_any_script_has_the_same_outcome(seed: int) -> None:
     script = [rng.choice(faults) for _ in range(rng.choice((1, 2, 2, 3)))]
     script += [rng.choice(fatal) for _ in range(rng.random() < 0.3)]
     wanted = {
-        "timeout_s": 0.3,
+        "timeout_s": 1.0,
         "max_retries": rng.choice((1, 2, 5)),
         "retry_budget_pct": rng.choice((0.0, 0.05, 3.0)),
         "non_retryable_status_codes": rng.choice((set(), {502}, {409, 503})),

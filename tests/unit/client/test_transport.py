@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
@@ -28,10 +29,11 @@ from headrace.client import (
     PerformanceClient,
     RequestProcessingPreference,
 )
-from headrace.client.transport import split_url
+from headrace.client.http1 import Connection
+from headrace.client.transport import Origin, split_url
 from support.scripted_server import Recorded, Reply, ScriptedServer, embeddings
 
-NO_RETRY = RequestProcessingPreference(max_retries=0, timeout_s=5.0)
+NO_RETRY = RequestProcessingPreference(max_retries=0, timeout_s=30.0)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,11 @@ def proxy(seen: list[bytes]) -> Iterator[str]:
     def one(peer: socket.socket) -> None:
         data = b""
         while b"\r\n\r\n" not in data:
-            data += peer.recv(65536)
+            part = peer.recv(65536)
+            if not part:
+                peer.close()
+                return
+            data += part
         seen.append(data.split(b"\r\n\r\n")[0])
         method, target, _ = data.split(b" ", 2)
         if method == b"CONNECT":
@@ -178,6 +184,32 @@ def test_connections_close_with_their_client() -> None:
         assert server.wait_for(lambda: not server.open)
 
 
+def test_a_cancellation_that_comes_as_a_connection_is_made_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the request is sent all the same, and who cancelled waits for its answer."""
+    connect = HttpClientWrapper._connect
+
+    async def scenario() -> None:
+        async def and_cancel(self: HttpClientWrapper, origin: Origin) -> Connection:
+            connection = await connect(self, origin)
+            task.cancel()
+            return connection
+
+        async def ask() -> None:
+            connection = await wrapper.connect(split_url(server.url)[0])
+            await connection.request(b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
+
+        monkeypatch.setattr(HttpClientWrapper, "_connect", and_cancel)
+        wrapper = HttpClientWrapper()
+        task = asyncio.ensure_future(ask())
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with ScriptedServer(lambda request: Reply(b"answered")) as server:
+        asyncio.run(scenario())
+
+
 def test_http_versions() -> None:
     with pytest.warns(UserWarning, match=r"HTTP/1\.1"):
         HttpClientWrapper(http_version=2)
@@ -234,7 +266,8 @@ def test_log_level_of_the_environment(level: str | None, lines: int) -> None:
     def handler(request: Recorded) -> Reply:
         if request.number == 0:
             return Reply(status=503)
-        return Reply(embeddings(request).body, delay=0.4 if request.number == 1 else 0)
+        hedged = None if request.number > 1 else lambda: len(server.requests) == 3
+        return Reply(embeddings(request).body, when=hedged)
 
     with ScriptedServer(handler) as server:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
