@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from typing import Any
 
 import pytest
@@ -248,8 +247,6 @@ def test_a_child_that_hangs_or_dies_costs_its_own_request(loop: Any) -> None:
         await checker.check(good, "p")
         child = checker._judges[0]
         assert child._process is not None
-        if sys.platform == "linux":
-            assert os.sched_getscheduler(child._process.pid) == os.SCHED_IDLE
         os.kill(child._process.pid, signal.SIGSTOP)  # as if it never came back
         with pytest.raises(InvalidRequest, match=r"over 0\.3 s"):
             await checker.check(ConstraintSpec("regex", "b+"), "p")

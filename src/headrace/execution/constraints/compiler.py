@@ -29,6 +29,7 @@ logger = logging.getLogger("headrace.constraints")
 _CACHED = 256
 _CACHED_BYTES = 1 << 30
 _HEAVY_MS = 25.0  # beyond it a grammar is compiled only while the processors have nothing else to do
+_HEAVY_PATIENCE = 4.0  # for them on the clock, times that of others: the processors may have much to do
 _MOST_STUCK = 4
 _USERS = 16  # of one base, before the grammar is compiled once more; a new base must learn everything again
 _REPEATED_BYTES = 16 << 20
@@ -66,7 +67,7 @@ class ConstraintCompiler:
         tokenizer_json: gives the text of tokenizer.json, asked for once, on the first constraint.
         vocab_size: columns of the logits.
         eos_ids: tokens that the grammar's end allows.
-        seconds: that one compilation may take, on the clock.
+        seconds: that one compilation may take, on the clock; four times as long where it stands back.
     """
 
     def __init__(
@@ -146,11 +147,12 @@ class ConstraintCompiler:
     def _compile_one(self, one: Compilation) -> None:
         if not one.grammar and not one.future.set_running_or_notify_cancel():
             return
-        one.deadline = time.monotonic() + self._seconds
+        stood_back = bool(one.grammar)
+        one.deadline = time.monotonic() + self._seconds * (_HEAVY_PATIENCE if stood_back else 1.0)
         try:
             with self._lock:
                 found = self._from_cache(one)  # it may have come while this waited
-            if found is None and not one.grammar:
+            if found is None and not stood_back:
                 # Text work holds Python's lock, so it is not for a thread that stands back.
                 one.grammar = grammar_of(one.spec)
                 if self._is_heavy(one.spec):

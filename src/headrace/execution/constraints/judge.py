@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from headrace.errors import InvalidRequest
+from headrace.errors import InvalidRequest, Overloaded
+from headrace.execution.constraints.priority import stand_back
 from headrace.types import ConstraintSpec, Judged
 
 __all__ = ["Judge"]
@@ -20,6 +21,8 @@ __all__ = ["Judge"]
 _MEMORY_BYTES = 2 << 30
 _START_SECONDS = 10.0
 _PATIENCE = 5.0
+_STARVED_SECONDS = 60.0  # on the clock, for a child that gets no processor
+_FELT_SECONDS = 0.025  # of processor time; what takes longer runs when nobody else wants a processor
 _PIECE = 1 << 16
 
 
@@ -29,8 +32,8 @@ class Judge:
     Not thread-safe: its owner asks from one thread at a time.
 
     Args:
-        seconds: of processor time that one job may take; on the clock five times as long, since the child stands
-            back behind all other work.
+        seconds: of processor time that one job may take; on the clock five times as long, and a minute while all
+            processors are taken by others, since the child stands back behind them.
         memory_bytes: address space of the child.
     """
 
@@ -42,9 +45,15 @@ class Judge:
         self._closed = False
 
     def check(self, spec: ConstraintSpec) -> Judged:
-        """What compiling costs. Raises InvalidRequest (``response_format``) when the grammar is not to be enforced."""
+        """What compiling costs.
+
+        Raises InvalidRequest (``response_format``) when the grammar is not to be enforced, and Overloaded when the
+        child got no processor.
+        """
         try:
             answer = self._ask({"check": [spec.kind, spec.text]})
+        except _Starved:
+            raise _too_busy(f"the {spec.kind} cannot be compiled now") from None
         except TimeoutError:
             raise _too_costly(f"the {spec.kind} takes over {self.seconds:g} s to compile") from None
         except (EOFError, OSError):
@@ -61,6 +70,8 @@ class Judge:
         """`schema_report.enforceable` of each (schema, param, strict)."""
         try:
             answer = self._ask({"enforceable": schemas})
+        except _Starved:
+            raise _too_busy("the schema cannot be read now") from None
         except (TimeoutError, EOFError, OSError) as error:
             raise _too_costly(f"the schema cannot be read in {self.seconds:g} s") from error
         if isinstance(answer, dict):
@@ -108,7 +119,7 @@ class Judge:
     def _talk(self, process: subprocess.Popen[bytes], job: bytes, seconds: float) -> bytes:
         """Write a line, read a line."""
         assert process.stdin is not None and process.stdout is not None
-        clock = _Clock(process.pid, seconds)
+        clock = _Clock(process.pid, seconds, felt=_FELT_SECONDS if job else seconds)
         answer, left = bytearray(), memoryview(job)
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
@@ -146,26 +157,72 @@ def _too_costly(reason: str) -> InvalidRequest:
     return InvalidRequest(f"{reason}; make it smaller", param="response_format", code="costly_grammar")
 
 
-class _Clock:
-    """How long a job may still take: on the clock, and of its process's own time where the system tells."""
+def _too_busy(reason: str) -> Overloaded:
+    return Overloaded(f"{reason}: all processors are busy; try again", retry_after=5.0)
 
-    def __init__(self, pid: int, seconds: float) -> None:
+
+class _Starved(TimeoutError):
+    """The child wants to run and gets no processor."""
+
+
+class _Clock:
+    """How long a job may still take: of its process's own time where the system tells, and on the clock.
+
+    Args:
+        felt: of processor time; beyond it the job's thread stands back.
+    """
+
+    def __init__(self, pid: int, seconds: float, *, felt: float) -> None:
         self._pid = pid
-        self._seconds = seconds
-        self._before = self._used()
-        self._deadline = time.monotonic() + seconds * _PATIENCE
+        self._seconds, self._felt = seconds, felt
+        self._before = _used(pid)
+        self._began = time.monotonic()
+        self._stood_back = felt >= seconds
 
     def left(self) -> float:
         """Seconds until it is worth asking again. Raises TimeoutError when the time is up."""
-        used, now = self._used() - self._before, time.monotonic()
-        if used >= self._seconds or now >= self._deadline:
+        used, passed = _used(self._pid) - self._before, time.monotonic() - self._began
+        if used >= self._seconds:
             raise TimeoutError
-        return min(self._seconds - used, self._deadline - now)
+        if not self._stood_back and used >= self._felt:
+            for thread in _threads(self._pid):
+                stand_back(thread)
+            self._stood_back = True
+        wait = self._seconds * _PATIENCE - passed
+        if wait > 0:
+            return min(self._seconds - used if self._stood_back else _FELT_SECONDS, wait)
+        if not _wants_to_run(self._pid):
+            raise TimeoutError
+        if passed > _STARVED_SECONDS:
+            raise _Starved
+        return _FELT_SECONDS
 
-    def _used(self) -> float:
-        try:
-            with open(f"/proc/{self._pid}/stat") as file:
-                user, system = file.read().rpartition(")")[2].split()[11:13]
-        except OSError:
-            return 0.0
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+def _fields(path: str) -> list[str]:
+    """Of a stat file of /proc, from the state on; empty where there is none."""
+    try:
+        with open(path) as file:
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _used(pid: int) -> float:
+    """Seconds of processor time; 0 where the system does not tell."""
+    fields = _fields(f"/proc/{pid}/stat")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
+def _threads(pid: int) -> list[int]:
+    """All but the first, which reads questions and writes answers."""
+    try:
+        return [int(thread) for thread in os.listdir(f"/proc/{pid}/task") if thread != str(pid)]
+    except OSError:
+        return []
+
+
+def _wants_to_run(pid: int) -> bool:
+    """Whether a thread runs, waits for a processor or for a disk, instead of for something that may never come."""
+    return any(
+        _fields(f"/proc/{pid}/task/{thread}/stat")[:1] in (["R"], ["D"]) for thread in (pid, *_threads(pid))
+    )

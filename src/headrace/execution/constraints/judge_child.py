@@ -1,15 +1,18 @@
 """The process that compiles strangers' grammars: one request a line in, one answer a line out.
 
-It can be killed at any moment: by its parent when it takes too long, by the system at its memory limit. Once started it
-runs when nobody else wants the processor. Started as ``python -m headrace.execution.constraints.judge_child BYTES``.
+It can be killed at any moment: by its parent when it takes too long, by the system at its memory limit. Every job has a
+thread of its own, which the parent can make stand back for good. Started as
+``python -m headrace.execution.constraints.judge_child BYTES``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import sys
+import threading
 import time
 from collections import OrderedDict
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 from headrace.errors import InvalidRequest
 from headrace.execution.constraints.constraint import reason
 from headrace.execution.constraints.grammar import LIMITS, grammar_of
-from headrace.execution.constraints.priority import stand_back
+from headrace.execution.constraints.priority import stand_aside
 from headrace.execution.constraints.schema_report import enforceable
 from headrace.types import ConstraintSpec, Judged
 
@@ -135,16 +138,27 @@ def _answer(compiler: Compiler, question: dict[str, Any]) -> Any:
         return error.message
 
 
+def _work(compiler: Compiler, line: str, answers: list[str]) -> None:
+    stand_aside()
+    try:
+        answers.append(json.dumps(_answer(compiler, json.loads(line))))
+    except BaseException:  # out of memory, say: the parent starts another
+        os._exit(1)
+
+
 def main() -> None:
     """Serve until the input ends."""
     if len(sys.argv) > 1:
         limit = int(sys.argv[1])
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     compiler = Compiler()
-    stand_back()  # not before: where others take all processors, a start that stands back takes half a minute
     print("true", flush=True)  # ready
     for line in sys.stdin:
-        print(json.dumps(_answer(compiler, json.loads(line))), flush=True)
+        answers: list[str] = []
+        thread = threading.Thread(target=_work, args=(compiler, line, answers), daemon=True)
+        thread.start()
+        thread.join()
+        print(answers[0], flush=True)
 
 
 if __name__ == "__main__":
