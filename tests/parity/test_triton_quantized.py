@@ -16,6 +16,7 @@ from headrace.kernels.quantized_linear.triton_dequantize import dequantize_codes
 from headrace.kernels.quantized_linear.triton_gemv import fp8_gemv
 from headrace.kernels.quantized_linear.tuning import CodesShape, PackedShape
 from headrace.quantization import device, native_fp4
+from headrace.quantization.experts import multiplies_experts
 from headrace.quantization.native_fp4 import round_rows
 from headrace.quantization.scaled import Activations, QuantizedWeight, ScaledLinear
 from headrace.quantization.schemes.fp4 import Fp4Weight, quantize_mxfp4, quantize_nvfp4
@@ -154,6 +155,23 @@ def test_eight_bits(rows: int, n: int, k: int, gate: str | None, dtype: torch.dt
         assert error(out, want) < 2 * tolerance(dtype)
     got = fast.dequantize(weight.codes, weight.scale, zero, group=64, dtype=torch.float32)
     torch.testing.assert_close(got, dense, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("k", "group", "kernel"),
+    [(384, 96, False), (384, 192, False), (96, 48, False), (80, 40, False), (384, 384, True), (80, 80, True)],
+)
+def test_eight_bits_in_odd_groups(k: int, group: int, kernel: bool) -> None:
+    """Groups that end inside of what kernels decode at once are left to PyTorch, by linears and experts."""
+    dtype = DTYPES[-1]
+    weight = quantize_group_int(randn(24, k, dtype=torch.float32, seed=1, scale=k**-0.5), 8, group)
+    linear = ScaledLinear(weight)
+    assert device.has_kernel(linear) == multiplies_experts(weight, 2) == kernel
+    for rows in (3, 70):
+        x = randn(rows, k, dtype=dtype, seed=rows)
+        assert error(device.product(linear, x), F.linear(x.float(), weight.dequantize())) < 2 * tolerance(
+            dtype
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,6 +12,7 @@ from headrace.kernels.activation import gelu_mul, gelu_tanh_mul, silu_mul
 from headrace.kernels.norm import rms_norm
 from headrace.kernels.quantized_linear import quantize_rows, tuning
 from headrace.kernels.quantized_linear import triton as kernels
+from headrace.kernels.quantized_linear.eight_bits import reads_groups
 from headrace.kernels.quantized_linear.formats import to_fp8
 from headrace.kernels.quantized_linear.triton_codes import four_bit_product
 from headrace.kernels.quantized_linear.triton_dequantize import dequantize_codes
@@ -38,7 +39,7 @@ def has_kernel(linear: ScaledLinear) -> bool:
         blocks = weight.block[1] < weight.shape[1]
         return linear.activations.kind != "none" and (not blocks or weight.block[1] % GROUP == 0)
     if isinstance(weight, GroupIntWeight):
-        return weight.bits == 8 and weight.order is None and weight.group % 16 == 0
+        return weight.bits == 8 and weight.order is None and reads_groups(weight.group, weight.shape[1])
     return isinstance(weight, (TiledWeight, NativeFp4Weight))
 
 

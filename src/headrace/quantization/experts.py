@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels.experts import ExpertPlan, by_expert
+from headrace.kernels.quantized_linear.eight_bits import reads_groups
 from headrace.kernels.quantized_linear.tiling import ROWS
 from headrace.quantization.linear import JoinedLinear, PackedLinear
 from headrace.quantization.scaled import Activations, QuantizedWeight, ScaledLinear
@@ -26,7 +27,7 @@ def multiplies_experts(weight: QuantizedWeight, num_experts: int) -> bool:
         wide = weight.block[1]
         return wide >= weight.shape[1] or wide % _STEP == 0 or (wide in (16, 32, 64))
     if isinstance(weight, GroupIntWeight) and weight.bits == 8:
-        return weight.order is None and weight.group % 16 == 0
+        return weight.order is None and reads_groups(weight.group, weight.shape[1])
     return can_tile(weight) and weight.shape[0] // num_experts % ROWS == 0
 
 

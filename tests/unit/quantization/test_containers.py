@@ -395,6 +395,22 @@ def test_what_cannot_be_read_is_refused_by_name(
             inspect(folder)
 
 
+@pytest.mark.parametrize("case", ["ct_int4", "awq", "gptq"])
+def test_groups_that_do_not_divide_the_columns_are_refused(case: str, tmp_path: Path) -> None:
+    """64 columns in groups of 40 have as many scales as in groups of 32, and must not be read so."""
+    folder, _ = make(tmp_path, case)
+    config = json.loads((folder / "config.json").read_text())
+    settings = config["quantization_config"]
+    groups = settings.get("config_groups")
+    (settings if groups is None else groups["group_0"]["weights"])["group_size"] = 40
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if not name.endswith("g_idx")}, path)
+    with pytest.raises(UnsupportedCheckpoint, match=r"group_size.*expected a divisor of (64|96)"):
+        open_quantized(FolderCheckpoint(folder))
+
+
 @pytest.mark.parametrize("case", ["ct_mxfp8", "modelopt_mxfp8", "modelopt_mxfp4"])
 def test_exponents_that_are_nan_are_refused(case: str, tmp_path: Path) -> None:
     folder, _ = make(tmp_path, case)

@@ -140,9 +140,8 @@ def _step_columns(weight: EightBitWeight, shape: ProductShape, x_group: int) -> 
     """Columns of a step: those of FP8 share their scales, those of integers are whole groups or lie in one."""
     k, group, bk = weight.codes.shape[1], weight.group, shape.bk
     if weight.form == INT8:
-        step = bk if group % bk == 0 or bk % group == 0 or group >= k else group
-        assert step % group == 0 or group % step == 0 or group >= k, (group, step)
-        return step
+        assert group % bk == 0 or bk % group == 0 or group >= k, (group, bk)
+        return bk
     step = min(bk, x_group or bk, group or bk)
     assert not group or group % step == 0 or group >= k, (group, step)
     return step

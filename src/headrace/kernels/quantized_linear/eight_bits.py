@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["FP8", "INT8", "WIDE_FP8", "EightBitWeight", "launch_inputs"]
+__all__ = ["FP8", "INT8", "WIDE_FP8", "EightBitWeight", "launch_inputs", "reads_groups"]
 
 FP8, INT8, WIDE_FP8 = 0, 1, 2
 """FP8 weights and activations; integers and 16-bit activations; FP8 weights and 16-bit activations (experts only)."""
+
+_STEP = 128  # columns that kernels decode at once
 
 
 class EightBitWeight(NamedTuple):
@@ -32,6 +34,14 @@ class EightBitWeight(NamedTuple):
     height: int = 1
     zero: Tensor | None = None
     row_scale: Tensor | None = None
+
+
+def reads_groups(group: int, columns: int) -> bool:
+    """Whether kernels read 8-bit integers of which ``group`` of ``columns`` share a scale.
+
+    What they decode at once are whole groups, or lies in one.
+    """
+    return group % 16 == 0 and (group >= columns or _STEP % group == 0 or group % _STEP == 0)
 
 
 def launch_inputs(

@@ -18,7 +18,13 @@ from headrace.kernels.launch import INTERPRETED, launch_options, prefetch_l2
 from headrace.kernels.linear.triton_parts import GATES as _GATES
 from headrace.kernels.linear.triton_parts import SCRATCH as _SCRATCH
 from headrace.kernels.quantized_linear import tuning
-from headrace.kernels.quantized_linear.eight_bits import FP8, INT8, EightBitWeight, launch_inputs
+from headrace.kernels.quantized_linear.eight_bits import (
+    FP8,
+    INT8,
+    EightBitWeight,
+    launch_inputs,
+    reads_groups,
+)
 from headrace.kernels.quantized_linear.triton_parts import FP8_MAX, finish, gather_parts
 from headrace.kernels.quantized_linear.tuning import PackedShape, packed_shape, padded_rows
 
@@ -318,16 +324,17 @@ def _step_columns(weight: EightBitWeight, shape: PackedShape, x_group: int) -> i
         step = min(shape.bk, group or shape.bk, x_group or shape.bk)
         assert not group or group % step == 0
         return step
-    assert group % 16 == 0
-    return min(shape.bk, group) if group > shape.bk and group % shape.bk else shape.bk
+    whole = group >= weight.codes.shape[1] or shape.bk % group == 0 or group % shape.bk == 0
+    assert group % 16 == 0 and whole, (group, shape.bk)
+    return shape.bk
 
 
 def dequantize(weight: Tensor, scale: Tensor, zero: Tensor, *, group: int, dtype: torch.dtype) -> Tensor:
     """8-bit integers -> [N, K] of ``dtype``, each number rounded once from float32."""
     n, k = weight.shape
     out = torch.empty(n, k, dtype=dtype, device=weight.device)
-    bk = min(128, group) if group > 128 and group % 128 else 128
-    _dequantize[(triton.cdiv(n, 32), triton.cdiv(k, bk))](
-        weight, scale, zero, scale.shape[1], out, n, k, BN=32, BK=bk, GROUP=group, num_warps=4
+    assert reads_groups(group, k), (group, k)
+    _dequantize[(triton.cdiv(n, 32), triton.cdiv(k, 128))](
+        weight, scale, zero, scale.shape[1], out, n, k, BN=32, BK=128, GROUP=group, num_warps=4
     )  # fmt: skip
     return out

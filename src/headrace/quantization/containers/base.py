@@ -19,7 +19,7 @@ from headrace.errors import UnsupportedCheckpoint
 from headrace.quantization.scaled import Activations, QuantizedWeight
 from headrace.quantization.schemes.table import TableWeight
 
-__all__ = ["Container", "Module", "QuantizedCheckpoint"]
+__all__ = ["Container", "Module", "QuantizedCheckpoint", "splits_unevenly"]
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16", "BOOL", "I64"})  # the last: position_ids
 _CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale")
@@ -113,6 +113,18 @@ class Container(ABC):
     def refuse(self, key: str, value: object, expected: str) -> UnsupportedCheckpoint:
         """The error for a setting; raise it."""
         return refuse(f"{self.where}.{key}", value, expected)
+
+
+def splits_unevenly(columns: int, groups: int, size: object) -> bool:
+    """Whether groups of the declared ``size``, as many as there are scales for, leave a last one of fewer columns.
+
+    960 columns in groups of 128 have 8 scales, which must not be taken for those of 8 groups of 120.
+    """
+    if columns % groups:
+        return True
+    if groups == 1 or not isinstance(size, int) or size <= 0:
+        return False
+    return columns % size > 0 and columns // size + 1 == groups
 
 
 class QuantizedCheckpoint:

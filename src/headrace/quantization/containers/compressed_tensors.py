@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.quantized_linear.formats import pack_nibbles
-from headrace.quantization.containers.base import Container, Module
+from headrace.quantization.containers.base import Container, Module, splits_unevenly
 from headrace.quantization.containers.fp8 import fp8_module, mxfp8_module
 from headrace.quantization.scaled import Activations
 from headrace.quantization.schemes.fp4 import MXFP4_GROUP, NVFP4_GROUP, Fp4Weight
@@ -120,7 +120,7 @@ class CompressedTensors(Container):
         groups = (
             math.ceil(columns / size) if strategy == "group" and isinstance(size, int) and size > 0 else 1
         )
-        if columns % groups:
+        if splits_unevenly(columns, groups, size):
             raise self.refuse("config_groups.weights.group_size", size, f"a divisor of {columns} columns")
         scale = f"{base}.weight_scale"
         shape = self.need(scale, _SCALES).shape

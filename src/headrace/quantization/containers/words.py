@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.quantized_linear.formats import pack_nibbles
-from headrace.quantization.containers.base import Container, Module
+from headrace.quantization.containers.base import Container, Module, splits_unevenly
 from headrace.quantization.containers.compressed_tensors import unpack_words
 from headrace.quantization.schemes.group_int import GroupIntWeight
 
@@ -44,7 +44,8 @@ class AWQ(Container):
         groups, rows = self.need(scale, _SCALES).shape
         self.need(weight, ("I32",), (columns, rows // 8))
         self.need(zero, ("I32",), (groups, rows // 8))
-        if columns % groups or rows % 8:
+        size = self.settings.get("group_size", self.settings.get("q_group_size"))
+        if splits_unevenly(columns, groups, size) or rows % 8:
             raise self.refuse("group_size", columns / groups, f"a divisor of {columns} input features")
         assert words == rows // 8
 
@@ -115,7 +116,7 @@ class GPTQ(Container):
             self.need(index, ("I32", "I64"), (columns,))
         elif self.settings.get("desc_act"):
             self.need(index, ("I32",))
-        elif columns % groups:
+        elif splits_unevenly(columns, groups, self.settings.get("group_size")):
             raise self.refuse("group_size", columns / groups, f"a divisor of {columns} input features")
 
         def read() -> GroupIntWeight:
