@@ -411,15 +411,17 @@ def test_groups_that_do_not_divide_the_columns_are_refused(case: str, tmp_path: 
         open_quantized(FolderCheckpoint(folder))
 
 
-@pytest.mark.parametrize("case", ["ct_mxfp8", "modelopt_mxfp8", "modelopt_mxfp4"])
-def test_exponents_that_are_nan_are_refused(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "case", ["ct_mxfp8", "ct_mxfp4", "ct_nvfp4", "modelopt_mxfp8", "modelopt_mxfp4", "modelopt_nvfp4"]
+)
+def test_scales_of_blocks_that_are_nan_are_refused(case: str, tmp_path: Path) -> None:
     folder, _ = make(tmp_path, case)
     tensors = load_file(folder / "model.safetensors")
     name = next(n for n in tensors if n.endswith("weight_scale"))
-    tensors[name][3, 0] = 255
+    tensors[name].view(torch.uint8)[3, 0] = RNG.choice((127, 255)) if "nvfp4" in case else 255
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UnsupportedCheckpoint, match="NaN"):
-        open_quantized(FolderCheckpoint(folder)).load(name.removesuffix("_scale"))
+        open_quantized(FolderCheckpoint(folder)).load(name.removesuffix("_scale").removesuffix("_packed"))
 
 
 @pytest.mark.parametrize(
