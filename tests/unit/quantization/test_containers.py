@@ -323,6 +323,20 @@ def test_models_keep_the_numbers(case: str, tmp_path: Path) -> None:
     assert rounds == (("fp8" in case or case == "deepseek") and not by_weight_alone)
 
 
+def test_projections_that_are_exchanged_are_refused(tmp_path: Path) -> None:
+    """Together q and k have the rows of k and q."""
+    folder, _ = make(tmp_path, "ct_fp8_channel")
+    tensors = load_file(folder / "model.safetensors")
+    exchanged = {"q_proj": "k_proj", "k_proj": "q_proj"}
+    for name, tensor in list(tensors.items()):
+        part = name.split(".")[-2]
+        if part in exchanged:
+            tensors[name.replace(part, exchanged[part])] = tensor.clone()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UnsupportedCheckpoint, match=r"q_proj.weight' has shape"):
+        load_kept(folder)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_experts_keep_the_numbers(case: str, tmp_path: Path) -> None:
     """Each expert's matrices, where they can be multiplied as they are; those of another order each are dequantized."""
