@@ -266,7 +266,7 @@ class _Loader:
                 self.model.set_submodule(path, kept)
 
     def _check_matrices(self, path: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
-        """Refuse matrices that are kept packed unless each has the rows of its part, or one has all, and the columns."""
+        """Refuse matrices to be kept packed unless each has the rows of its part (one: of all), and the columns."""
         rows, columns = self.model.get_parameter(f"{path}.weight").shape
         module = self.model.get_submodule(path)
         parts = module.parts if isinstance(module, Linear) and len(names) > 1 else (rows,)
