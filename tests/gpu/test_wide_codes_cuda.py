@@ -14,6 +14,7 @@ from headrace.kernels.quantized_linear.tuning import WideShape, covers_wide, wid
 from headrace.quantization import device
 from headrace.quantization.schemes.fp4 import quantize_mxfp4, quantize_nvfp4
 from headrace.quantization.tiled import tile
+from support.row_scales import times
 
 CUDA = torch.device("cuda")
 pytestmark = [
@@ -57,7 +58,7 @@ def poison() -> None:
 def test_against_dequantized_weights(form: object, rows: int, n: int, k: int) -> None:
     generator = torch.Generator(device=CUDA).manual_seed(rows + n)
     full = torch.randn(n, k, device=CUDA, generator=generator) * k**-0.5
-    weight = form(full).scaled_rows(torch.rand(n, device=CUDA, generator=generator) + 0.5)  # type: ignore[operator]
+    weight = times(form(full), torch.rand(n, device=CUDA, generator=generator) + 0.5)  # type: ignore[operator]
     tiled = tile(weight)
     wide = torch.full((rows, k + 8), torch.nan, dtype=torch.bfloat16, device=CUDA)
     wide[:, :k] = torch.randn(rows, k, device=CUDA, generator=generator)
@@ -104,7 +105,7 @@ def test_rows_do_not_harm_one_another() -> None:
 def test_experts(form: object, tokens: int, experts: int, top: int, n: int, k: int, gate: str | None) -> None:
     generator = torch.Generator(device=CUDA).manual_seed(tokens)
     full = torch.randn(experts * n, k, device=CUDA, generator=generator) * k**-0.5
-    weight = form(full).scaled_rows(torch.rand(experts * n, device=CUDA, generator=generator) + 0.5)  # type: ignore[operator]
+    weight = times(form(full), torch.rand(experts * n, device=CUDA, generator=generator) + 0.5)  # type: ignore[operator]
     tiled, dense = tile(weight), weight.dequantize().float()
     bias = torch.randn(experts * n, device=CUDA, generator=generator).bfloat16()
     x = torch.randn(tokens, k, device=CUDA, generator=generator).bfloat16()

@@ -23,6 +23,7 @@ from headrace.quantization.schemes.fp4 import Fp4Weight, quantize_mxfp4, quantiz
 from headrace.quantization.schemes.fp8 import quantize_fp8
 from headrace.quantization.schemes.group_int import GroupIntWeight, quantize_group_int
 from headrace.quantization.tiled import TiledWeight, tile
+from support.row_scales import times
 from triton_device import DEVICE, DTYPES, error, randn, tolerance
 
 NVFP4, MXFP4, INT4 = "nvfp4", "mxfp4", "int4"
@@ -37,7 +38,7 @@ def four_bits(form: str, n: int, k: int, group: int) -> Fp4Weight | GroupIntWeig
         zero = torch.randint(0, 17, whole.zero.shape, device=DEVICE).float()
         return GroupIntWeight(whole.codes, whole.scale, zero, 4)
     fp4 = quantize_nvfp4(full) if form == NVFP4 else quantize_mxfp4(full)
-    return fp4.scaled_rows(torch.rand(n, device=DEVICE) + 0.5)
+    return times(fp4, torch.rand(n, device=DEVICE) + 0.5)
 
 
 def product(x: torch.Tensor, weight: TiledWeight, **options: object) -> torch.Tensor:

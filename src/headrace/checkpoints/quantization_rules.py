@@ -205,11 +205,13 @@ def _fp8(own: Values, where: str) -> None:
     scheme = own.get("activation_scheme", "dynamic")
     if scheme not in ("dynamic", "static"):
         raise refuse(f"{where}.activation_scheme", scheme, "dynamic or static")
-    size = own.get("weight_block_size")
-    if size is not None and (
-        not isinstance(size, list) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size)
-    ):
-        raise refuse(f"{where}.weight_block_size", size, "[rows, columns]")
+    if own.get("weight_block_size") is not None:
+        _block(f"{where}.weight_block_size", own["weight_block_size"])
+
+
+def _block(at: str, size: object) -> None:
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise refuse(at, size, "[rows, columns]")
 
 
 def modelopt_algorithm(name: object) -> str:
@@ -288,9 +290,9 @@ def _group(at: str, group: Any, own: Values) -> None:
         except re.error as error:
             raise refuse(f"{at}.targets", target, f"a regular expression ({error})") from None
     form = group.get("format") or own.get("format")
-    if form not in CT_FORMATS:
+    if not isinstance(form, str) or form not in CT_FORMATS:
         raise refuse(f"{at.split('.config_groups.')[0]}.format", form, f"one of {sorted(CT_FORMATS)}")
-    _numbers(at, str(form), weights, group.get("input_activations"))
+    _numbers(at, form, weights, group.get("input_activations"))
 
 
 def _numbers(at: str, form: str, weights: Values, inputs: Values | None) -> None:
@@ -308,9 +310,8 @@ def _numbers(at: str, form: str, weights: Values, inputs: Values | None) -> None
             raise refuse(f"{at}.weights.strategy", strategy, "tensor, channel or block for FP8")
         if kind == "float" and inputs and (inputs.get("type") != "float" or inputs.get("num_bits") != 8):
             raise refuse(f"{at}.input_activations", dict(inputs), "8-bit float, or none")
-        size = weights.get("block_structure")
-        if strategy == "block" and (not isinstance(size, list) or len(size) != 2):
-            raise refuse(f"{at}.weights.block_structure", size, "[rows, columns]")
+        if strategy == "block":
+            _block(f"{at}.weights.block_structure", weights.get("block_structure"))
     if kind == "int" and "fp" not in form and strategy not in ("tensor", "channel", "group"):
         raise refuse(f"{at}.weights.strategy", strategy, "tensor, channel or group")
 

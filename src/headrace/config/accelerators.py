@@ -45,10 +45,6 @@ class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
     def has_fp8(self) -> bool:
         return self.compute >= 89
 
-    @property
-    def has_fp4(self) -> bool:
-        return self.compute >= 100
-
 
 def _gpu(
     name: str, mib: int, gb_s: float, compute: int, *, f16: float, fp8: float = 0, fp4: float = 0

@@ -37,11 +37,6 @@ class Inputs:
     peak: float = 0.0
     rows: int = 0
 
-    @property
-    def mean_square(self) -> Tensor:
-        """Of each input column, float32 [in]."""
-        return self.gram.diagonal()
-
     @cached_property
     def compensation(self) -> Compensation:
         """For all matrices that meet these."""

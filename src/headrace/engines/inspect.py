@@ -115,7 +115,8 @@ def _files(path: Path) -> frozenset[str]:
 
 
 def _max_tokens(path: Path, files: frozenset[str], config: dict[str, Any]) -> int:
-    architecture = str((config.get("architectures") or [""])[0])
+    names = config.get("architectures")
+    architecture = str(names[0]) if isinstance(names, list) and names else ""
     return stated_max_tokens(lambda name: _json(path / name) if name in files else {}, architecture) or 0
 
 

@@ -1,1 +1,1 @@
-"""One device, one forward: runner, graphs, sampler, constraints, speculation."""
+"""One device, one forward: runner, graphs, sampler, constraints."""

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
-
 from headrace.errors import MissingFile, UnsupportedCheckpoint, nearest
+from headrace.models.card_files import count, json_list, json_object, object_of, token_id
 from headrace.types import EncodeTask
 
 __all__ = ["ACTIVATIONS", "POOLINGS", "EncodeCard", "ModuleSpec", "read_encode_card", "stated_max_tokens"]
@@ -151,9 +150,9 @@ def read_encode_card(path: Path, *, pooling: str | None = None) -> EncodeCard:
         MissingFile: a file that would have to say how to pool, or name labels, is absent.
         UnsupportedCheckpoint: a module or pooling mode that is not implemented, or contradictory files.
     """
-    config = _json(path / "config.json")
-    architectures = config.get("architectures") or []
-    if not architectures:
+    config = json_object(path / "config.json")
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
         raise UnsupportedCheckpoint(
             f'{path / "config.json"} names no architecture: add "architectures", e.g. ["BertModel"]'
         )
@@ -193,32 +192,44 @@ def stated_max_tokens(files: Callable[[str], dict[str, Any]], architecture: str)
 
 def _common(path: Path, config: dict[str, Any], architecture: str) -> dict[str, Any]:
     """Facts that every kind shares."""
-    st = _json(path / "config_sentence_transformers.json", optional=True)
+    st_file = path / "config_sentence_transformers.json"
+    st = json_object(st_file, optional=True)
     if st.get("truncate_dim") is not None:
         raise UnsupportedCheckpoint(
-            f"{path / 'config_sentence_transformers.json'} has truncate_dim {st['truncate_dim']!r}, which is not "
-            "implemented; remove it, and let requests ask for that many dimensions",
+            f"{st_file} has truncate_dim {st['truncate_dim']!r}, which is not implemented; remove it, and let requests "
+            "ask for that many dimensions",
             param="truncate_dim",
         )
-    own = (_json(path / name, optional=True) for name in _TRANSFORMER_FILES)
+    own = (json_object(path / name, optional=True) for name in _TRANSFORMER_FILES)
     bert = next((found for found in own if found), {})
-    sizes = config.get("matryoshka_dimensions") or st.get("matryoshka_dimensions") or ()
-    prompts = {str(k): str(v) for k, v in (st.get("prompts") or {}).items() if v is not None}
+    prompts = {
+        name: str(text) for name, text in object_of(st, "prompts", st_file).items() if text is not None
+    }
     default = st.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and (not isinstance(default, str) or default not in prompts):
         raise UnsupportedCheckpoint(
-            f"default_prompt_name {default!r} in {path / 'config_sentence_transformers.json'} is none of its "
-            f"prompts {sorted(prompts)}"
+            f"default_prompt_name {default!r} in {st_file} is none of its prompts {sorted(prompts)}"
         )
     return {
         "architecture": architecture,
         "prompts": prompts,
         "default_prompt": default,
         "similarity": str(st.get("similarity_fn_name") or "cosine"),
-        "dimensions": tuple(sorted(int(size) for size in sizes)),
-        "max_tokens": stated_max_tokens(lambda name: _json(path / name, optional=True), architecture),
+        "dimensions": _dimensions(path, config, st),
+        "max_tokens": stated_max_tokens(lambda name: json_object(path / name, optional=True), architecture),
         "lowercase": bool(bert.get("do_lower_case", False)),
     }
+
+
+def _dimensions(path: Path, config: dict[str, Any], st: dict[str, Any]) -> tuple[int, ...]:
+    """Matryoshka sizes, ascending; of config.json, else of sentence-transformers' file."""
+    key = "matryoshka_dimensions"
+    sizes = config.get(key) or st.get(key) or []
+    if not isinstance(sizes, list) or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise UnsupportedCheckpoint(
+            f"{path} has {key} {sizes!r}; expected a list of positive integers", param=key
+        )
+    return tuple(sorted(sizes))
 
 
 def _classifier(path: Path, config: dict[str, Any], common: dict[str, Any]) -> EncodeCard:
@@ -292,7 +303,7 @@ def _from_modules(path: Path, config: dict[str, Any], common: dict[str, Any]) ->
     file = path / "modules.json"
     if not file.exists():
         raise MissingFile(_no_modules(path, common["architecture"]), param="pooling")
-    entries = _json_list(file)
+    entries = json_list(file)
     found: dict[str, Any] = {
         "pooling": None, "modules": [], "splade": None, "yes_no": None, "mask": False, "pylate": False
     }  # fmt: skip
@@ -364,7 +375,7 @@ def _read_module(path: Path, type_: str, folder: str, found: dict[str, Any]) -> 
     if name == "Pooling":
         found["pooling"] = _pooling(where / "config.json")
     elif name == "Normalize":
-        config = _json(where / "config.json", optional=True)
+        config = json_object(where / "config.json", optional=True)
         per_token = config.get("module_input_name") == "token_embeddings"
         found["modules"].append(ModuleSpec("normalize", per_token=per_token))
     elif name == "Dense":
@@ -373,21 +384,19 @@ def _read_module(path: Path, type_: str, folder: str, found: dict[str, Any]) -> 
         found["modules"].append(_dense(where / "config.json", folder, pylate))
         found["pylate"] |= pylate
     elif name == "LayerNorm":
-        config = _json(where / "config.json")
-        size = int(config["dimension"])
+        config = json_object(where / "config.json")
+        size = count(config, "dimension", where / "config.json")
         found["modules"].append(ModuleSpec("layer_norm", folder, size, size))
     elif name == "Dropout":
         return
     elif name == "SpladePooling":
-        config = _json(where / "config.json", optional=True)
-        found["splade"] = (
-            str(config.get("pooling_strategy", "max")),
-            str(config.get("activation_function", "relu")),
-        )
+        found["splade"] = _splade(where / "config.json")
     elif name == "LogitScore":
-        config = _json(where / "config.json")
-        no = config.get("false_token_id")
-        found["yes_no"] = (int(config["true_token_id"]), None if no is None else int(no))
+        config = json_object(where / "config.json")
+        answers = [token_id(config, "true_token_id", where / "config.json")]
+        if config.get("false_token_id") is not None:
+            answers.append(token_id(config, "false_token_id", where / "config.json"))
+        found["yes_no"] = (answers[0], answers[1] if len(answers) > 1 else None)
     elif name == "MultiVectorMask":
         found["mask"] = True
     else:
@@ -402,7 +411,7 @@ def _pooling(file: Path) -> tuple[PoolingMode, ...]:
         raise MissingFile(
             f"{file} is missing, so nothing says how to pool: restore it or pass --pooling", param="pooling"
         )
-    config = _json(file)
+    config = json_object(file)
     if "pooling_mode" in config:
         words = config["pooling_mode"]
         words = [words] if isinstance(words, str) else list(words)
@@ -423,8 +432,21 @@ def _pooling(file: Path) -> tuple[PoolingMode, ...]:
     return modes
 
 
+def _splade(file: Path) -> tuple[str, str]:
+    """Reduction and activation, see EncodeCard."""
+    config = json_object(file, optional=True)
+    words = []
+    for key, known in (("pooling_strategy", ("max", "sum")), ("activation_function", ("relu", "log1p_relu"))):
+        words.append(config.get(key, known[0]))
+        if words[-1] not in known:
+            raise UnsupportedCheckpoint(
+                f"{file} has {key} {words[-1]!r}; expected {' or '.join(known)}", param=key
+            )
+    return words[0], words[1]
+
+
 def _dense(file: Path, folder: str, per_token: bool = False) -> ModuleSpec:
-    config = _json(file)
+    config = json_object(file)
     name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     activation = _TORCH_ACTIVATIONS.get(name.rsplit(".", 1)[-1]) if name.startswith("torch.") else None
     if activation is None:
@@ -440,36 +462,10 @@ def _dense(file: Path, folder: str, per_token: bool = False) -> ModuleSpec:
     return ModuleSpec(
         "dense",
         folder,
-        int(config["in_features"]),
-        int(config["out_features"]),
+        count(config, "in_features", file),
+        count(config, "out_features", file),
         bool(config.get("bias", True)),
         activation,
         per_token=per_token or source == "token_embeddings",
         residual=bool(config.get("use_residual", False)),
     )
-
-
-def _json(file: Path, *, optional: bool = False) -> dict[str, Any]:
-    """A JSON object; {} for an absent optional file."""
-    if optional and not file.exists():
-        return {}
-    value = _read(file)
-    if not isinstance(value, dict):
-        raise UnsupportedCheckpoint(f"{file} holds {type(value).__name__}; expected a JSON object")
-    return value
-
-
-def _json_list(file: Path) -> list[dict[str, Any]]:
-    value = _read(file)
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise UnsupportedCheckpoint(f"{file} holds no list of JSON objects")
-    return value
-
-
-def _read(file: Path) -> Any:
-    try:
-        return msgspec.json.decode(file.read_bytes())
-    except FileNotFoundError:
-        raise MissingFile(f"{file} is missing") from None
-    except msgspec.DecodeError as error:
-        raise UnsupportedCheckpoint(f"{file} is no valid JSON: {error}") from None

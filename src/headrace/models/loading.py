@@ -231,21 +231,14 @@ class _Loader:
             if not matrix or not sources or not all(can_keep(weights.info(name)) for name in sources):
                 continue
             shell = self.model.get_parameter(f"{path}.weight")
+            self._check_matrices(path, sources, [weights.info(name).shape for name in sources])
             tensors = [weights.load_packed(name) for name in sources]
-            shape = [sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:]]
-            if shape != list(shell.shape) or any(tensor.shape[1] != shape[1] for tensor in tensors):
-                raise UnsupportedCheckpoint(
-                    f"tensors {', '.join(sources)} have shapes {[list(tensor.shape) for tensor in tensors]}; "
-                    f"{list(shell.shape)} is expected by config.json of {self.architecture}",
-                    param=sources[0],
-                )
             if isinstance(module, Linear):
-                biases = [self.weights.load(name) for name in self.sources.get(f"{path}.bias", ())]
                 kept: nn.Module
                 if path == "head":
                     kept = PackedHead(tensors[0])
                 else:
-                    kept = packed_linear(tensors, bias=torch.cat(biases) if biases else None)
+                    kept = packed_linear(tensors, bias=self._bias(path))
             else:
                 kept = PackedEmbedding(tensors[0], scale=module.scale, dtype=shell.dtype)
                 if self.model.config.tied and not self.model.config.headless:
@@ -259,16 +252,8 @@ class _Loader:
                 continue
             names = self.sources[f"{path}.weight"]
             shapes = [weights.info(name).shape for name in names]
-            rows = sum(math.prod(shape[:-1]) for shape in shapes)
-            if any(name in weights.modules for name in names) and (
-                rows != module.out_features or any(shape[-1] != module.in_features for shape in shapes)
-            ):
-                raise UnsupportedCheckpoint(
-                    f"tensors {', '.join(names)} have shapes {[list(shape) for shape in shapes]}; "
-                    f"{[module.out_features, module.in_features]} is expected by config.json of "
-                    f"{self.architecture}",
-                    param=names[0],
-                )
+            if any(name in weights.modules for name in names):
+                self._check_matrices(path, names, shapes)
             bias = self._bias(path)
             dtype = self.model.get_parameter(f"{path}.weight").dtype
             if isinstance(module, ExpertLinear):
@@ -279,6 +264,14 @@ class _Loader:
                 kept = quantized_linear(weights, names, bias, dtype, self.device, orders)
             if kept is not None:
                 self.model.set_submodule(path, kept)
+
+    def _check_matrices(self, path: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
+        """Refuse matrices to be kept packed unless each has the rows of its part (one: of all), and the columns."""
+        rows, columns = self.model.get_parameter(f"{path}.weight").shape
+        module = self.model.get_submodule(path)
+        parts = module.parts if isinstance(module, Linear) and len(names) > 1 else (rows,)
+        for name, shape, part in zip(names, shapes, parts, strict=True):
+            self._check_shape(name, (math.prod(shape[:-1]), shape[-1]), (part, columns))
 
     def _bias(self, path: str) -> Tensor | None:
         """A linear's, as a whole."""

@@ -95,7 +95,7 @@ class ConfigReader:
         known = ACTIVATION_NAMES if gated else _UNGATED
         values = [(name, self.get(name)) for name in names]
         name, value = next(((n, v) for n, v in values if v is not None), (names[0], default))
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise self.refuse(name, value, f"one of {sorted(known)}")
         return known[value]
 

@@ -41,7 +41,7 @@ def test_figures_are_consistent() -> None:
             continue
         assert ("bfloat16" in gpu.flops) == (gpu.compute >= 80), gpu.name
         assert ("fp8" in gpu.flops) == gpu.has_fp8, gpu.name
-        assert ("fp4" in gpu.flops) == gpu.has_fp4, gpu.name
+        assert ("fp4" in gpu.flops) == (gpu.compute >= 100), gpu.name
         if gpu.has_fp8:
             assert 1.9 < gpu.flops["fp8"] / gpu.flops["float16"] < 2.1, gpu.name
         assert 14 * 1024**3 < gpu.memory < 300 * 1024**3

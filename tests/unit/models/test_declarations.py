@@ -173,8 +173,9 @@ def test_refused_by_name(architecture: str, field: str, value: Any) -> None:
 @pytest.mark.parametrize("architecture", list(HF_CONFIGS))
 def test_unknown_activation_is_refused(architecture: str) -> None:
     field = "hidden_activation" if "Gemma" in architecture else "hidden_act"
-    with pytest.raises(UnsupportedCheckpoint, match=field):
-        read_config({**config_of(architecture), field: "xielu"})
+    for value in ("xielu", {"name": "silu"}, ["silu"]):
+        with pytest.raises(UnsupportedCheckpoint, match=field):
+            read_config({**config_of(architecture), field: value})
 
 
 @pytest.mark.parametrize("architecture", list(HF_CONFIGS))

@@ -181,3 +181,40 @@ def test_only_a_last_normalization_makes_vectors_normalized(tmp_path: Path) -> N
     card = read_encode_card(folder(tmp_path, config=BERT, **files))
     assert [module.kind for module in card.modules] == ["normalize", "dense"]
     assert not card.normalized
+
+
+ST = "config_sentence_transformers"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config": {**BERT, "architectures": "BertModel"}}, "names no architecture"),
+        ({"config": {**BERT, "matryoshka_dimensions": [64, "x"]}}, r"matryoshka_dimensions \[64, 'x'\]"),
+        ({"config": {**BERT, "matryoshka_dimensions": 1e300}}, "matryoshka_dimensions 1e"),
+        ({ST: {"prompts": "query"}}, "prompts 'query'; expected a JSON object"),
+        ({ST: {"prompts": {"q": "q: "}, "default_prompt_name": ["q"]}}, r"default_prompt_name \['q'\]"),
+        ({"2_Dense__config": {"out_features": 3, "bias": True}}, "in_features None; expected a positive integer"),
+        ({"2_Dense__config": {"in_features": 4, "out_features": "3"}}, "out_features '3'"),
+        ({"3_LayerNorm__config": {"dimension": 0}}, "dimension 0; expected a positive integer"),
+        ({"modules": modules("Transformer", "SpladePooling"), "1_SpladePooling__config": {"pooling_strategy": "mean"}},
+         "pooling_strategy 'mean'; expected max or sum"),
+        ({"modules": modules("Transformer", "SpladePooling"),
+          "1_SpladePooling__config": {"activation_function": ["relu"]}}, "expected relu or log1p_relu"),
+        ({"modules": modules("Transformer", "LogitScore"), "1_LogitScore__config": {"false_token_id": 3}},
+         "true_token_id None; expected the id of a token"),
+        ({"modules": modules("Transformer", "LogitScore"),
+          "1_LogitScore__config": {"true_token_id": 3, "false_token_id": "no"}}, "false_token_id 'no'"),
+    ],
+)  # fmt: skip
+def test_what_is_no_number_or_word_is_refused_by_key(files: Any, message: str, tmp_path: Path) -> None:
+    whole = {
+        "config": BERT,
+        "1_Pooling__config": {"pooling_mode_cls_token": True},
+        "modules": modules("Transformer", "Pooling", "Dense", "LayerNorm"),
+        "2_Dense__config": {"in_features": 4, "out_features": 4},
+        "3_LayerNorm__config": {"dimension": 4},
+    }
+    read_encode_card(folder(tmp_path, **whole))
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        read_encode_card(folder(tmp_path, **whole | files))

@@ -130,10 +130,25 @@ def test_logits_are_those_of_the_dense_weights(tied: bool, dtype: torch.dtype) -
 
 
 def test_shapes_are_checked() -> None:
+    q, k = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
     blocks = Blocks(tied=True)
-    blocks.tensors["model.layers.1.mlp.up_proj.weight"] = q4_0(torch.randn(64, 64))
-    with pytest.raises(UnsupportedCheckpoint, match=r"up_proj.*\[64, 64\].*\[192, 64\]"):
-        load_decoder(blocks.config, blocks, dtype=torch.bfloat16, device="cpu", keep_packed=True)
+    tensors = blocks.tensors
+    changes = [
+        (
+            {"model.layers.1.mlp.up_proj.weight": q4_0(torch.randn(64, 64))},
+            r"up_proj.*\[64, 64\].*\[96, 64\]",
+        ),
+        # Together they have the rows of q, k and v.
+        (
+            {f"{q}.weight": tensors[f"{k}.weight"], f"{k}.weight": tensors[f"{q}.weight"]},
+            r"q_proj.weight' has shape",
+        ),
+        ({f"{q}.bias": tensors[f"{k}.bias"], f"{k}.bias": tensors[f"{q}.bias"]}, r"q_proj.bias' has shape"),
+    ]
+    for change, message in changes:
+        blocks.tensors = tensors | change
+        with pytest.raises(UnsupportedCheckpoint, match=message):
+            load_decoder(blocks.config, blocks, dtype=torch.bfloat16, device="cpu", keep_packed=True)
 
 
 def test_when_packed_linears_are_chosen() -> None:

@@ -323,6 +323,20 @@ def test_models_keep_the_numbers(case: str, tmp_path: Path) -> None:
     assert rounds == (("fp8" in case or case == "deepseek") and not by_weight_alone)
 
 
+def test_projections_that_are_exchanged_are_refused(tmp_path: Path) -> None:
+    """Together q and k have the rows of k and q."""
+    folder, _ = make(tmp_path, "ct_fp8_channel")
+    tensors = load_file(folder / "model.safetensors")
+    exchanged = {"q_proj": "k_proj", "k_proj": "q_proj"}
+    for name, tensor in list(tensors.items()):
+        part = name.split(".")[-2]
+        if part in exchanged:
+            tensors[name.replace(part, exchanged[part])] = tensor.clone()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UnsupportedCheckpoint, match=r"q_proj.weight' has shape"):
+        load_kept(folder)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_experts_keep_the_numbers(case: str, tmp_path: Path) -> None:
     """Each expert's matrices, where they can be multiplied as they are; those of another order each are dequantized."""
@@ -411,15 +425,17 @@ def test_groups_that_do_not_divide_the_columns_are_refused(case: str, tmp_path: 
         open_quantized(FolderCheckpoint(folder))
 
 
-@pytest.mark.parametrize("case", ["ct_mxfp8", "modelopt_mxfp8", "modelopt_mxfp4"])
-def test_exponents_that_are_nan_are_refused(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "case", ["ct_mxfp8", "ct_mxfp4", "ct_nvfp4", "modelopt_mxfp8", "modelopt_mxfp4", "modelopt_nvfp4"]
+)
+def test_scales_of_blocks_that_are_nan_are_refused(case: str, tmp_path: Path) -> None:
     folder, _ = make(tmp_path, case)
     tensors = load_file(folder / "model.safetensors")
     name = next(n for n in tensors if n.endswith("weight_scale"))
-    tensors[name][3, 0] = 255
+    tensors[name].view(torch.uint8)[3, 0] = RNG.choice((127, 255)) if "nvfp4" in case else 255
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UnsupportedCheckpoint, match="NaN"):
-        open_quantized(FolderCheckpoint(folder)).load(name.removesuffix("_scale"))
+        open_quantized(FolderCheckpoint(folder)).load(name.removesuffix("_scale").removesuffix("_packed"))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from headrace.quantization import native_fp4
 from headrace.quantization.native_fp4 import block_scales, native, native_product, round_rows, unblock_scales
 from headrace.quantization.scaled import Activations, ScaledLinear
 from headrace.quantization.schemes.fp4 import quantize_mxfp4, quantize_nvfp4
+from support.row_scales import times
 
 
 @pytest.mark.parametrize(("rows", "groups"), [(128, 4), (1, 1), (130, 7), (300, 16), (16, 258)])
@@ -84,7 +85,7 @@ REAL = F.scaled_mm
 def test_products(rows: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_mm", stand_in)
     torch.manual_seed(1)
-    weight = quantize_nvfp4(torch.randn(n, k)).scaled_rows(torch.rand(n) + 0.5)
+    weight = times(quantize_nvfp4(torch.randn(n, k)), torch.rand(n) + 0.5)
     laid_out = native(weight)
     assert laid_out is not None
     assert torch.equal(laid_out.restore().dequantize(), weight.dequantize())

@@ -122,15 +122,6 @@ def test_rounded_activations(kind: str) -> None:
             torch.testing.assert_close(got[i, start:stop], expected, rtol=1e-6, atol=0)
 
 
-def test_scaled_rows() -> None:
-    factor = torch.rand(48) + 0.5
-    for name, make in MAKERS.items():
-        packed = make(weights(48, 64))
-        torch.testing.assert_close(
-            packed.scaled_rows(factor).dequantize(), packed.dequantize() * factor[:, None], msg=name
-        )
-
-
 def test_zeros_and_refused_widths() -> None:
     for make in MAKERS.values():
         assert not make(torch.zeros(4, 64)).dequantize().any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from headrace.quantization.schemes.table import TableWeight
 __all__ = ["Container", "Module", "QuantizedCheckpoint", "splits_unevenly"]
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16", "BOOL", "I64"})  # the last: position_ids
+_NAN = {torch.float8_e4m3fn: 0x7F, torch.uint8: 0xFF}  # beside 0xFF, of both
 _CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale")
 _KV_SCALES = (*_CACHE_SCALES, ".output_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
 
@@ -98,6 +100,35 @@ class Container(ABC):
             )
         return info
 
+    def matrix(self, name: str, dtypes: Iterable[str]) -> tuple[int, int]:
+        """The shape of a raw tensor that must be there, of one of these types and two dimensions."""
+        shape = self.need(name, dtypes).shape
+        if len(shape) != 2:
+            raise UnsupportedCheckpoint(
+                f"tensor {name!r} is {list(shape)}; {self.label} calls for two dimensions", param=name
+            )
+        return shape[0], shape[1]
+
+    def single(self, name: str, dtypes: Iterable[str]) -> None:
+        """Refuse a raw tensor that is not there, not of one of these types, or not one number."""
+        if math.prod(self.need(name, dtypes).shape) != 1:
+            self.need(name, dtypes, ())
+
+    def groups(self, name: str, columns: int, groups: int) -> Tensor | None:
+        """Which of ``groups`` each column belongs to, int64 [columns], of a raw tensor of that shape.
+
+        None where equally many columns follow one another. Raises UnsupportedCheckpoint for groups that are not there.
+        """
+        order = self.raw.load(name).long()
+        if int(order.min()) < 0 or int(order.max()) >= groups:
+            raise UnsupportedCheckpoint(
+                f"tensor {name!r} names groups {int(order.min())} to {int(order.max())}; {self.label} calls for "
+                f"0 to {groups - 1}",
+                param=name,
+            )
+        plain = torch.arange(columns) // (columns // groups) if columns % groups == 0 else None
+        return None if plain is not None and torch.equal(order, plain) else order
+
     @cached_property
     def names(self) -> frozenset[str]:
         """All raw tensors."""
@@ -110,6 +141,13 @@ class Container(ABC):
             raise UnsupportedCheckpoint(f"tensor {name!r} holds NaN or infinity", param=name)
         return value
 
+    def block_scales(self, name: str) -> Tensor:
+        """Scales of blocks as they lie there, float8_e4m3fn or exponents in uint8, none of them NaN."""
+        scales = self.raw.load(name)
+        if bool(((scales.view(torch.uint8) == 255) | (scales.view(torch.uint8) == _NAN[scales.dtype])).any()):
+            raise UnsupportedCheckpoint(f"tensor {name!r} holds NaN", param=name)
+        return scales
+
     def refuse(self, key: str, value: object, expected: str) -> UnsupportedCheckpoint:
         """The error for a setting; raise it."""
         return refuse(f"{self.where}.{key}", value, expected)
@@ -120,7 +158,7 @@ def splits_unevenly(columns: int, groups: int, size: object) -> bool:
 
     960 columns in groups of 128 have 8 scales, which must not be taken for those of 8 groups of 120.
     """
-    if columns % groups:
+    if groups < 1 or columns % groups:
         return True
     if groups == 1 or not isinstance(size, int) or size <= 0:
         return False

@@ -62,6 +62,9 @@ class BitsAndBytes(Container):
         absmax, table = f"{weight}.absmax", f"{weight}.quant_map"
         groups = math.ceil(count / block)
         nested = [f"{weight}.nested_absmax", f"{weight}.nested_quant_map"] if "nested_offset" in said else []
+        offset = said.get("nested_offset", 0.0)
+        if not isinstance(offset, (int, float)) or not math.isfinite(offset):
+            raise self.refuse(f"{state}: nested_offset", offset, "a number")
         self.need(absmax, ("U8",) if nested else ("F32",), (groups,))
         self.need(table, ("F32",), (16,))
         wide = self._positive(state, said, "nested_blocksize") if nested else 1
@@ -74,7 +77,7 @@ class BitsAndBytes(Container):
                 return self.float(absmax)
             coarse = self.float(nested[0]).repeat_interleave(wide)[:groups]
             fine = self.float(nested[1])[self.raw.load(absmax).long()]
-            return fine * coarse + torch.tensor(float(said["nested_offset"]))
+            return fine * coarse + torch.tensor(float(offset))
 
         def read() -> TableWeight:
             codes = self.raw.load(weight).contiguous().view(torch.uint8).flatten()
@@ -86,7 +89,7 @@ class BitsAndBytes(Container):
         """JSON in bytes."""
         self.need(name, ("U8",))
         try:
-            said = json.loads(bytes(self.raw.load(name).tolist()))
+            said = json.loads(bytes(self.raw.load(name).flatten().tolist()))
         except ValueError as error:
             raise UnsupportedCheckpoint(f"tensor {name!r} holds no valid JSON: {error}", param=name) from None
         if not isinstance(said, dict):
@@ -101,11 +104,13 @@ class BitsAndBytes(Container):
 
     def _eight_bits(self, base: str, scale: str) -> Module:
         name, order = f"{base}.weight", f"{base}.weight_format"
-        rows, columns = self.need(name, ("I8",)).shape
+        rows, columns = self.matrix(name, ("I8",))
         self.need(scale, ("F32",), (rows,))
         layout = (order,) if order in self.names else ()
-        if layout and int(self.raw.load(order).reshape(-1)[0]) != 0:
-            raise self.refuse(order, int(self.raw.load(order).reshape(-1)[0]), "0 (rows one after another)")
+        if layout:
+            self.single(order, ("U8", "I8", "I32", "I64"))
+            if int(self.raw.load(order)) != 0:
+                raise self.refuse(order, int(self.raw.load(order)), "0 (rows one after another)")
 
         def read() -> GroupIntWeight:
             codes = (self.raw.load(name).to(torch.int16) + 128).to(torch.uint8)

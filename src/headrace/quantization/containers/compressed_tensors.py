@@ -99,94 +99,110 @@ class CompressedTensors(Container):
     def _int8(self, base: str, weights: Mapping[str, Any]) -> Module:
         """Weights only: activations of 4 or 8 bits are left in 16, which is more precise."""
         name = f"{base}.weight"
-        rows, columns = self.need(name, ("I8",)).shape
-        scale, zero, groups = self._scales(base, rows, columns, weights)
+        rows, columns = self.matrix(name, ("I8",))
+        groups = self._num_groups(columns, weights, ordered=False)
+        scale, zero = self._scales(base, rows, groups, weights, per_word=1)
 
         def read() -> GroupIntWeight:
             codes = (self.raw.load(name).to(torch.int16) + 128).to(torch.uint8)
-            zeros = torch.zeros(rows, groups) if zero is None else self.float(zero).reshape(rows, groups)
+            zeros = torch.zeros(rows, groups) if zero is None else self._grid(zero, rows, groups)
             return GroupIntWeight(codes, self._grid(scale, rows, groups), zeros + 128, 8)
 
         static = [f"{base}.input_scale", f"{base}.input_zero_point"]
         tensors = [name, scale, zero, *(extra for extra in static if extra in self.names)]
         return Module((rows, columns), tuple(part for part in tensors if part is not None), read)
 
-    def _scales(
-        self, base: str, rows: int, columns: int, weights: Mapping[str, Any]
-    ) -> tuple[str, str | None, int]:
-        """Names of scale and zero point, and the number of groups of a row."""
-        strategy = weights.get("strategy", "tensor")
+    def _num_groups(self, columns: int, weights: Mapping[str, Any], *, ordered: bool) -> int:
+        """Groups of a row; ``ordered``: a tensor says which columns are in each, however many they are."""
         size = weights.get("group_size")
-        groups = (
-            math.ceil(columns / size) if strategy == "group" and isinstance(size, int) and size > 0 else 1
-        )
-        if splits_unevenly(columns, groups, size):
+        if weights.get("strategy", "tensor") != "group" or not isinstance(size, int) or size <= 0:
+            return 1
+        groups = math.ceil(columns / size)
+        if splits_unevenly(columns, groups, size) and not ordered:
             raise self.refuse("config_groups.weights.group_size", size, f"a divisor of {columns} columns")
-        scale = f"{base}.weight_scale"
-        shape = self.need(scale, _SCALES).shape
-        if math.prod(shape) not in (1, rows * groups):
-            self.need(scale, _SCALES, (rows, groups))
-        zero = f"{base}.weight_zero_point"
-        if weights.get("symmetric") is False:
-            self.need(zero, ("I32", "I8", *_SCALES))
-        return scale, zero if zero in self.names else None, groups
+        return groups
 
-    def _grid(self, scale: str, rows: int, groups: int) -> Tensor:
-        value = self.float(scale)
+    def _scales(
+        self, base: str, rows: int, groups: int, weights: Mapping[str, Any], per_word: int
+    ) -> tuple[str, str | None]:
+        """Names of scale and zero point; ``per_word`` zero points may lie in an integer."""
+        scale, zero = f"{base}.weight_scale", f"{base}.weight_zero_point"
+        if math.prod(self.need(scale, _SCALES).shape) not in (1, rows * groups):
+            self.need(scale, _SCALES, (rows, groups))
+        if weights.get("symmetric") is not False and zero not in self.names:
+            return scale, None
+        info = self.need(zero, ("I32", "I8", *_SCALES))
+        packed = (math.ceil(rows / per_word), groups)
+        if math.prod(info.shape) not in (1, rows * groups) and (info.dtype != "I32" or info.shape != packed):
+            self.need(zero, ("I32",), packed)
+        return scale, zero
+
+    def _grid(self, name: str, rows: int, groups: int) -> Tensor:
+        """One number for all, or one a row and group: float32 [rows, groups]."""
+        value = self.float(name)
         return (
             value.reshape(rows, groups) if value.numel() > 1 else value.reshape(1, 1).expand(rows, groups)
         ).clone()
 
     def _packed(self, base: str, weights: Mapping[str, Any], bits: int) -> Module:
         packed, shape = f"{base}.weight_packed", f"{base}.weight_shape"
-        words = self.need(packed, ("I32",)).shape
         self.need(shape, ("I64", "I32"), (2,))
         rows, columns = (int(n) for n in self.raw.load(shape).tolist())
         per_word = 32 // bits
+        if rows < 1 or columns < 1 or (bits == 4 and columns % 2):
+            raise self.refuse(shape, [rows, columns], "positive numbers, of columns an even one")
         self.need(packed, ("I32",), (rows, math.ceil(columns / per_word)))
-        scale, zero, groups = self._scales(base, rows, columns, weights)
         index = f"{base}.weight_g_idx"
         order = index if index in self.names else None
-        if order is None and weights.get("actorder") in ("group", "dynamic") and groups > 1:
+        groups = self._num_groups(columns, weights, ordered=order is not None)
+        scale, zero = self._scales(base, rows, groups, weights, per_word)
+        if order is not None or (weights.get("actorder") in ("group", "dynamic") and groups > 1):
             self.need(index, ("I32", "I64"), (columns,))
         low = 2 ** (bits - 1)
-        assert len(words) == 2
+        zeros_lie = None if zero is None else self.raw.info(zero)
+        words = (math.ceil(rows / per_word), groups)
+        in_words = zeros_lie is not None and zeros_lie.dtype == "I32" and zeros_lie.shape == words
 
         def read() -> GroupIntWeight:
             codes = unpack_words(self.raw.load(packed), bits, columns)
             zeros = torch.full((rows, groups), float(low))
-            if zero is not None:
-                stored = self.raw.load(zero)
-                if stored.dtype is torch.int32 and stored.shape != (rows, groups):
-                    zeros = unpack_words(stored, bits, rows, dim=0).float().contiguous()
-                else:
-                    zeros = stored.float().reshape(rows, groups) + low
+            if zero is not None and in_words:
+                zeros = unpack_words(self.raw.load(zero), bits, rows, dim=0).float().contiguous()
+            elif zero is not None:
+                zeros = self._grid(zero, rows, groups) + low
             return GroupIntWeight(
                 pack_nibbles(codes) if bits == 4 else codes.contiguous(),
                 self._grid(scale, rows, groups),
                 zeros,
                 bits,
-                self.raw.load(order).long() if order is not None else None,
+                None if order is None else self._order(order, columns, groups, weights),
             )
 
         tensors = (packed, shape, scale, zero, order)
         return Module((rows, columns), tuple(part for part in tensors if part is not None), read)
 
+    def _order(self, name: str, columns: int, groups: int, weights: Mapping[str, Any]) -> Tensor | None:
+        """The group of each column; None where they follow one another, as -1 anywhere says, too."""
+        if bool((self.raw.load(name) == -1).any()):
+            size = int(weights["group_size"]) if groups > 1 else columns
+            return torch.arange(columns) // size if columns % size else None
+        return self.groups(name, columns, groups)
+
     def _fp4(self, base: str, *, nvfp4: bool, rounds: bool) -> Module:
         """NVFP4's global scale divides here."""
         packed, scale = f"{base}.weight_packed", f"{base}.weight_scale"
-        rows, half = self.need(packed, ("U8",)).shape
+        rows, half = self.matrix(packed, ("U8",))
         group = NVFP4_GROUP if nvfp4 else MXFP4_GROUP
         self.need(scale, ("F8_E4M3",) if nvfp4 else ("U8",), (rows, half * 2 // group))
         whole = f"{base}.weight_global_scale"
         if nvfp4:
-            self.need(whole, ("F32",))
+            self.single(whole, ("F32",))
 
         def read() -> Fp4Weight:
             row_scale = torch.ones(rows)
             if nvfp4:
                 row_scale = (1.0 / self.float(whole).reshape(1)).expand(rows).clone()
-            return Fp4Weight(self.raw.load(packed), self.raw.load(scale), row_scale)
+            return Fp4Weight(self.raw.load(packed), self.block_scales(scale), row_scale)
 
         extra = (f"{base}.input_global_scale", f"{base}.input_scale")
         tensors = [

@@ -35,7 +35,7 @@ def fp8_module(
         input_scale: the tensor of a static activation scale, if there is one.
         dynamic: whether activations are rounded by their own scales, else static or not at all.
     """
-    rows, columns = container.need(weight, ("F8_E4M3",)).shape
+    rows, columns = container.matrix(weight, ("F8_E4M3",))
     found = container.need(scale, _SCALE_TYPES).shape
     if block is not None:
         high, wide = math.ceil(rows / block[0]), math.ceil(columns / block[1])
@@ -69,7 +69,7 @@ def mxfp8_module(container: Container, weight: str, scale: str) -> Module:
 
     Activations stay in 16 bits, which is more precise than the MXFP8 that such checkpoints ask for.
     """
-    rows, columns = container.need(weight, ("F8_E4M3",)).shape
+    rows, columns = container.matrix(weight, ("F8_E4M3",))
     if columns % _MX_GROUP:
         raise container.refuse(weight, [rows, columns], f"a multiple of {_MX_GROUP} columns")
     container.need(scale, ("U8", "F8_E8M0"), (rows, columns // _MX_GROUP))

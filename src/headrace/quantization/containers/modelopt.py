@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from headrace.checkpoints.quantization_rules import modelopt_algorithm
-from headrace.errors import UnsupportedCheckpoint
 from headrace.quantization.containers.base import Container, Module
 from headrace.quantization.containers.fp8 import fp8_module, mxfp8_module
 from headrace.quantization.scaled import Activations
@@ -59,29 +58,26 @@ class ModelOpt(Container):
         return fp8_module(self, name, scale, block, input_scale=static, dynamic=dynamic)
 
     def _fp4(self, name: str, base: str, algorithm: str) -> Module:
-        rows, half = self.need(name, ("U8",)).shape
+        rows, half = self.matrix(name, ("U8",))
         scale, whole = f"{base}weight_scale", f"{base}weight_scale_2"
         nvfp4 = algorithm not in _MXFP4
         group = NVFP4_GROUP if nvfp4 else MXFP4_GROUP
         self.need(scale, ("F8_E4M3",) if nvfp4 else ("U8",), (rows, half * 2 // group))
         if nvfp4:
-            self.need(whole, ("F32",))
+            self.single(whole, ("F32",))
 
         def read() -> Fp4Weight:
-            scales = self.raw.load(scale)
             row_scale = torch.ones(rows)
             if nvfp4:
                 row_scale = self.float(whole).reshape(1).expand(rows).clone()
-            elif bool((scales == 255).any()):
-                raise UnsupportedCheckpoint(f"tensor {scale!r} holds NaN (a byte of 255)", param=scale)
-            return Fp4Weight(self.raw.load(name), scales, row_scale)
+            return Fp4Weight(self.raw.load(name), self.block_scales(scale), row_scale)
 
         tensors = (name, scale, whole, f"{base}input_scale")
         inputs = Activations("nvfp4") if algorithm == "NVFP4" else Activations()
         return Module((rows, half * 2), tuple(t for t in tensors if t in self.names), read, lambda: inputs)
 
     def _int8(self, name: str, base: str, algorithm: str) -> Module:
-        rows, columns = self.need(name, ("I8",)).shape
+        rows, columns = self.matrix(name, ("I8",))
         scale = f"{base}weight_scale"
         if algorithm != "W8A16":
             raise self.refuse(name, "I8", f"no integers under {algorithm}")

@@ -27,6 +27,12 @@ def _weight(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, order: Tensor
     return GroupIntWeight(packed, scale.float().t().contiguous(), zero.float().t().contiguous(), bits, order)
 
 
+def _check_even(container: Container, columns: int, groups: int) -> None:
+    size = container.settings.get("group_size", container.settings.get("q_group_size"))
+    if splits_unevenly(columns, groups, size):
+        raise container.refuse("group_size", size, f"a divisor of {columns} input features")
+
+
 class AWQ(Container):
     """``quant_method: awq``, version gemm: columns of the output interleaved within a word (Lin et al. 2023)."""
 
@@ -40,14 +46,15 @@ class AWQ(Container):
 
     def _module(self, base: str) -> Module:
         weight, zero, scale = (f"{base}.{part}" for part in ("qweight", "qzeros", "scales"))
-        columns, words = self.need(weight, ("I32",)).shape
-        groups, rows = self.need(scale, _SCALES).shape
+        columns, _ = self.matrix(weight, ("I32",))
+        groups, rows = self.matrix(scale, _SCALES)
         self.need(weight, ("I32",), (columns, rows // 8))
         self.need(zero, ("I32",), (groups, rows // 8))
-        size = self.settings.get("group_size", self.settings.get("q_group_size"))
-        if splits_unevenly(columns, groups, size) or rows % 8:
-            raise self.refuse("group_size", columns / groups, f"a divisor of {columns} input features")
-        assert words == rows // 8
+        if rows % 8 or columns % 2:
+            raise self.refuse(
+                base, [rows, columns], "a multiple of 8 output features, and even numbers of input features"
+            )
+        _check_even(self, columns, groups)
 
         def read() -> GroupIntWeight:
             codes, zeros = self._columns(weight, rows), self._columns(zero, rows)
@@ -106,8 +113,8 @@ class GPTQ(Container):
     def _module(self, base: str, bits: int, offset: bool) -> Module:
         weight, zero, scale = (f"{base}.{part}" for part in ("qweight", "qzeros", "scales"))
         index = f"{base}.g_idx"
-        words, rows = self.need(weight, ("I32",)).shape
-        groups = self.need(scale, _SCALES).shape[0]
+        words, rows = self.matrix(weight, ("I32",))
+        groups = self.matrix(scale, _SCALES)[0]
         per_word = 32 // bits
         columns = words * per_word
         self.need(scale, _SCALES, (groups, rows))
@@ -116,8 +123,8 @@ class GPTQ(Container):
             self.need(index, ("I32", "I64"), (columns,))
         elif self.settings.get("desc_act"):
             self.need(index, ("I32",))
-        elif splits_unevenly(columns, groups, self.settings.get("group_size")):
-            raise self.refuse("group_size", columns / groups, f"a divisor of {columns} input features")
+        else:
+            _check_even(self, columns, groups)
 
         def read() -> GroupIntWeight:
             codes = unpack_words(self.raw.load(weight), bits, columns, dim=0)
@@ -125,15 +132,8 @@ class GPTQ(Container):
             if offset:  # word by word, as it was taken off, borrows between fields included
                 stored = stored + (_V1_OFFSET if bits == 4 else 0x01010101)
             zeros = unpack_words(stored, bits, rows)
-            order = self._order(index, columns, groups) if index in self.names else None
+            order = self.groups(index, columns, groups) if index in self.names else None
             return _weight(codes, self.float(scale), zeros, bits, order)
 
         tensors = (weight, zero, scale, *([index] if index in self.names else []))
         return Module((rows, columns), tensors, read)
-
-    def _order(self, name: str, columns: int, groups: int) -> Tensor | None:
-        order = self.raw.load(name).long()
-        if int(order.min()) < 0 or int(order.max()) >= groups:
-            raise self.refuse(name, [int(order.min()), int(order.max())], f"groups from 0 to {groups - 1}")
-        plain = torch.arange(columns) // (columns // groups) if columns % groups == 0 else None
-        return None if plain is not None and torch.equal(order, plain) else order

@@ -87,10 +87,6 @@ class Fp4Weight:
         scale = self.scale.view(torch.uint8)[order].view(self.scale.dtype)
         return Fp4Weight(self.packed[order], scale, self.row_scale[order])
 
-    def scaled_rows(self, factor: Tensor) -> Fp4Weight:
-        """The same weight with every row times ``factor`` [rows]."""
-        return Fp4Weight(self.packed, self.scale, self.row_scale * factor)
-
     @staticmethod
     def joined(parts: Sequence[Fp4Weight]) -> Fp4Weight:
         """Rows one after another, exact."""

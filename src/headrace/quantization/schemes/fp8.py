@@ -74,10 +74,6 @@ class Fp8Weight:
         codes = self.codes.view(torch.uint8)[order].view(self.codes.dtype)
         return Fp8Weight(codes, self.row_scales()[order], (1, self.block[1]))
 
-    def scaled_rows(self, factor: Tensor) -> Fp8Weight:
-        """The same weight with every row times ``factor`` [rows]."""
-        return Fp8Weight(self.codes, (self.row_scales() * factor[:, None]).contiguous(), (1, self.block[1]))
-
     @staticmethod
     def joined(parts: Sequence[Fp8Weight]) -> Fp8Weight:
         """Rows one after another; exact, with finer scales where the parts' do not line up."""

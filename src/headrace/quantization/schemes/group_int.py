@@ -81,10 +81,6 @@ class GroupIntWeight:
         """Rows ``order`` int64 [rows], exact."""
         return GroupIntWeight(self.codes[order], self.scale[order], self.zero[order], self.bits, self.order)
 
-    def scaled_rows(self, factor: Tensor) -> GroupIntWeight:
-        """The same weight with every row times ``factor`` [rows]."""
-        return GroupIntWeight(self.codes, self.scale * factor[:, None], self.zero, self.bits, self.order)
-
     @staticmethod
     def joined(parts: Sequence[GroupIntWeight]) -> GroupIntWeight:
         """Rows one after another, exact. All parts have the same groups (projections over one input have)."""
