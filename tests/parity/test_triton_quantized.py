@@ -230,6 +230,17 @@ def test_fp8_products(granularity: str, activation: str, rows: int, n: int, k: i
     assert error(out, F.linear(rounded, weight.dequantize())) < (1e-3 if DEVICE.type == "cuda" else 1e-5)
 
 
+@pytest.mark.parametrize(("k", "block"), [(80, (64, 128)), (80, (64, 80)), (576, (32, 576))])
+def test_one_fp8_block_in_a_row(k: int, block: tuple[int, int]) -> None:
+    """A scale for some rows and all columns, however many there are."""
+    weight = quantize_fp8(randn(96, k, dtype=torch.float32, seed=6, scale=k**-0.5), "block", block)
+    x = randn(3, k, dtype=DTYPES[-1], seed=7)
+    for activations in (Activations("token"), Activations("group")):
+        linear = ScaledLinear(weight, activations=activations)
+        assert device.has_kernel(linear)
+        assert error(device.product(linear, x), linear._reference(x)) < 4 * tolerance(DTYPES[-1])
+
+
 def linears() -> dict[str, ScaledLinear]:
     n, k = 96, 256
     full = randn(n, k, dtype=torch.float32, seed=8, scale=k**-0.5)

@@ -179,6 +179,8 @@ def eight_bits(linear: ScaledLinear) -> kernels.EightBitWeight:
     if whole_rows(weight):
         return kernels.EightBitWeight(kernels.FP8, weight.codes, weight.scale, row_scale=row_scales(linear))
     height, group = weight.block
+    if group >= weight.shape[1]:  # one in a row, as wide as any step divides
+        group = 1 << (max(weight.shape[1], GROUP) - 1).bit_length()
     return kernels.EightBitWeight(kernels.FP8, weight.codes, weight.scale, group=group, height=height)
 
 
