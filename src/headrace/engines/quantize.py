@@ -131,7 +131,10 @@ def _open_folder(out: Path, mark: Mapping[str, Any]) -> None:
     if out.exists() and any(out.iterdir()):
         if not (out / _MARK).is_file():
             raise ConfigError(f"{out} holds something else already; give an empty or new folder", param="out")
-        before = json.loads((out / _MARK).read_text("utf-8"))
+        try:
+            before = json.loads((out / _MARK).read_text("utf-8"))
+        except ValueError:  # killed as it was written: nothing else is there yet
+            before = "no JSON"
         if before != mark:
             raise ConfigError(
                 f"{out} holds an unfinished run of something else ({before}); delete it or give another folder",

@@ -154,7 +154,7 @@ class _Zeros(TorchFunctionMode):
 
 
 def _compile_in_processes(work: list[Callable[[], Any]], progress: Progress | None) -> None:
-    """Call each in a forked process, some at a time; whatever fails there is left to the caller."""
+    """Call each in a forked process, some at a time; whatever fails there, or has no process, is left to the caller."""
     todo, give = os.pipe()
     done, tell = os.pipe()
     workers: list[int] = []
@@ -164,7 +164,13 @@ def _compile_in_processes(work: list[Callable[[], Any]], progress: Progress | No
             "ignore", DeprecationWarning
         )  # of forking beside threads: they hold no locks here
         for _ in range(min(len(work), _num_cores(), _MOST_PROCESSES)):
-            worker = os.fork()
+            try:
+                worker = os.fork()
+            except OSError as error:  # a container's limit of processes
+                logger.warning(
+                    "kernels are compiled by %d processes beside this one: %s", len(workers), error
+                )
+                break
             if worker == 0:
                 os.close(give)
                 os.close(done)
@@ -173,7 +179,8 @@ def _compile_in_processes(work: list[Callable[[], Any]], progress: Progress | No
     os.close(todo)
     os.close(tell)
     try:
-        os.write(give, b"".join(map(_INDEX.pack, range(len(work)))))  # well below a pipe's 64 KiB
+        if workers:
+            os.write(give, b"".join(map(_INDEX.pack, range(len(work)))))  # well below a pipe's 64 KiB
         os.close(give)
         _wait(done, len(work), progress)
     finally:

@@ -157,7 +157,7 @@ class Scheduler:
                 self._take(plan, sequence, count)
         if not preempted:
             self._admit(plan)
-        if len(plan.chunks) > len(short):
+        if plan.num_tokens > len(plan.chunks):  # some are longer: lone tokens go first, whoever came last
             plan.chunks.sort(key=lambda chunk: chunk.count > 1)
         return plan if plan.chunks else None
 

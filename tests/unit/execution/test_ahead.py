@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,34 @@ def test_each_variant_is_compiled_once(tmp_path: Path) -> None:
     assert found["beside_the_bad"] == 4  # the good one beside it was compiled all the same
     assert found["outside"] == 12
     assert found["children"] == 0
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_limit_of_processes_costs_time_and_no_more(
+    most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    from headrace.kernels import ahead
+
+    fork, made = os.fork, []
+
+    def limited() -> int:
+        if len(made) == most:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        pid = fork()
+        made.append(pid)
+        return pid
+
+    def work(name: str) -> Callable[[], None]:
+        return lambda: (tmp_path / name).touch()
+
+    monkeypatch.setattr(os, "fork", limited)
+    monkeypatch.setattr(ahead, "_num_cores", lambda: 3)
+    before = os.listdir("/proc/self/fd")
+    ahead._compile_in_processes([work(name) for name in "abc"], None)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert sorted(file.name for file in tmp_path.iterdir()) == (["a", "b", "c"] if most else [])
+    assert not any(Path(f"/proc/{pid}").exists() for pid in made)
 
 
 def test_workers_die_with_the_core() -> None:

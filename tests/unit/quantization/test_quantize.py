@@ -91,6 +91,12 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(module, "_write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         written(folder, tmp_path / "b", "fp8", shard_bytes=30_000)
+    mark = tmp_path / "b" / "quantize.json"
+    kept = mark.read_text()
+    mark.write_text(kept[:5])
+    with pytest.raises(ConfigError, match=r"something else \(no JSON\); delete it"):
+        written(folder, tmp_path / "b", "fp8", shard_bytes=30_000)
+    mark.write_text(kept)
     with pytest.raises(ConfigError, match="unfinished run of something else"):
         written(folder, tmp_path / "b", "fp4", shard_bytes=30_000)
     for killed in (".tmpVs10WT", "model-00003.part"):  # safetensors' own, and ours
