@@ -16,6 +16,7 @@ from headrace.engines.audits import PLAIN, Bits, audits, fitted_group, is_packed
 from headrace.engines.choices import choose_device, choose_dtype
 from headrace.engines.layer_errors import LayerErrors
 from headrace.engines.quality import Measured, blind_spots, describe, save_measured
+from headrace.engines.same_model import unlike_reference
 from headrace.engines.scoring import piecewise_logits
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError
@@ -127,6 +128,7 @@ def verify(
     report = compare(
         model, own, texts, cache, base_dtype, device, limits, bits, fitted=fitted_group(checkpoint)
     )
+    others = unlike_reference(model, own, checkpoint, base_checkpoint)
     del model
     report = msgspec.structs.replace(
         report,
@@ -134,8 +136,9 @@ def verify(
         setup=describe(spec, checkpoint, dtype, cache),
         reference=describe(base, base_checkpoint, base_dtype, base_dtype),
         notes=blind_spots(checkpoint, base_checkpoint),
+        problems=(*others, *report.problems),
     )
-    defects = tuple(matrix.problem for matrix in report.matrices if matrix.problem)
+    defects = (*others, *(matrix.problem for matrix in report.matrices if matrix.problem))
     kept = Measured(setup=report.setup, mean_kl=report.mean_kl, top1=report.top1, defects=defects)
     if not report.notes:
         save_measured(spec, checkpoint, dtype, cache, kept)
