@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
-from headrace.engines.audits import PLAIN, Bits, audits, fitted_group, is_packed, stored_bits
+from headrace.engines.audits import PLAIN, Bits, audits, fitted_groups, is_packed, stored_bits
 from headrace.engines.choices import choose_device, choose_dtype
 from headrace.engines.layer_errors import LayerErrors
 from headrace.engines.quality import Measured, blind_spots, describe, save_measured
@@ -126,7 +126,15 @@ def verify(
     bits = stored_bits(checkpoint, decoder=True)
     texts = tokenize(checkpoint)
     report = compare(
-        model, own, texts, cache, base_dtype, device, limits, bits, fitted=fitted_group(checkpoint)
+        model,
+        own,
+        texts,
+        cache,
+        base_dtype,
+        device,
+        limits,
+        bits,
+        fitted=fitted_groups(checkpoint, decoder=True),
     )
     others = unlike_reference(model, own, checkpoint, base_checkpoint)
     del model
@@ -164,13 +172,13 @@ def compare(
     limits: Limits = DEFAULT_LIMITS,
     bits: Bits = lambda _: PLAIN,
     *,
-    fitted: int = 0,
+    fitted: Bits = lambda _: 0,
 ) -> Report:
     """Run both over the texts and audit the weights of ``model`` against those of ``reference``.
 
     Args:
         bits: that matrices of ``model`` had on disk, where they were dequantized as they were loaded.
-        fitted: see quantization.audit.audit.
+        fitted: of a path, see quantization.audit.audit.
     """
     matrices = tuple(audits(model, reference, bits, fitted=fitted))
     layers = LayerErrors(model.layers, reference.layers)

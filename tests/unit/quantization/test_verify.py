@@ -349,6 +349,13 @@ def test_texts(tmp_path: Path) -> None:
         read_rows(tmp_path / "bad.jsonl")
     with pytest.raises(MissingFile):
         read_rows(tmp_path / "none")
+    lines = "one\u2028two\u0085three\x0c"  # JSON allows them within a string
+    row = json.dumps({"text": lines}, ensure_ascii=False)
+    (tmp_path / "bom.jsonl").write_bytes(f"\ufeff{row}\r\n{row}\n".encode())
+    assert read_rows(tmp_path / "bom.jsonl") == [lines, lines]
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "\\ud800"}\n')
+    with pytest.raises(ConfigError, match="line 2 holds half of a character"):
+        read_rows(tmp_path / "half.jsonl")
 
 
 def written(folder: Path, out: Path, name: str) -> Path:
