@@ -97,13 +97,15 @@ def _resolved(file: str) -> Report:
 
 
 def _warn_of_harm(spec: EngineSpec, report: Report, place: Place) -> None:
-    """What fewer bits cost this model, if it is known."""
-    from headrace.engines.plan import known_harms
+    """What fewer bits cost this model, and whether it is served with them, if that is known."""
+    from headrace.engines.plan import known_harms, known_refusals
     from headrace.errors import ModelError
 
     try:
         for sentence in known_harms(spec):
             report.notice("warning", sentence, path="quantization", place=place)
+        for sentence in known_refusals(spec):
+            report.notice("not_yet", sentence, path="quantization", place=place)
     except (ConfigError, ModelError) as error:  # the file is not at fault
         report.notice("warning", f"the model cannot be read: {error.message}", path="model", place=place)
 

@@ -27,11 +27,11 @@ from headrace.quantization.schemes.fp4 import Fp4Weight
 from headrace.quantization.schemes.group_int import GroupIntWeight
 from headrace.quantization.schemes.int8 import Int8Linear
 
-__all__ = ["PLAIN", "Bits", "audits", "fitted_group", "is_packed", "stored_bits"]
+__all__ = ["PLAIN", "Bits", "audits", "fitted_groups", "is_packed", "stored_bits"]
 
 PLAIN = 16  # bits of a weight that was cast at most
 Bits = Callable[[str], int]
-"""Path within the model -> bits of the numbers that it was stored in."""
+"""Path within the model -> bits of the numbers that it was stored in, or another number of it."""
 
 _UNDONE = 0.15  # of rows times columns from 1: what rounding to 4 bits leaves of their means is far less
 _Packed = PackedLinear | JoinedLinear | ScaledLinear | EightBitLinear
@@ -78,7 +78,7 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def audits(
-    model: nn.Module, reference: nn.Module, bits: Bits = lambda _: PLAIN, *, fitted: int = 0
+    model: nn.Module, reference: nn.Module, bits: Bits = lambda _: PLAIN, *, fitted: Bits = lambda _: 0
 ) -> Iterator[MatrixError]:
     """Compare all weights; yields those of quantized matrices, and whatever else is wrong.
 
@@ -88,7 +88,7 @@ def audits(
     Args:
         reference: unquantized, of the same modules.
         bits: of matrices that were dequantized while they were loaded.
-        fitted: see quantization.audit.audit.
+        fitted: of a path, see quantization.audit.audit.
     Raises ConfigError when the reference is another model.
     """
     both = _Both(model, reference)
@@ -98,7 +98,7 @@ def audits(
         mine, other = both.read(path)
         # Of matrices that were dequantized nothing is known but their bits.
         even = held.even or (held.bits == PLAIN and stored == 8)
-        judge = partial(audit, path, reference=other, bits=stored, even=even, fitted=fitted)
+        judge = partial(audit, path, reference=other, bits=stored, even=even, fitted=fitted(path))
         result = judge(mine)
         if result.where is not None and (pair := _pair(path)) and both.has(*pair):
             factors = _moved(*map(both.read, pair))
@@ -196,28 +196,45 @@ def stored_bits(checkpoint: Checkpoint, *, decoder: bool) -> Bits:
     """How many bits the matrices of a checkpoint have on disk, whatever they are loaded as."""
     if not isinstance(checkpoint, QuantizedCheckpoint) or not checkpoint.modules:
         return lambda _: PLAIN
-    on_disk = {name: _bits_on_disk(checkpoint, name) for name in checkpoint.modules}
+    return _by_path(
+        checkpoint,
+        {name: _bits_on_disk(checkpoint, name) for name in checkpoint.modules},
+        decoder,
+        min,
+        PLAIN,
+    )
+
+
+def fitted_groups(checkpoint: Checkpoint, *, decoder: bool) -> Bits:
+    """Columns that share a scale in matrices whose 4-bit integers others may have fitted to data; else 0."""
+    if not isinstance(checkpoint, QuantizedCheckpoint) or not checkpoint.modules:
+        return lambda _: 0
+    found = {name: module.fitted() for name, module in checkpoint.modules.items()}
+    return _by_path(checkpoint, found, decoder, max, 0)
+
+
+def _by_path(
+    checkpoint: QuantizedCheckpoint,
+    on_disk: dict[str, int],
+    decoder: bool,
+    choose: Callable[..., int],
+    otherwise: int,
+) -> Bits:
+    """From the names of tensors to the path within the model of the matrix that they make."""
     if decoder:
         sources = linear_sources(checkpoint.config, checkpoint)
         sources["embed"] = tuple(name for name in on_disk if name.endswith("embed_tokens.weight"))
-        return lambda path: min((on_disk.get(name, PLAIN) for name in sources.get(path, ())), default=PLAIN)
-    least = min(on_disk.values())  # tables of encoders name tensors by module, not the other way round
-    return lambda path: least if path.startswith("layers.") else PLAIN
-
-
-def fitted_group(checkpoint: Checkpoint) -> int:
-    """Columns that share a scale, where others may have fitted its 4-bit integers to data; else 0."""
-    if not isinstance(checkpoint, QuantizedCheckpoint) or not checkpoint.modules:
-        return 0
-    first = checkpoint.quantized(next(iter(checkpoint.modules)))
-    if not isinstance(first, GroupIntWeight) or first.bits != 4:
-        return 0
-    return first.shape[1] if first.order is not None else first.group
+        return lambda path: choose(
+            (on_disk.get(name, otherwise) for name in sources.get(path, ())), default=otherwise
+        )
+    chosen = choose(on_disk.values())  # tables of encoders name tensors by module, not the other way round
+    vectors = (".weight", ".bias")  # matrices are named by their module
+    return lambda path: chosen if path.startswith("layers.") and not path.endswith(vectors) else otherwise
 
 
 def _bits_on_disk(checkpoint: QuantizedCheckpoint, name: str) -> int:
-    info = checkpoint.info(name)
-    return 4 if info.nbytes * 8 < 6.5 * math.prod(info.shape) else 8
+    info, said = checkpoint.info(name), checkpoint.modules[name].bits
+    return 4 if (said or info.nbytes * 8 / math.prod(info.shape)) < 6.5 else 8
 
 
 def _weights(model: nn.Module) -> dict[str, _Held]:

@@ -10,7 +10,7 @@ from headrace.checkpoints.base import Checkpoint
 from headrace.config.plan.memory import CPU_ENCODE_TOKENS, CUDA_ENCODE_TOKENS
 from headrace.config.plan.scratch import Load, Scratch, largest_load, scratch
 from headrace.config.plan.shape import read_shape
-from headrace.config.quantization import quantization_type
+from headrace.config.quantization import int8_encoder_problem, no_cache_problem, quantization_type
 from headrace.config.spec import EngineSpec
 from headrace.engines.encode import EncodeCore
 from headrace.engines.finite import require_finite
@@ -155,34 +155,24 @@ def check_int8_pays(spec: EngineSpec, device: torch.device) -> None:
     """Refuse int8 on CPUs where something else is faster and nearer. Raises ConfigError with the figures."""
     if spec.quantization != "int8" or device.type != "cpu":
         return
-    figures = "MiniLM's vectors have cosine 0.9994 with float32 in int8 and 0.9999 in bfloat16"
-    if torch.cpu._is_avx512_bf16_supported():
-        raise ConfigError(
-            "quantization is 'int8', and this CPU multiplies bfloat16, in which an encoder is 1.2 times as fast "
-            f"(measured); {figures}: use dtype bfloat16 instead",
-            param="quantization",
-        )
-    if not torch.cpu._is_vnni_supported():
-        raise ConfigError(
-            "quantization is 'int8', and this CPU has no VNNI instructions: it would be slower than float32; "
-            "leave it out",
-            param="quantization",
-        )
+    problem = int8_encoder_problem(
+        bfloat16=torch.cpu._is_avx512_bf16_supported(), vnni=torch.cpu._is_vnni_supported()
+    )
+    if problem:
+        raise ConfigError(problem, param="quantization")
 
 
 def _quantization(
     spec: EngineSpec, device: torch.device, any_device: bool
 ) -> tuple[EightBits | None, Transform | None]:
     """Weights and activations in eight bits where the device multiplies them, else weights alone (decoders only)."""
+    if problem := no_cache_problem(spec.quantization, spec.kv_cache_dtype):
+        raise ConfigError(
+            problem, param="quantization" if spec.kv_cache_dtype == "auto" else "kv_cache_dtype"
+        )
     if not spec.quantization:
         return None, None
     kind = quantization_type(spec.quantization)
-    if kind.kv_cache != "auto":
-        raise ConfigError(
-            f"quantization is {spec.quantization!r}, and an embedder keeps no KV cache; use "
-            f"{spec.quantization.removesuffix('_kv')!r}",
-            param="quantization",
-        )
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     if kind.weights == "fp8" and kind.activations and (hopper or any_device):
         return EightBits("fp8", kind.layers == "mlp"), None

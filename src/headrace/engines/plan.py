@@ -21,7 +21,8 @@ from headrace.config.accelerators import ACCELERATORS, GpuCount, parse_accelerat
 from headrace.config.plan.checks import harms
 from headrace.config.plan.facts import Facts
 from headrace.config.plan.plan import Machine, Plan, draw_plan
-from headrace.config.plan.shape import read_shape
+from headrace.config.plan.refusals import refusals
+from headrace.config.plan.shape import ModelShape, read_shape
 from headrace.config.plan.share import share_device
 from headrace.config.quantization import cache_harm, quantization_type
 from headrace.config.spec import EngineSpec
@@ -31,7 +32,15 @@ from headrace.engines.select import select
 from headrace.errors import ConfigError
 from headrace.models.encode_choice import check_readable
 
-__all__ = ["cpu_machine", "gpu_machine", "known_harms", "local_machine", "plan_for", "plan_together"]
+__all__ = [
+    "cpu_machine",
+    "gpu_machine",
+    "known_harms",
+    "known_refusals",
+    "local_machine",
+    "plan_for",
+    "plan_together",
+]
 
 _SMI_SECONDS = 1.0
 _BIASED = re.compile(r"qwen-?(2|2\.5)\b|qwq", re.IGNORECASE)
@@ -73,22 +82,36 @@ def plan_together(
 
 
 def known_harms(spec: EngineSpec) -> list[str]:
-    """What this quantization or cache is known to cost, where the model lies on this machine; fetches nothing.
+    """What this quantization is known to cost, where the model lies on this machine; fetches nothing."""
+    path = _path_here(spec) if spec.quantization else None
+    if path is None:
+        return []
+    _, shape, engine = _read_here(path, spec)
+    return list(harms(shape, spec, engine))
+
+
+def known_refusals(spec: EngineSpec) -> list[str]:
+    """Why no machine serves this quantization or cache, where the model lies on this one; fetches nothing.
 
     Of a model that does not, its name says whether it is of the family whose keys a small cache cannot hold.
     """
-    if not spec.quantization and spec.kv_cache_dtype not in ("fp8", "fp4"):
+    if not spec.quantization and spec.kv_cache_dtype == "auto":
         return []
     path = _path_here(spec)
     if path is not None:
-        facts = inspect(path)
-        engine = select(facts, spec).engine
-        return list(harms(read_shape(facts, encoder=engine in ("embed", "bert")), spec, engine))
+        facts, shape, _ = _read_here(path, spec)
+        return list(refusals(spec, facts, shape))
     kv = spec.kv_cache_dtype
     if kv == "auto":
         kv = quantization_type(spec.quantization).kv_cache
     harm = cache_harm(kv, qkv_bias=_BIASED.search(spec.model) is not None)
     return [f"by its name, serve will refuse the {kv} KV cache: {harm}"] if harm else []
+
+
+def _read_here(path: Path, spec: EngineSpec) -> tuple[Facts, ModelShape, str]:
+    facts = inspect(path)
+    engine = select(facts, spec).engine
+    return facts, read_shape(facts, encoder=engine in ("embed", "bert")), engine
 
 
 def _path_here(spec: EngineSpec) -> Path | None:
@@ -141,16 +164,20 @@ def cpu_machine() -> Machine:
         available = max(available, int(fields["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError, ValueError):
         pass  # not Linux: free pages are all that is known
-    return Machine(name="cpu", memory=available, cuda=False, packs=_fast_integers())
+    features = _cpu_features()
+    # With AVX2 packed products are vectorized, as PyTorch decides.
+    packs = "avx2" in (features or ())
+    return Machine(name="cpu", memory=available, cuda=False, packs=packs, features=features)
 
 
-def _fast_integers() -> bool:
-    """Whether packed products are vectorized: x86 with AVX2, as PyTorch decides."""
+def _cpu_features() -> frozenset[str] | None:
+    """What this CPU can, as Linux names it (x86; elsewhere nothing is named); None where nothing says so."""
     try:
         with open("/proc/cpuinfo") as lines:
-            return any(line.startswith("flags") and " avx2 " in f"{line.rstrip()} " for line in lines)
+            flags = next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "")
     except OSError:
-        return False
+        return None
+    return frozenset(flags.split())
 
 
 def local_machine(spec: EngineSpec) -> Machine:

@@ -31,7 +31,7 @@ def read_rows(file: Path, *, limit: int | None = None) -> list[Row]:
     Raises MissingFile, or ConfigError naming the line.
     """
     try:
-        content = file.read_text("utf-8")
+        content = file.read_text("utf-8-sig")
     except FileNotFoundError:
         raise MissingFile(f"there is no file {file}") from None
     except OSError as error:
@@ -53,7 +53,7 @@ def _rows(file: Path, content: str) -> Iterator[Row]:
     if file.suffix not in (".jsonl", ".json"):
         yield from content.split("\n\n")
         return
-    lines = content.splitlines()
+    lines = content.split("\n")  # others that end lines for people may stand within a string
     if file.suffix == ".json":
         rows = _json(content, f"{file}")
         if not isinstance(rows, list):
@@ -66,7 +66,12 @@ def _rows(file: Path, content: str) -> Iterator[Row]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where} holds half of a character (a lone surrogate): {error}") from None
     except ValueError as error:
         raise ConfigError(f"{where} is no JSON: {error}") from None
 

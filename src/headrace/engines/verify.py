@@ -12,10 +12,11 @@ from torch import Tensor
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
-from headrace.engines.audits import PLAIN, Bits, audits, fitted_group, is_packed, stored_bits
+from headrace.engines.audits import PLAIN, Bits, audits, fitted_groups, is_packed, stored_bits
 from headrace.engines.choices import choose_device, choose_dtype
 from headrace.engines.layer_errors import LayerErrors
 from headrace.engines.quality import Measured, blind_spots, describe, save_measured
+from headrace.engines.same_model import unlike_reference
 from headrace.engines.scoring import piecewise_logits
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
 from headrace.errors import ConfigError
@@ -125,8 +126,17 @@ def verify(
     bits = stored_bits(checkpoint, decoder=True)
     texts = tokenize(checkpoint)
     report = compare(
-        model, own, texts, cache, base_dtype, device, limits, bits, fitted=fitted_group(checkpoint)
+        model,
+        own,
+        texts,
+        cache,
+        base_dtype,
+        device,
+        limits,
+        bits,
+        fitted=fitted_groups(checkpoint, decoder=True),
     )
+    others = unlike_reference(model, own, checkpoint, base_checkpoint)
     del model
     report = msgspec.structs.replace(
         report,
@@ -134,8 +144,9 @@ def verify(
         setup=describe(spec, checkpoint, dtype, cache),
         reference=describe(base, base_checkpoint, base_dtype, base_dtype),
         notes=blind_spots(checkpoint, base_checkpoint),
+        problems=(*others, *report.problems),
     )
-    defects = tuple(matrix.problem for matrix in report.matrices if matrix.problem)
+    defects = (*others, *(matrix.problem for matrix in report.matrices if matrix.problem))
     kept = Measured(setup=report.setup, mean_kl=report.mean_kl, top1=report.top1, defects=defects)
     if not report.notes:
         save_measured(spec, checkpoint, dtype, cache, kept)
@@ -161,13 +172,13 @@ def compare(
     limits: Limits = DEFAULT_LIMITS,
     bits: Bits = lambda _: PLAIN,
     *,
-    fitted: int = 0,
+    fitted: Bits = lambda _: 0,
 ) -> Report:
     """Run both over the texts and audit the weights of ``model`` against those of ``reference``.
 
     Args:
         bits: that matrices of ``model`` had on disk, where they were dequantized as they were loaded.
-        fitted: see quantization.audit.audit.
+        fitted: of a path, see quantization.audit.audit.
     """
     matrices = tuple(audits(model, reference, bits, fitted=fitted))
     layers = LayerErrors(model.layers, reference.layers)

@@ -12,11 +12,12 @@ import torch
 
 from headrace.checkpoints.base import Checkpoint
 from headrace.config.spec import EngineSpec
-from headrace.engines.audits import PLAIN, Bits, audits, fitted_group, is_packed, stored_bits
+from headrace.engines.audits import PLAIN, Bits, audits, fitted_groups, is_packed, stored_bits
 from headrace.engines.choices import choose_device, choose_encode_dtype
 from headrace.engines.encode_build import load_encode
 from headrace.engines.layer_errors import LayerErrors
 from headrace.engines.quality import MAX_DIFFERENCE, Measured, blind_spots, describe, save_measured
+from headrace.engines.same_model import unlike_reference
 from headrace.engines.texts import Row
 from headrace.engines.weights import open_weights
 from headrace.errors import ConfigError
@@ -141,12 +142,16 @@ def verify_encode(
         )
     inputs = encode_inputs(checkpoint, model, rows, max_tokens)
     bits = stored_bits(checkpoint, decoder=False)
-    report = compare_encoders(model, own, inputs, device, limits, bits, fitted=fitted_group(checkpoint))
+    report = compare_encoders(
+        model, own, inputs, device, limits, bits, fitted=fitted_groups(checkpoint, decoder=False)
+    )
+    others = unlike_reference(model, own, checkpoint, base_checkpoint)
     report = msgspec.structs.replace(
         report,
         setup=describe(spec, checkpoint, dtype),
         reference=describe(base, base_checkpoint, base_dtype),
         notes=blind_spots(checkpoint, base_checkpoint),
+        problems=(*others, *report.problems),
     )
     cosines = [each.min_cosine for each in report.changes if each.min_cosine is not None]
     differences = [each.max_difference for each in report.changes if each.max_difference is not None]
@@ -154,7 +159,7 @@ def verify_encode(
         setup=report.setup,
         min_cosine=min(cosines, default=None),
         max_difference=max(differences, default=None),
-        defects=tuple(matrix.problem for matrix in report.matrices if matrix.problem),
+        defects=(*others, *(matrix.problem for matrix in report.matrices if matrix.problem)),
     )
     if not report.notes:
         save_measured(spec, checkpoint, dtype, dtype, kept)
@@ -191,13 +196,13 @@ def compare_encoders(
     limits: EncodeLimits = DEFAULT_ENCODE_LIMITS,
     bits: Bits = lambda _: PLAIN,
     *,
-    fitted: int = 0,
+    fitted: Bits = lambda _: 0,
 ) -> EncodeReport:
     """Run both over the inputs and audit the weights of ``model`` against those of ``reference``.
 
     Args:
         bits: that matrices of ``model`` had on disk, where they were dequantized as they were loaded.
-        fitted: see quantization.audit.audit.
+        fitted: of a path, see quantization.audit.audit.
     Raises ConfigError for too few inputs, and for a reference that gives no numbers.
     """
     if len(inputs) < _MIN_INPUTS:

@@ -457,7 +457,8 @@ def test_warnings(tmp_path: Path) -> None:
     gemma = QWEN3_06B | {"architectures": ["Gemma3ForCausalLM"]}
     assert "overflows" in found(gemma, engine=EngineSpec(model="x", dtype="float16"))
     qwen2 = QWEN3_8B | {"architectures": ["Qwen2ForCausalLM"]}
-    assert "bias" in found(qwen2, engine=EngineSpec(model="x", kv_cache_dtype="fp8"))
+    with pytest.raises(ConfigError, match=r"'fp8'.*adds a bias"):
+        found(qwen2, engine=EngineSpec(model="x", kv_cache_dtype="fp8"))
 
 
 @pytest.mark.parametrize(

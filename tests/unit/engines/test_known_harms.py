@@ -10,7 +10,7 @@ import pytest
 from headrace.cli.main import main
 from headrace.config.quantization import TYPES, known_harm
 from headrace.config.spec import EngineSpec
-from headrace.engines.plan import known_harms
+from headrace.engines.plan import known_harms, known_refusals
 from support.tiny_folder import write_llama
 
 
@@ -48,10 +48,10 @@ def test_caches_that_keys_with_a_bias_do_not_fit(folder: Path, settings: dict[st
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
     for model in (str(folder), "Qwen/Qwen2.5-7B-Instruct"):
-        harms = known_harms(EngineSpec(model=model, **settings))  # type: ignore[arg-type]
-        assert any("refuse the" in harm for harm in harms) == told
+        found = known_refusals(EngineSpec(model=model, **settings))  # type: ignore[arg-type]
+        assert any("adds a bias" in sentence for sentence in found) == told
     for model in ("Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B"):
-        assert known_harms(EngineSpec(model=model, **settings)) == []  # type: ignore[arg-type]
+        assert known_refusals(EngineSpec(model=model, **settings)) == []  # type: ignore[arg-type]
 
 
 def test_config_check_tells(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,3 +64,13 @@ def test_config_check_tells(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     (folder / "config.json").write_text("{")
     assert main(["config", "check", str(file)]) == 0
     assert "the model cannot be read" in capsys.readouterr().out
+
+
+def test_config_check_says_what_is_not_served(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder.parent / "c.yaml"
+    file.write_text(f"model_metadata:\n  headrace:\n    model: {folder}\n    quantization: int4-g128\n")
+    assert main(["config", "check", str(file)]) == 0
+    told = capsys.readouterr().out
+    assert "scales are for 128 columns" in told
+    assert "does not serve it" in told
+    assert main(["config", "check", "--strict", str(file)]) != 0

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headrace.checkpoints.folder import FolderCheckpoint
+from headrace.engines.audits import fitted_groups, stored_bits
 from headrace.engines.inspect import inspect
 from headrace.errors import HeadraceError, UnsupportedCheckpoint
 from headrace.layers.experts import ExpertLinear
@@ -303,6 +304,29 @@ def test_every_matrix_is_what_the_loops_say(case: str, tmp_path: Path) -> None:
         assert checkpoint.info(name).shape == tuple(expected.shape)
         # NVFP4 with a dividing scale: 1 / x is rounded, and so is the product with it.
         torch.testing.assert_close(got.float(), expected, rtol=3e-7 if case == "ct_nvfp4" else 0, atol=0)
+
+
+def test_what_verify_takes_them_for(tmp_path: Path) -> None:
+    """Bits that bytes do not tell, and which integers others may have fitted, each matrix by itself."""
+    fitted = {"ct_int4": 32, "ct_int4_zeros": 16, "awq": 32, "awq_sym": 32, "gptq": 32, "gptq_v2_order": 64}
+    for case in CASES:
+        folder, _ = make(tmp_path, case)
+        checkpoint = open_quantized(FolderCheckpoint(folder))
+        assert isinstance(checkpoint, QuantizedCheckpoint)
+        of = checkpoint.modules["model.layers.0.self_attn.q_proj.weight"]
+        assert of.fitted() == fitted.get(case, 0), case
+        found = fitted_groups(checkpoint, decoder=True)
+        assert found("layers.0.attention.qkv") == fitted.get(case, 0)
+        assert found("norm.weight") == 0
+    four = compressed("int-quantized", {"num_bits": 4, "type": "int", "strategy": "channel"})
+    write.write_quantized(tmp_path / "few", int8_pack, four)
+    checkpoint = open_quantized(FolderCheckpoint(tmp_path / "few"))
+    bits = stored_bits(checkpoint, decoder=True)
+    assert bits("layers.0.mlp.down") == 4  # in a byte each
+    assert fitted_groups(checkpoint, decoder=True)("layers.0.mlp.down") > 0
+    assert bits("layers.0.mlp_norm.weight") == 16
+    assert stored_bits(checkpoint, decoder=False)("layers.0.attention_norm.weight") == 16
+    assert stored_bits(checkpoint, decoder=False)("layers.0.attention.qkv") == 4
 
 
 @pytest.mark.parametrize("case", CASES)

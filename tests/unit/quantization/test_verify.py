@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from headrace.engines.quantize import quantize_checkpoint
 from headrace.engines.texts import PACKAGED_TEXTS, read_rows
 from headrace.engines.verify import Limits, Report, compare, verify
 from headrace.errors import ConfigError, MissingFile
+from headrace.layers.linear import Linear
 from headrace.models.decoder import DecoderModel
 from headrace.models.loading import load_decoder
 from headrace.quantization.audit import audit
@@ -28,7 +30,7 @@ from headrace.quantization.registry import load_time
 from headrace.quantization.scaled import ScaledLinear
 from headrace.quantization.schemes.fp4 import Fp4Weight
 from headrace.quantization.schemes.fp8 import Fp8Weight
-from support.tiny_folder import write_llama
+from support.tiny_folder import write_llama, write_tokenizer
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -347,6 +349,13 @@ def test_texts(tmp_path: Path) -> None:
         read_rows(tmp_path / "bad.jsonl")
     with pytest.raises(MissingFile):
         read_rows(tmp_path / "none")
+    lines = "one\u2028two\u0085three\x0c"  # JSON allows them within a string
+    row = json.dumps({"text": lines}, ensure_ascii=False)
+    (tmp_path / "bom.jsonl").write_bytes(f"\ufeff{row}\r\n{row}\n".encode())
+    assert read_rows(tmp_path / "bom.jsonl") == [lines, lines]
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "\\ud800"}\n')
+    with pytest.raises(ConfigError, match="line 2 holds half of a character"):
+        read_rows(tmp_path / "half.jsonl")
 
 
 def written(folder: Path, out: Path, name: str) -> Path:
@@ -510,3 +519,76 @@ def test_the_floor_and_near_ties(folder: Path) -> None:
     assert 0 < report.decided < 1
     assert report.top1_decided >= report.top1
     assert decided >= top1
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_block", "int8", "fp4", "mxfp4", "int4"])
+def test_a_factor_of_a_whole_matrix(scheme: str) -> None:
+    """A scale that is wrong everywhere by less than rounding hides in each piece; the rows together show it."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(192, 256, generator=generator) * torch.rand(192, 1, generator=generator)
+    weight[5] = 0
+    linear = load_time(quantization_type(scheme), CPU)("layers.0.mlp.down", _linear(weight))
+    packed = linear.dequantize().float()  # type: ignore[operator, union-attr]
+    kind = {"fp8": (8, False), "fp8_block": (8, False), "int8": (8, True)}.get(scheme, (4, False))
+    fitted = 32 if scheme == "int4" else 0
+    judge = partial(audit, "m", reference=weight, bits=kind[0], even=kind[1], fitted=fitted)
+    assert judge(packed).where is None
+    for factor in (1.1, 0.9, 1.25) if kind[0] == 4 else (1.04, 0.95, 1.2):
+        wrong = packed.clone()
+        wrong[64:128] *= factor
+        found = judge(wrong)
+        assert found.where is not None
+        assert 64 <= found.where[0] < 128
+        assert found.problem
+    if scheme in ("fp8", "int8"):
+        wrong = packed.clone()
+        wrong[7] *= 1.06
+        found = judge(wrong)
+        assert found.where == (7, 0)
+        assert "row 7" in found.problem
+        assert "1.06 times" in found.problem
+
+
+def _linear(weight: Tensor) -> Linear:
+    linear = Linear(weight.shape[1], weight.shape[0], dtype=torch.float32, device="cpu")
+    linear.weight.data = weight.clone()
+    return linear
+
+
+def test_settings_and_tokens_of_another_model(tmp_path: Path) -> None:
+    """Equal weights under another config.json or tokenizer are no good set-up, whatever the texts show."""
+    from headrace.text.tokenizer import Tokenizer
+
+    folder = write_llama(tmp_path / "llama", **SHAPE)
+    write_tokenizer(folder)
+    out = quantize_checkpoint(FolderCheckpoint(folder), "int8", tmp_path / "out")
+    spec, base = EngineSpec(model=str(out), device="cpu"), EngineSpec(model=str(folder), device="cpu")
+
+    def check() -> tuple[str, ...]:
+        report = verify(spec, lambda _: TEXTS, reference=base, limits=LOOSE)
+        assert report.passed == (not report.problems)
+        return report.problems
+
+    assert check() == ()
+    config = json.loads((out / "config.json").read_text())
+    for changes, told in (
+        ({"rope_theta": 11000.0}, "rope.theta is 11000.0"),
+        ({"rms_norm_eps": 1e-5}, "norm_eps is 1e-05"),
+        ({"max_position_embeddings": 256}, ""),
+        ({"_name_or_path": "x", "use_cache": False}, ""),
+    ):
+        (out / "config.json").write_text(json.dumps({**config, **changes}))
+        problems = check()
+        assert bool(problems) == bool(told)
+        assert not told or told in problems[0]
+    (out / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert Tokenizer.from_path(out).encode("e") != Tokenizer.from_path(folder).encode("e")
+    (problem,) = check()
+    assert "tokenizer is not the reference's" in problem
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    assert check() == ()

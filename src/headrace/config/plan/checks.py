@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from headrace.config.plan.facts import Facts
 from headrace.config.plan.shape import ModelShape
-from headrace.config.quantization import cache_harm, known_harm, quantization_type
+from headrace.config.quantization import known_harm
 from headrace.config.spec import EngineSpec
 from headrace.config.support import gaps
 
@@ -71,14 +71,9 @@ def _rope(shape: ModelShape) -> Iterator[str]:
 
 
 def harms(shape: ModelShape, spec: EngineSpec, engine: str) -> Iterator[str]:
-    """What fewer bits are known to cost this model; an FP8 or FP4 cache of some models is refused by the server."""
-    encodes = engine in ("embed", "bert")
-    kv = spec.kv_cache_dtype
-    if kv == "auto" and spec.quantization:
-        kv = quantization_type(spec.quantization).kv_cache
-    if not encodes and (harm := cache_harm(kv, qkv_bias=shape.qkv_bias)):
-        yield f"serve will refuse the {kv} KV cache: {harm}"
+    """What fewer bits are known to cost this model."""
     if spec.quantization:
+        encodes = engine in ("embed", "bert")
         harm = known_harm(spec.quantization, layers=shape.layers, hidden=shape.hidden, encodes=encodes)
         if harm:
             yield harm

@@ -21,6 +21,7 @@ from headrace.config.plan.memory import (
     process_bytes,
     shard,
 )
+from headrace.config.plan.refusals import refusals
 from headrace.config.plan.scratch import largest_load, scratch
 from headrace.config.plan.shape import ModelShape, read_shape
 from headrace.config.plan.weights import KEPT_BLOCKS, KEPT_GROUPS, Weights, packed_format, weigh
@@ -42,6 +43,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
         gpu: its data; None on a CPU, or when nothing is known of it.
         count: devices.
         packs: a CPU that multiplies with weights of few bits as they are.
+        features: of a CPU, as Linux names them; None: not known.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     gpu: Accelerator | None = None
     count: int = 1
     packs: bool = False
+    features: frozenset[str] | None = None
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
@@ -309,7 +312,7 @@ def _kv_dtype(spec: EngineSpec, facts: Facts, shape: ModelShape, dtype: str) -> 
 def _check_request(
     spec: EngineSpec, facts: Facts, shape: ModelShape, machine: Machine, layout: _Layout
 ) -> None:
-    problems = []
+    problems = list(refusals(spec, facts, shape, machine))
     if spec.max_model_len is not None and shape.context and spec.max_model_len > shape.context:
         problems.append(
             f"max_model_len: is {spec.max_model_len}; the checkpoint was made for {shape.context} tokens "

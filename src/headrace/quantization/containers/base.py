@@ -37,12 +37,16 @@ class Module:
         tensors: the raw tensors that it takes.
         read: them as one weight.
         activations: how its input is rounded.
+        bits: of its numbers, where the bytes on disk do not say so; else 0.
+        fitted: of 4-bit integers, which others may have fitted to data, the columns that share a scale; else 0.
     """
 
     shape: tuple[int, ...]
     tensors: tuple[str, ...]
     read: Callable[[], QuantizedWeight | TableWeight]
     activations: Callable[[], Activations] = Activations
+    bits: int = 0
+    fitted: Callable[[], int] = int
 
 
 @dataclass

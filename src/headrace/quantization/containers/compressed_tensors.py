@@ -110,7 +110,10 @@ class CompressedTensors(Container):
 
         static = [f"{base}.input_scale", f"{base}.input_zero_point"]
         tensors = [name, scale, zero, *(extra for extra in static if extra in self.names)]
-        return Module((rows, columns), tuple(part for part in tensors if part is not None), read)
+        bits = int(weights.get("num_bits") or 8)
+        fitted = columns // groups if bits == 4 else 0
+        found = tuple(part for part in tensors if part is not None)
+        return Module((rows, columns), found, read, bits=bits, fitted=lambda: fitted)
 
     def _num_groups(self, columns: int, weights: Mapping[str, Any], *, ordered: bool) -> int:
         """Groups of a row; ``ordered``: a tensor says which columns are in each, however many they are."""
@@ -178,8 +181,13 @@ class CompressedTensors(Container):
                 None if order is None else self._order(order, columns, groups, weights),
             )
 
-        tensors = (packed, shape, scale, zero, order)
-        return Module((rows, columns), tuple(part for part in tensors if part is not None), read)
+        tensors = tuple(part for part in (packed, shape, scale, zero, order) if part is not None)
+
+        def fitted() -> int:
+            ordered = order is not None and self._order(order, columns, groups, weights) is not None
+            return (columns if ordered else columns // groups) if bits == 4 else 0
+
+        return Module((rows, columns), tensors, read, fitted=fitted)
 
     def _order(self, name: str, columns: int, groups: int, weights: Mapping[str, Any]) -> Tensor | None:
         """The group of each column; None where they follow one another, as -1 anywhere says, too."""

@@ -60,7 +60,7 @@ class AWQ(Container):
             codes, zeros = self._columns(weight, rows), self._columns(zero, rows)
             return _weight(codes, self.float(scale), zeros, 4, None)
 
-        return Module((rows, columns), (weight, zero, scale), read)
+        return Module((rows, columns), (weight, zero, scale), read, fitted=lambda: columns // groups)
 
     def _columns(self, name: str, count: int) -> Tensor:
         """uint8 [n, count] in the order of the outputs."""
@@ -136,4 +136,9 @@ class GPTQ(Container):
             return _weight(codes, self.float(scale), zeros, bits, order)
 
         tensors = (weight, zero, scale, *([index] if index in self.names else []))
-        return Module((rows, columns), tensors, read)
+
+        def fitted() -> int:
+            ordered = index in self.names and self.groups(index, columns, groups) is not None
+            return (columns if ordered else columns // groups) if bits == 4 else 0
+
+        return Module((rows, columns), tensors, read, fitted=fitted)
