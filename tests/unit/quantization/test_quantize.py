@@ -91,7 +91,7 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(module, "_write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         written(folder, tmp_path / "b", "fp8", shard_bytes=30_000)
-    mark = tmp_path / "b" / "quantize.json"
+    mark = tmp_path / "b" / module._MARK
     kept = mark.read_text()
     mark.write_text(kept[:5])
     with pytest.raises(ConfigError, match=r"something else \(no JSON\); delete it"):
@@ -274,14 +274,6 @@ def test_files_beside_the_weights(folder: Path, tmp_path: Path) -> None:
     }
     assert {file.name for file in out.iterdir()} == {*goes, *made, "link.txt"}
     assert all((out / name).read_text() == name for name in goes)
-
-
-def test_a_run_that_was_killed_at_its_first_step(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "q"
-    out.mkdir()
-    (out / module._MARK).write_text("")
-    with pytest.raises(ConfigError, match="unfinished run of something else"):
-        written(folder, out, "int8")
 
 
 def test_caches_that_harm_are_not_written(
