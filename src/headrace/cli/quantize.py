@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from headrace.quantization.containers import QuantizedCheckpoint
 
     checkpoint = open_weights(_plain(spec))
+    _check_cache(spec, name, checkpoint.path)
     if isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.modules:
         raise ConfigError(f"{spec.model} is already quantized: {checkpoint.label}; give the 16-bit weights")
     from headrace.engines.quantize import quantize_checkpoint, uses_calibration
@@ -97,6 +98,18 @@ def run(args: argparse.Namespace) -> int:
         )
     print(f"wrote {out}; check it with: headrace verify {out} --reference {spec.model}")
     return 0
+
+
+def _check_cache(spec: EngineSpec, name: str, path: Path) -> None:
+    """What serve would refuse is not written for others to be harmed by."""
+    import msgspec
+
+    from headrace.engines.plan import cache_problem
+    from headrace.errors import ConfigError
+
+    asked = msgspec.structs.replace(spec, path=path, quantization=name, kv_cache_dtype="auto")
+    if problem := cache_problem(asked):
+        raise ConfigError(problem, param="type")
 
 
 def _plain(spec: EngineSpec) -> EngineSpec:

@@ -21,7 +21,7 @@ from headrace.config.accelerators import ACCELERATORS, GpuCount, parse_accelerat
 from headrace.config.plan.checks import harms
 from headrace.config.plan.facts import Facts
 from headrace.config.plan.plan import Machine, Plan, draw_plan
-from headrace.config.plan.refusals import refusals
+from headrace.config.plan.refusals import cache_refusal, refusals
 from headrace.config.plan.shape import ModelShape, read_shape
 from headrace.config.plan.share import share_device
 from headrace.config.quantization import cache_harm, quantization_type
@@ -33,6 +33,7 @@ from headrace.errors import ConfigError
 from headrace.models.encode_choice import check_readable
 
 __all__ = [
+    "cache_problem",
     "cpu_machine",
     "gpu_machine",
     "known_harms",
@@ -106,6 +107,12 @@ def known_refusals(spec: EngineSpec) -> list[str]:
         kv = quantization_type(spec.quantization).kv_cache
     harm = cache_harm(kv, qkv_bias=_BIASED.search(spec.model) is not None)
     return [f"by its name, serve will refuse the {kv} KV cache: {harm}"] if harm else []
+
+
+def cache_problem(spec: EngineSpec) -> str:
+    """Why the model, which lies on this machine, does not take the cache that is asked for; "" when it does."""
+    path = _path_here(spec)
+    return cache_refusal(spec, _read_here(path, spec)[1]) if path is not None else ""
 
 
 def _read_here(path: Path, spec: EngineSpec) -> tuple[Facts, ModelShape, str]:

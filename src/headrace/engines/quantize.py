@@ -15,6 +15,7 @@ from torch import Tensor
 from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.checkpoints.gguf import GGUFCheckpoint
+from headrace.config.plan.refusals import GROUP_COLUMNS
 from headrace.config.plan.weights import classify
 from headrace.config.quantization import QuantizationType, quantization_type
 from headrace.engines.calibration import Calibration, Inputs
@@ -28,7 +29,12 @@ __all__ = ["Progress", "quantize_checkpoint", "uses_calibration"]
 Progress = Callable[[str, int, int], None]  # what, done, in all
 
 _SHARD_BYTES = 2 << 30  # of unquantized weights
-_MARK = "quantize.json"  # in an unfinished folder: what it is to become
+_MARK = ".headrace-quantize.json"  # in an unfinished folder: what it is to become
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot",
+    ".tflite", ".mlmodel", ".npz",
+)  # fmt: skip
+_HEADS = ("sparse_linear.safetensors", "colbert_linear.safetensors")  # of BGE-M3, beside the checkpoint
 _TABLE = "model.safetensors.index.json"
 _CALIBRATED = ("nvfp4", "mxfp4", "int4", "int4-g64", "int4-g128")
 
@@ -75,11 +81,12 @@ def quantize_checkpoint(
     }
     if static:
         mark["static"] = True
-    _open_folder(out, mark)
     _refuse_fused(checkpoint)
     chosen = [tensor for tensor in checkpoint.names() if converts(tensor, checkpoint, kind)]
     if not chosen:
         raise UnsupportedCheckpoint(f"{checkpoint.path} holds no matrix that {name!r} converts")
+    _refuse_widths(checkpoint, name, kind, chosen)
+    _open_folder(out, mark)
     groups = list(_shards(checkpoint, shard_bytes))
     where: dict[str, str] = {}
     for number, names in enumerate(groups, 1):
@@ -116,6 +123,17 @@ def _refuse_fused(checkpoint: Checkpoint) -> None:
                 f"tensor {name!r} holds the matrices of all experts; quantize reads those with a tensor for each "
                 "(experts.0.gate_proj.weight). Save it so with transformers, or quantize while loading",
                 param=name,
+            )
+
+
+def _refuse_widths(checkpoint: Checkpoint, name: str, kind: QuantizationType, chosen: Sequence[str]) -> None:
+    for tensor in chosen:
+        columns, group = checkpoint.info(tensor).shape[1], GROUP_COLUMNS.get(kind.weights, 1)
+        if columns % group:
+            raise UnsupportedCheckpoint(
+                f"type {name!r} has scales for {group} columns each, and {tensor} has {columns}; take a type with "
+                "smaller groups or with a scale a row (fp8, int8)",
+                param="type",
             )
 
 
@@ -228,12 +246,22 @@ def _module_folders(path: Path) -> list[str]:
     return [name for name in names if name and Path(name).name == name and (path / name).is_dir()]
 
 
+def _is_of_weights(name: str) -> bool:
+    """Weights in any form, what names their files, and what is written anew; an adapter's settings have no weights."""
+    if name in _HEADS:
+        return False
+    return (
+        name.endswith((*_WEIGHTS, ".index.json"))
+        or name in ("config.json", "adapter_config.json", _MARK)
+        or name.startswith("pytorch_model")
+    )
+
+
 def _copy_text(checkpoint: FolderCheckpoint | GGUFCheckpoint, out: Path) -> None:
     """Tokenizer, templates and generation settings: the files beside the weights, or what the GGUF file says."""
     if isinstance(checkpoint, FolderCheckpoint):
         for entry in sorted(checkpoint.path.iterdir()):
-            weights = entry.suffix in (".safetensors", ".bin", ".pt", ".gguf") or entry.name == _TABLE
-            if entry.is_file() and not weights and entry.name != "config.json":
+            if entry.is_file() and not _is_of_weights(entry.name):
                 shutil.copyfile(entry, out / entry.name)
         for folder in _module_folders(checkpoint.path):
             shutil.copytree(checkpoint.path / folder, out / folder, dirs_exist_ok=True)

@@ -91,7 +91,7 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(module, "_write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         written(folder, tmp_path / "b", "fp8", shard_bytes=30_000)
-    mark = tmp_path / "b" / "quantize.json"
+    mark = tmp_path / "b" / module._MARK
     kept = mark.read_text()
     mark.write_text(kept[:5])
     with pytest.raises(ConfigError, match=r"something else \(no JSON\); delete it"):
@@ -245,8 +245,54 @@ def test_an_embedder_keeps_its_modules_and_buffers(folder: Path, tmp_path: Path)
 
 def test_what_cannot_be_quantized(tmp_path: Path) -> None:
     odd = write_llama(tmp_path / "odd", **{**SHAPE, "intermediate_size": 72})
-    with pytest.raises(UnsupportedCheckpoint, match="16 bits"):
+    with pytest.raises(UnsupportedCheckpoint, match=r"32 columns each.*down_proj.weight has 72"):
         written(odd, tmp_path / "q", "mxfp4")
+    assert not (tmp_path / "q").exists()
+    written(odd, tmp_path / "q", "int8")
+
+
+def test_files_beside_the_weights(folder: Path, tmp_path: Path) -> None:
+    """Text goes along, whatever its name; weights in other forms do not, nor what names them: others would load it."""
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    goes = ("README.md", "chat_template.jinja", "vocab.txt", "quantize.json", "sparse_linear.safetensors")
+    stays = (
+        "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json", "adapter_model.safetensors",
+        "model.onnx", "tf_model.h5", "consolidated.00.pth",
+    )  # fmt: skip
+    for name in (*goes, *stays):
+        (source / name).write_text(name)
+    (source / "link.txt").symlink_to(source / "README.md")
+    (source / "broken.txt").symlink_to(source / "nowhere")
+    out = tmp_path / "q"
+    written(source, out, "int8")
+    made = {
+        "config.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00001.safetensors",
+        "tokenizer.json",
+    }
+    assert {file.name for file in out.iterdir()} == {*goes, *made, "link.txt"}
+    assert all((out / name).read_text() == name for name in goes)
+
+
+def test_caches_that_harm_are_not_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others would use them without a word."""
+    biased = tmp_path / "biased"
+    shutil.copytree(folder, biased)
+    config = json.loads((biased / "config.json").read_text())
+    (biased / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    tensors = load_file(biased / "model.safetensors")
+    for name in [name for name in tensors if ".self_attn." in name]:
+        tensors[name.replace("weight", "bias")] = torch.zeros(tensors[name].shape[0])
+    save_file(tensors, biased / "model.safetensors")
+    out = ["--out", str(tmp_path / "q"), "--no-calibration"]
+    for name in ("fp8_kv", "fp4_kv"):
+        assert main(["quantize", str(biased), "--type", name, *out]) == 2
+        assert "adds a bias" in capsys.readouterr().err
+    assert main(["quantize", str(biased), "--type", "fp8", *out]) == 0
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_block", "fp4", "mxfp4", "int8", "int4"])

@@ -19,10 +19,10 @@ from headrace.config.spec import EngineSpec
 if TYPE_CHECKING:
     from headrace.config.plan.plan import Machine
 
-__all__ = ["refusals"]
+__all__ = ["GROUP_COLUMNS", "cache_refusal", "refusals"]
 
 # Columns that share a scale, which must divide a matrix's; of whole rows, what a CPU's kernel reads at a time.
-_COLUMNS = {"nvfp4": 16, "mxfp4": 32, "int4": 32, "int4-g64": 64, "int4-g128": 128}
+GROUP_COLUMNS = {"nvfp4": 16, "mxfp4": 32, "int4": 32, "int4-g64": 64, "int4-g128": 128}
 _CPU_COLUMNS = {"int8": 32}
 _CACHE_GROUP = 16  # dimensions of a head that share a scale in an FP4 cache
 _HOPPER = 90  # compute capability
@@ -36,9 +36,7 @@ def refusals(
     Args:
         machine: what it is for; None: only what holds on every one.
     """
-    if shape.encoder and (problem := no_cache_problem(spec.quantization, spec.kv_cache_dtype)):
-        yield problem
-    if not shape.encoder and (problem := _cache(spec, shape)):
+    if problem := cache_refusal(spec, shape):
         yield problem
     if not spec.quantization:
         return
@@ -60,7 +58,10 @@ def _int8_on_cpu(machine: Machine | None) -> str:
     )
 
 
-def _cache(spec: EngineSpec, shape: ModelShape) -> str:
+def cache_refusal(spec: EngineSpec, shape: ModelShape) -> str:
+    """Why this model does not take the cache that is asked for; "" when it does."""
+    if shape.encoder:
+        return no_cache_problem(spec.quantization, spec.kv_cache_dtype)
     name, asks = spec.kv_cache_dtype, f"kv_cache_dtype is {spec.kv_cache_dtype!r}"
     if name == "auto" and spec.quantization:
         name = quantization_type(spec.quantization).kv_cache
@@ -91,7 +92,7 @@ def _of_weights_alone(name: str, machine: Machine | None) -> str:
 def _widths(name: str, facts: Facts, machine: Machine | None) -> Iterator[str]:
     kind = quantization_type(name)
     on_cpu = machine is not None and not machine.cuda
-    group = _COLUMNS.get(kind.weights) or (_CPU_COLUMNS.get(kind.weights) if on_cpu else None)
+    group = GROUP_COLUMNS.get(kind.weights) or (_CPU_COLUMNS.get(kind.weights) if on_cpu else None)
     if group is None or facts.quantized.method not in ("", "gguf"):
         return
     for tensor, info in facts.tensors.items():
