@@ -79,6 +79,33 @@ class ConfigReader:
             raise self.refuse(name, value, "a finite number")
         return float(value)
 
+    def positive(self, name: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self.number(name, default)
+        if value <= 0:
+            raise self.refuse(name, value, "a number above 0")
+        return value
+
+    def plain_theta(self, where: str, rope: Any, default: float) -> float:
+        """Base of a rotary embedding that nothing stretches.
+
+        Args:
+            where: names ``rope`` in messages.
+            rope: ``rope_parameters``, or the part of it for one type of layer; None: it says nothing.
+        """
+        if rope is None:
+            return default
+        if not isinstance(rope, Mapping):
+            raise self.refuse(where, rope, "an object")
+        for name, value in rope.items():
+            fine = name == "rope_theta" or value is None or (name == "partial_rotary_factor" and value == 1)
+            if not fine and (name not in ("rope_type", "type") or value != "default"):
+                raise self.refuse(f"{where}.{name}", value, "a plain rotary embedding (rope_type default)")
+        theta = rope.get("rope_theta") or default
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
+            raise self.refuse(f"{where}.rope_theta", theta, "a number above 0")
+        return float(theta)
+
     def optional_number(self, name: str) -> float | None:
         """A finite number, or None where absent or null."""
         return None if self.get(name) is None else self.number(name)

@@ -83,8 +83,8 @@ class _RopeReader:
 
     def __call__(self, rope: Mapping[str, Any], theta: float) -> RopeConfig:
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        kind = self.aliases.get(kind, kind)
-        if kind not in _KNOWN:
+        kind = self.aliases.get(kind, kind) if isinstance(kind, str) else kind
+        if not isinstance(kind, str) or kind not in _KNOWN:
             hint = nearest(str(kind), _KNOWN)
             raise self.config.refuse("rope_scaling.rope_type", kind, f"one of {sorted(_KNOWN)}{hint}")
         for name, value in rope.items():

@@ -170,6 +170,13 @@ def test_refused_by_name(architecture: str, field: str, value: Any) -> None:
     assert caught.value.param
 
 
+@pytest.mark.parametrize("value", [0, -4.0, "256"])
+def test_a_scale_of_attention_is_above_zero(value: Any) -> None:
+    config = {**config_of("Gemma2ForCausalLM"), "query_pre_attn_scalar": value}
+    with pytest.raises(UnsupportedCheckpoint, match="query_pre_attn_scalar is"):
+        read_config(config)
+
+
 @pytest.mark.parametrize("architecture", list(HF_CONFIGS))
 def test_unknown_activation_is_refused(architecture: str) -> None:
     field = "hidden_activation" if "Gemma" in architecture else "hidden_act"

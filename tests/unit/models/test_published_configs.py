@@ -146,6 +146,56 @@ def test_it_is_read(name: str) -> None:
     assert read_encoder_config(config, encoder_family(config)).max_tokens == longest
 
 
+HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("nomic", {"rope_parameters": HALF}, "rope_parameters.partial_rotary_factor is 0.5"),
+        ("nomic", {"rope_parameters": ["x"]}, "rope_parameters is .* expected an object"),
+        ("nomic", {"rotary_emb_base": "x"}, "rotary_emb_base is 'x'"),
+        ("eurobert", {"rope_parameters": HALF}, "rope_parameters.partial_rotary_factor is 0.5"),
+        ("eurobert", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+        ("eurobert", {"rope_parameters": {"rope_theta": -1.0}}, "rope_theta is -1.0"),
+        ("modernbert", {"rope_parameters": {"full_attention": HALF}}, "full_attention.partial_rotary_factor"),
+        (
+            "modernbert",
+            {"rope_parameters": {"rope_theta": 1e4}},
+            "an object of full_attention and sliding_att",
+        ),
+        (
+            "modernbert",
+            {"layer_types": ["full_attention"]},
+            "layer_types is .* expected 22 of full_attention",
+        ),
+        ("modernbert", {"layer_types": 1e300}, "layer_types is 1e"),
+        ("modernbert", {"layer_types": ["full_attention", {}] * 11}, "layer_types is"),
+    ],
+)
+def test_positions_that_are_turned_otherwise_are_refused(
+    name: str, changes: dict[str, Any], message: str
+) -> None:
+    config = PUBLISHED[name][0] | changes
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        read_encoder_config(config, encoder_family(config))
+
+
+def test_both_spellings_of_rotary_bases() -> None:
+    new = {
+        "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+        "sliding_attention": {"rope_theta": 2e4, "partial_rotary_factor": 1.0},
+    }
+    for changes in ({"rope_parameters": new}, {"global_rope_theta": 5e5, "local_rope_theta": 2e4}):
+        declared = read_encoder_config(MODERN | changes, encoder_family(MODERN))
+        assert declared.rope is not None and declared.local_rope is not None
+        assert (declared.rope.theta, declared.local_rope.theta) == (5e5, 2e4)
+    for config, base in ((NOMIC, {"rotary_emb_base": 3e4}), (EURO, {"rope_theta": 3e4})):
+        for changes in (base, {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}}):
+            declared = read_encoder_config(config | changes, encoder_family(config))
+            assert declared.rope is not None and declared.rope.theta == 3e4
+
+
 def test_gemma_2_states_its_window_twice() -> None:
     config = {
         "architectures": ["Gemma2Model"], "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid",

@@ -218,20 +218,16 @@ def draw_plan(
     context, largest = _context(spec, shape, pool_tokens)
     fits, shortage = _fits(spec, budget, kv_token, context, pool_tokens)
     batch = spec.max_num_seqs if not kv_token else min(spec.max_num_seqs, pool_tokens // max(context, 1))
+    room = pool_tokens // max(prompt, 1) if kv_token else spec.max_num_seqs
     bounds = None
     if machine.gpu is not None and machine.gpu.known:
-        arithmetic = _arithmetic(layout.scheme or facts.quantized.method, dtype, machine.gpu)
-        room = pool_tokens // max(prompt, 1) if kv_token else spec.max_num_seqs
         bounds = floors(
-            machine.gpu,
-            layout.ranks,
-            shape,
-            weights,
-            arithmetic=arithmetic,
+            machine.gpu, layout.ranks, shape, weights,
+            arithmetic=_arithmetic(layout.scheme or facts.quantized.method, dtype, machine.gpu),
             kv_bytes=kv_token * layout.ranks,
             batch=max(1, min(spec.max_num_seqs, room)),
             prompt=min(prompt, shape.context or prompt),
-        )
+        )  # fmt: skip
     return Plan(
         model=spec.name,
         engine=engine,

@@ -16,10 +16,8 @@ def _eurobert(read: ConfigReader) -> EncoderConfig:
         read.get(name)
     common["num_kv_heads"] = read.integer("num_key_value_heads", common["num_heads"])
     common["head_dim"] = read.integer("head_dim", common["head_dim"])
-    parameters = read.get("rope_parameters") or read.get("rope_scaling") or {}
-    if (parameters.get("rope_type") or parameters.get("type") or "default") != "default":
-        raise read.refuse("rope_parameters", parameters, "rope_type default")
-    theta = float(parameters.get("rope_theta") or read.get("rope_theta") or 10000.0)
+    parameters = read.get("rope_parameters") or read.get("rope_scaling") or None
+    theta = read.plain_theta("rope_parameters", parameters, read.positive("rope_theta", 10000.0))
     bias, mlp_bias = read.flag("attention_bias"), read.flag("mlp_bias")
     return EncoderConfig(
         **common,

@@ -9,15 +9,17 @@ from headrace.models.reading import ConfigReader
 
 __all__ = ["MODERNBERT"]
 
+_KINDS = ("full_attention", "sliding_attention")
+
 
 def _modernbert(read: ConfigReader) -> EncoderConfig:
     common = common_fields(read)
     layers = common["num_layers"]
     every = read.integer("global_attn_every_n_layers", 3)
-    kinds = read.get("layer_types")
-    local = (
-        [kind == "sliding_attention" for kind in kinds] if kinds else [i % every != 0 for i in range(layers)]
-    )
+    kinds = read.get("layer_types") or [_KINDS[i % every != 0] for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _KINDS for kind in kinds):
+        raise read.refuse("layer_types", kinds, f"{layers} of {' and '.join(_KINDS)}")
+    local = [kind == _KINDS[1] for kind in kinds]
     # local_attention counts both sides; a token sees half of it to each side.
     window = read.integer("local_attention", 128) // 2 + 1
     full, sliding = _modernbert_thetas(read)
@@ -69,17 +71,15 @@ def _modernbert(read: ConfigReader) -> EncoderConfig:
 
 def _modernbert_thetas(read: ConfigReader) -> tuple[float, float]:
     """Rotary bases of full and of sliding layers, in the old spelling or the new."""
-    thetas = {
-        "full_attention": read.number("global_rope_theta", 160000.0),
-        "sliding_attention": read.number("local_rope_theta", 10000.0),
-    }
+    bases = (read.positive("global_rope_theta", 160000.0), read.positive("local_rope_theta", 10000.0))
     parameters = read.get("rope_parameters") or {}
-    for kind in thetas:
-        given = parameters.get(kind) or {}
-        if given.get("rope_type", "default") != "default":
-            raise read.refuse("rope_parameters", parameters, "rope_type default")
-        thetas[kind] = float(given.get("rope_theta", thetas[kind]))
-    return thetas["full_attention"], thetas["sliding_attention"]
+    if not isinstance(parameters, dict) or any(name not in _KINDS for name in parameters):
+        raise read.refuse("rope_parameters", parameters, f"an object of {' and '.join(_KINDS)}")
+    full, sliding = (
+        read.plain_theta(f"rope_parameters.{kind}", parameters.get(kind), base)
+        for kind, base in zip(_KINDS, bases)
+    )
+    return full, sliding
 
 
 def _modernbert_names(config: EncoderConfig) -> Names:

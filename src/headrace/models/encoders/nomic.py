@@ -78,9 +78,9 @@ def _nomic(read: ConfigReader) -> EncoderConfig:
 
 
 def _nomic_rope(read: ConfigReader, dim: int) -> RopeConfig:
-    parameters = read.get("rope_parameters") or {}
-    theta = float(parameters.get("rope_theta") or read.get("rotary_emb_base") or 1000.0)
-    if read.get("rotary_scaling_factor") or parameters.get("rope_type", "default") != "default":
+    base = read.positive("rotary_emb_base", 1000.0)
+    theta = read.plain_theta("rope_parameters", read.get("rope_parameters"), base)
+    if read.get("rotary_scaling_factor"):
         # The authors stretch by dynamic NTK beyond the trained length; below it nothing changes.
         raise read.refuse("rotary_scaling_factor", read.get("rotary_scaling_factor"), "null (no stretching)")
     return RopeConfig(dim=dim, theta=theta)

@@ -37,7 +37,7 @@ def _read(config: ConfigReader, pattern: int, **choices: Any) -> DecoderConfig:
         output_bias=bias,
         activation=config.activation("hidden_activation", default="gelu_pytorch_tanh"),
         embedding_scale=config.integer("hidden_size") ** 0.5,
-        attention_scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_scale=config.positive("query_pre_attn_scalar", 256) ** -0.5,
         logit_soft_cap=config.optional_number("final_logit_softcapping"),
         causal=not bidirectional,
         **choices,
