@@ -159,6 +159,7 @@ def outcome(config: dict[str, Any]) -> object:
         ("tie_word_embeddings", "yes"),
         ("quantization_config", {"quant_method": "fp8"}),
         ("layer_types", ["full_attention", "linear_attention"] * 2),
+        ("rope_parameters", {"rope_type": ["yarn"]}),
     ],
 )
 def test_refused_by_name(architecture: str, field: str, value: Any) -> None:
