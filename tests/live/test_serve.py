@@ -44,7 +44,7 @@ def served(*arguments: str) -> Iterator[str]:
         assert "ready: " in said, said
         yield said.split("ready: ")[1].split("/v1")[0]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
         process.wait()
@@ -110,6 +110,13 @@ def metric(url: str, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{"))
 
 
+def until_none(url: str, *names: str) -> None:
+    deadline = time.monotonic() + 60
+    while any(metric(url, name) for name in names):
+        assert time.monotonic() < deadline, f"still there: {[(name, metric(url, name)) for name in names]}"
+        time.sleep(0.1)
+
+
 def test_random_disconnects_leave_no_block_behind(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "tiny")
     rng = random.Random(5)
@@ -143,15 +150,11 @@ def test_random_disconnects_leave_no_block_behind(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        deadline = time.monotonic() + 20
-        while metric(url, "headrace_requests_in_flight") or metric(url, "headrace_engine_running"):
-            assert time.monotonic() < deadline, "requests are still there"
-            time.sleep(0.1)
+        until_none(url, "headrace_requests_in_flight", "headrace_engine_running")
         reply = client_of(url).chat.completions.create(
             model="t", messages=[{"role": "user", "content": "still there?"}], max_tokens=5
         )
         assert reply.usage.completion_tokens <= 5
         time.sleep(1.2)  # a heartbeat, so that the core's counters are new
-        assert metric(url, "headrace_kv_blocks_used") == 0
-        assert metric(url, "headrace_engine_running") == 0
+        until_none(url, "headrace_kv_blocks_used", "headrace_engine_running")
         assert urllib.request.urlopen(f"{url}/health", timeout=10).status == 200

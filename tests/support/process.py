@@ -30,7 +30,7 @@ class ServeProcess:
     def terminate(self) -> int:
         """SIGTERM and the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(120)
 
 
 @contextmanager

@@ -106,6 +106,7 @@ class Fronts:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.drain()  # again: the others may have been joined by one that was being replaced
         limit = self._options.drain_seconds + 10.0
         for front in self._fronts:
             try:

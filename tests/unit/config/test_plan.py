@@ -365,9 +365,9 @@ def test_headers_count_the_same_as_shapes(tmp_path: Path) -> None:
         write_header(
             folder / "model.safetensors", {key: ("BF16", tensor.shape) for key, tensor in sizes.items()}
         )
-        start = time.monotonic()
+        start = time.process_time()
         drawn = plan_for(EngineSpec(model=str(folder)), gpu_machine("H100"))
-        assert time.monotonic() - start < 2
+        assert time.process_time() - start < 2
         assert not drawn.weights.estimated
         assert drawn.weights.by_kind == weigh(facts(config), shape, 2, "").by_kind
         assert drawn.weights.disk == sum(tensor.nbytes for tensor in sizes.values())

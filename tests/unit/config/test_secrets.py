@@ -120,5 +120,5 @@ def test_environment_is_one_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(ConfigError, match="HEADRACE_LOG"):
         env.log_level()
     source = Path(env.__file__).parent
-    readers = [file.name for file in source.rglob("*.py") if "os.environ" in file.read_text()]
+    readers = [file.name for file in source.rglob("*.py") if "os.environ" in file.read_text("utf-8")]
     assert readers == ["env.py"]

@@ -26,7 +26,7 @@ def read_fields() -> set[str]:
         inside = file.relative_to(root)
         if inside.parts[0] in ("config", "cli") or (inside.parts[0] == "engines" and file.name in planners):
             continue
-        found |= set(re.findall(r"\bspec\.(\w+)", file.read_text()))
+        found |= set(re.findall(r"\bspec\.(\w+)", file.read_text("utf-8")))
     return found & set(EngineSpec.__struct_fields__)
 
 

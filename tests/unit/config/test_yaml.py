@@ -129,18 +129,18 @@ def test_a_billion_laughs_are_counted_not_laughed() -> None:
         f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
         for before, name in zip("abcdefgh", "bcdefghi")
     )
-    start = time.monotonic()
+    start = time.process_time()
     _, problems = read(text)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     assert [f"more than {MAX_NODES}" in problem for problem in problems] == [True]
 
 
 def test_size_is_bounded() -> None:
     _, problems = read("a: " + "x" * MAX_BYTES)
     assert "KiB" in problems[0]
-    start = time.monotonic()
+    start = time.process_time()
     read("\n".join(f"k{index}: [1, 2, {{a: b}}]" for index in range(MAX_BYTES // 40)))
-    assert time.monotonic() - start < 5  # 1 s on a quiet machine; this one may be shared
+    assert time.process_time() - start < 5  # 1 s on a quiet machine; this one may be shared
 
 
 def test_empty_and_marked_files(tmp_path: Path) -> None:
@@ -221,9 +221,9 @@ def test_mutated_configurations_never_crash_and_answer_soon() -> None:
     for round_ in range(1200):
         case = CASES[round_ % len(CASES)]
         text = _mutate(build(case.base, case.good if round_ % 2 else case.bad), rng)
-        start = time.monotonic()
+        start = time.process_time()
         view = check_text(text)
-        slowest = max(slowest, time.monotonic() - start)
+        slowest = max(slowest, time.process_time() - start)
         for problem in view.report.problems:
             assert problem.message
     assert slowest < 1

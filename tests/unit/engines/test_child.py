@@ -35,7 +35,7 @@ def test_without_a_spec_it_can_be_ended_at_any_time() -> None:
     child = CoreChild(SPEC)
     environment = Path(f"/proc/{child.pid}/environ")
     assert child.exit_code is None
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while b"HEADRACE_TEST_ONLY=7" not in environment.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.01)  # until it is another program
     assert b"HEADRACE_TEST_ONLY=7" in environment.read_bytes()
@@ -66,13 +66,13 @@ def test_it_ends_when_its_parent_is_killed(told: bool, tmp_path: Path) -> None:
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     try:
-        deadline = time.monotonic() + (30 if told else 0.5)
+        deadline = time.monotonic() + (100 if told else 0.5)
         while not socket.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert socket.exists() == told
         parent.kill()
         parent.wait()
-        assert gone(pid, 30)
+        assert gone(pid, 60)
         assert not socket.exists()
     finally:
         parent.kill()
@@ -91,7 +91,7 @@ def test_it_ends_when_its_parent_was_gone_before_it_looked() -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     try:
-        assert child.wait(60) == 1
+        assert child.wait(120) == 1
     finally:
         child.kill()
         assert child.stdin is not None
@@ -101,11 +101,16 @@ def test_it_ends_when_its_parent_was_gone_before_it_looked() -> None:
 def test_parts_add_up() -> None:
     began = time.time() - 2
     stages = Stages(began)
+    before = time.time()
     stages.done("imports")
+    after = time.time()
     time.sleep(0.02)
     stages.done("weights")
+    least = time.time()
     stages.done("weights")
+    most = time.time()
     assert list(stages.seconds) == ["imports", "weights"]
-    assert sum(stages.seconds.values()) == pytest.approx(time.time() - began, abs=0.05)
-    assert stages.seconds["imports"] == pytest.approx(2, abs=0.5)
+    slack = 0.005  # each part is rounded
+    assert least - began - slack <= sum(stages.seconds.values()) <= most - began + slack
+    assert before - began - slack <= stages.seconds["imports"] <= after - began + slack
     assert 0 <= time.time() - process_began() < 3600

@@ -35,7 +35,12 @@ def test_large_blocks_do_not_enter_the_heap() -> None:
     def mapped(how: str) -> int:
         src = Path(__file__).parents[3] / "src"
         done = subprocess.run(
-            [sys.executable, "-c", CODE, how], capture_output=True, text=True, timeout=60, cwd=src, check=True
+            [sys.executable, "-c", CODE, how],
+            capture_output=True,
+            text=True,
+            timeout=150,
+            cwd=src,
+            check=True,
         )
         return int(done.stdout)
 

@@ -42,7 +42,7 @@ def test_leaving_a_stream_frees_the_engine() -> None:
             client.chat(
                 ["a"] * 4, "m", RequestProcessingPreference(timeout_s=0.3, max_retries=0), stream=True
             )
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while server.state.running and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not server.state.running

@@ -29,7 +29,7 @@ ASK = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 SLOW = says("0123456789", delay=0.02, eos=False)
 
 
-def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -38,7 +38,7 @@ def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
 
 def send(server: LiveServer, body: dict[str, Any], path: str = "/v1/chat/completions") -> socket.socket:
     data = json.dumps(body).encode()
-    sock = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    sock = socket.create_connection(("127.0.0.1", server.port), timeout=60)
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
     sock.sendall(head.encode() + data)
     return sock
@@ -168,7 +168,7 @@ def test_openai_stream_closed_early_aborts() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_deadline_before_the_first_token_is_408(stream: bool) -> None:
     with live(scripted_model(says("x", delay=30))) as server:
-        headers = {"Request-Timeout-Ms": "100"}
+        headers = {"Request-Timeout-Ms": "500"}
         status, body, _ = server.post("/v1/chat/completions", ASK | {"stream": stream}, **headers)
         assert status == 408
         assert body["error"]["code"] == "timeout"
@@ -177,8 +177,12 @@ def test_deadline_before_the_first_token_is_408(stream: bool) -> None:
 
 
 def test_deadline_in_a_stream_is_an_error_event() -> None:
-    with live(scripted_model(SLOW)) as server:
-        headers = {"Request-Timeout-Ms": "200"}
+    def begins(request: Request) -> Iterator[Step]:
+        yield Step((65,))
+        yield Step((66,), delay=30)
+
+    with live(scripted_model(begins)) as server:
+        headers = {"Request-Timeout-Ms": "1500"}
         status, text, _ = server.post("/v1/chat/completions", ASK | {"stream": True}, **headers)
         assert status == 200
         found = events(text)
@@ -343,7 +347,7 @@ def test_requests_while_loading_are_503_then_served() -> None:
         status, body, headers = helper.post("/v1/chat/completions", ASK)
         assert (status, body["error"]["code"], headers["retry-after"]) == (503, "not_ready", "1")
         go.set()
-        loading.result(10)
+        loading.result(60)
         assert helper.request("GET", "/ready")[0] == 200
         assert helper.post("/v1/chat/completions", ASK)[0] == 200
         helper.call(old.close())
@@ -365,8 +369,15 @@ def test_a_model_that_cannot_load_is_an_error_of_load() -> None:
 
 
 def test_drain_finishes_what_runs_and_takes_nothing_new() -> None:
-    with live(scripted_model(says("0123456789", delay=0.05))) as server:
-        idle = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    go = threading.Event()
+
+    def waits(request: Request) -> Iterator[Step]:
+        while not go.is_set():
+            yield Step(delay=0.01)
+        yield from says("0123456789")(request)
+
+    with live(scripted_model(waits)) as server:
+        idle = socket.create_connection(("127.0.0.1", server.port), timeout=60)
         sock = send(server, ASK | {"stream": True})
         until(lambda: server.core().num_unfinished == 1)
         closing = asyncio.run_coroutine_threadsafe(server.server.close(), server.loop)
@@ -374,13 +385,14 @@ def test_drain_finishes_what_runs_and_takes_nothing_new() -> None:
         idle.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b" 503 " in idle.recv(4096).split(b"\r\n")[0]
         with pytest.raises(OSError):
-            until(lambda: socket.create_connection(("127.0.0.1", server.port), timeout=1).close(), 2)
+            until(lambda: socket.create_connection(("127.0.0.1", server.port), timeout=60).close())
+        go.set()
         data = b""
         while part := sock.recv(65536):
             data += part
         assert b"[DONE]" in data
         assert data.count(b'"content":"') == 11
-        closing.result(10)
+        closing.result(60)
         assert server.core().health().status == "dead"
         server.server.close = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
 
@@ -391,7 +403,7 @@ def test_drain_is_bounded() -> None:
         until(lambda: server.core().num_unfinished == 1)
         start = time.monotonic()
         server.call(server.server.close())
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60  # it would go on for 80
         assert server.core().num_unfinished == 0
         sock.close()
         server.server.close = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
@@ -411,7 +423,7 @@ def test_a_server_ends_when_its_last_engine_died_and_not_before() -> None:
         assert not running.done()
         second.state, second.reason = "dead", "code -9"  # type: ignore[attr-defined]
         with pytest.raises(EngineDead, match=r"no engine is left \(code -9\)"):
-            await asyncio.wait_for(running, 5)
+            await asyncio.wait_for(running, 60)
 
     asyncio.run(scenario())
 

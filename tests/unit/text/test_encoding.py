@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
@@ -91,6 +91,7 @@ def test_the_section_in_tokenizer_json_says_it_where_no_other_file_does(stated: 
     assert own.texts(["w1"])[0].ids == tuple(expected.encode("w1").ids)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 60))
 def test_longest_first_takes_from_the_longer_text(first: int, second: int, room: int) -> None:
     one, two = longest_first(first, second, room)
