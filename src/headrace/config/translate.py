@@ -107,7 +107,8 @@ def _build(view: View) -> Iterator[Setting]:
     if quantization != "no_quant":
         scheme, cache = HOSTED[quantization]
         yield "quantization", scheme, f"{_B}.quantization_type"
-        yield "kv_cache_dtype", cache, f"{_B}.quantization_type"
+        if view.get(f"{_B}.base_model") not in ENCODERS:  # which keep none: the check says so
+            yield "kv_cache_dtype", cache, f"{_B}.quantization_type"
     calibration = view.get(f"{_B}.quantization_config", {})
     yield (
         "calibration",

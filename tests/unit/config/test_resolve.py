@@ -188,6 +188,13 @@ def test_quantization_types(kind: str, scheme: str, cache: str) -> None:
     assert (spec.quantization, spec.kv_cache_dtype) == (scheme, cache)
 
 
+@pytest.mark.parametrize("base", ["encoder", "encoder_bert"])
+def test_encoders_have_no_cache_to_quantize(base: str) -> None:
+    """The hosted system takes the type and uses its weights; the check says so."""
+    spec = spec_of(build(V1, {f"{B}.base_model": base, f"{B}.quantization_type": "fp8_kv"}))
+    assert (spec.quantization, spec.kv_cache_dtype) == ("fp8", "auto")
+
+
 def test_v2_and_patch_kwargs() -> None:
     changes = {
         f"{R}.max_seq_len": 4096,

@@ -266,7 +266,7 @@ def expert_parallelism(view: View) -> None:
 
 @rule(TRT_RULES, _GPU, f"{_B}.base_model", when=_B)
 def encoders_use_one_gpu(view: View) -> None:
-    """Encoders force the parallel counts to 1 with a warning, and use one GPU of several; a `*_kv` type on `encoder`
+    """Encoders force the parallel counts to 1 with a warning, and use one GPU of several; a `*_kv` type
     warns; keys of decoders (context, scheduling, defaults of requests) have no effect on them."""
     base = _base(view)
     if base not in ENCODERS:
@@ -284,8 +284,13 @@ def encoders_use_one_gpu(view: View) -> None:
         if view.given(path) and view.get(path) not in (None, {}):
             view.notice("no_effect", path, f"is a decoder's; {base} follows its checkpoint")
     quantization = str(view.get(f"{_B}.quantization_type", "no_quant"))
-    if base == "encoder" and "_kv" in quantization:
-        view.notice("warning", f"{_B}.quantization_type", f"{quantization}: an encoder keeps no KV cache")
+    if "_kv" in quantization:
+        served = quantization.removesuffix("_kv")
+        view.notice(
+            "warning",
+            f"{_B}.quantization_type",
+            f"{quantization}: an encoder keeps no KV cache; taken as {served}",
+        )
 
 
 _PARALLEL = ("tensor_parallel_count", "pipeline_parallel_count", "sequence_parallel_count")
