@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import msgspec
@@ -44,7 +45,7 @@ def _settings(model: nn.Module, reference: nn.Module) -> Iterator[str]:
 def _unlike(
     mine: Mapping[str, Any], other: Mapping[str, Any], at: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    for name in mine.keys() | other.keys():
+    for name in sorted(mine.keys() | other.keys()):
         ours, theirs = mine.get(name), other.get(name)
         if name in _FREE or ours == theirs:
             continue
@@ -65,7 +66,7 @@ def _tokens(checkpoint: Checkpoint, base: Checkpoint) -> Iterator[str]:
     for text in read_rows(PACKAGED_TEXTS):
         if not isinstance(text, str):
             continue
-        for at, (ours, theirs) in enumerate(zip(mine.encode(text), other.encode(text))):
+        for at, (ours, theirs) in enumerate(zip_longest(mine.encode(text), other.encode(text))):
             if ours != theirs:
                 yield (
                     f"its tokenizer is not the reference's: token {at} of {text[:40]!r} is {ours}, and {theirs} there"
