@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from headrace.errors import UnsupportedCheckpoint, nearest
@@ -13,7 +13,6 @@ __all__ = [
     "SIDE_FILE",
     "QuantizationSettings",
     "check_method",
-    "packed_hint",
     "quantization_settings",
     "without_quantization",
 ]
@@ -31,7 +30,6 @@ METHODS = (
 )
 SIDE_FILE = "hf_quant_config.json"  # ModelOpt's
 KEYS = ("quantization_config", "compression_config")  # the second is compressed-tensors' older name
-_PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")
 _INNER = ("text_config", "llm_config", "language_config")
 
 
@@ -101,17 +99,6 @@ def check_method(found: QuantizationSettings) -> None:
             "its 16-bit weights with --quantization",
             param="quantization_config",
         )
-
-
-def packed_hint(names: Iterable[str]) -> str:
-    """What to look at where tensors are packed and nothing says how."""
-    packed = next((name for name in sorted(names) if name.endswith(_PACKED)), None)
-    if packed is None:
-        return ""
-    return (
-        f". {packed!r} is part of a quantized matrix, but config.json has no quantization_config (nor is there "
-        "hf_quant_config.json) that says how it is packed: download the folder again, whole"
-    )
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ This is the one table: configuration, plan, engines and documentation read it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -21,7 +22,16 @@ __all__ = [
     "known_harm",
     "no_cache_problem",
     "quantization_type",
+    "undeclared_problem",
 ]
+
+# Endings of tensors that quantized matrices consist of, and of those that are matrices unless they hold codes.
+_PACKED = (
+    *(".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB", ".W_q"),
+    *("_proj_blocks", "_proj_scales"),
+)
+_MATRIX = (".weight", "_proj")
+_CODES = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "F4", "BOOL")
 
 _SMALL = 60_000  # layers times hidden size: some 3 B parameters
 
@@ -154,6 +164,22 @@ def cache_harm(kv_cache_dtype: str, *, qkv_bias: bool) -> str | None:
         f"this model adds a bias to q, k and v, whose outliers an {name} KV cache cannot hold: answers would suffer. "
         "Use kv_cache_dtype auto (with quantization fp8 if you like)"
     )
+
+
+def undeclared_problem(tensors: Iterable[tuple[str, str]]) -> str:
+    """Why these tensors of a checkpoint whose settings quantize none cannot be read; "" when they are plain.
+
+    Args:
+        tensors: names, and types as safetensors spells them; "" where only names are known.
+    """
+    for name, dtype in sorted(tensors):
+        if name.endswith(_PACKED) or (dtype in _CODES and name.endswith(_MATRIX)):
+            return (
+                f"{name!r} is part of a quantized matrix{f' ({dtype})' if dtype else ''}, but config.json has no "
+                "quantization_config (nor is there hf_quant_config.json) that says how it is packed: download the "
+                "folder again, whole, or take the 16-bit weights"
+            )
+    return ""
 
 
 def no_cache_problem(quantization: str, kv_cache_dtype: str) -> str:

@@ -21,7 +21,7 @@ from headrace.config.accelerators import ACCELERATORS, GpuCount, parse_accelerat
 from headrace.config.plan.checks import harms
 from headrace.config.plan.facts import Facts
 from headrace.config.plan.plan import Machine, Plan, draw_plan
-from headrace.config.plan.refusals import cache_refusal, refusals
+from headrace.config.plan.refusals import cache_refusal, packing_refusal, refusals
 from headrace.config.plan.shape import ModelShape, read_shape
 from headrace.config.plan.share import share_device
 from headrace.config.quantization import cache_harm, quantization_type
@@ -92,13 +92,14 @@ def known_harms(spec: EngineSpec) -> list[str]:
 
 
 def known_refusals(spec: EngineSpec) -> list[str]:
-    """Why no machine serves this quantization or cache, where the model lies on this one; fetches nothing.
+    """Why no machine serves these weights, this quantization or cache, where the model lies here; fetches nothing.
 
     Of a model that does not, its name says whether it is of the family whose keys a small cache cannot hold.
     """
-    if not spec.quantization and spec.kv_cache_dtype == "auto":
-        return []
     path = _path_here(spec)
+    if not spec.quantization and spec.kv_cache_dtype == "auto":
+        problem = packing_refusal(inspect(path)) if path is not None else ""
+        return [problem] if problem else []
     if path is not None:
         facts, shape, _ = _read_here(path, spec)
         return list(refusals(spec, facts, shape))

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from headrace.checkpoints.quantization_settings import packed_hint
 from headrace.checkpoints.upload import InFiles, Upload, Uploader, uploader_for
 from headrace.errors import UnsupportedCheckpoint
 from headrace.layers.experts import ExpertLinear
@@ -207,8 +206,7 @@ class _Loader:
             shape = list(self.model.get_parameter(wanted[missing[0]]).shape)
             raise UnsupportedCheckpoint(
                 f"the checkpoint of {self.architecture} lacks the tensor {missing[0]!r} (part of {shape})"
-                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-                + packed_hint(self.names),
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
                 param=missing[0],
             )
         for name in sorted(self.names - wanted.keys()):
@@ -218,8 +216,7 @@ class _Loader:
                 shape = list(self.weights.load(name).shape)
                 raise UnsupportedCheckpoint(
                     f"the checkpoint holds the tensor {name!r} {shape}, for which {self.architecture} "
-                    "has no place; it was made by another model, or config.json is not its own"
-                    + packed_hint(self.names),
+                    "has no place; it was made by another model, or config.json is not its own",
                     param=name,
                 )
 

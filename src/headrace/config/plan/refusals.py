@@ -1,4 +1,4 @@
-"""Types of weights and caches that the server refuses for a model, from its headers: plans refuse them, too."""
+"""Weights, their types and caches that the server refuses for a model, from its headers: plans refuse them, too."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from headrace.config.quantization import (
     int8_encoder_problem,
     no_cache_problem,
     quantization_type,
+    undeclared_problem,
 )
 from headrace.config.spec import EngineSpec
 
 if TYPE_CHECKING:
     from headrace.config.plan.plan import Machine
 
-__all__ = ["GROUP_COLUMNS", "cache_refusal", "refusals"]
+__all__ = ["GROUP_COLUMNS", "cache_refusal", "packing_refusal", "refusals"]
 
 # Columns that share a scale, which must divide a matrix's; of whole rows, what a CPU's kernel reads at a time.
 GROUP_COLUMNS = {"nvfp4": 16, "mxfp4": 32, "int4": 32, "int4-g64": 64, "int4-g128": 128}
@@ -36,6 +37,8 @@ def refusals(
     Args:
         machine: what it is for; None: only what holds on every one.
     """
+    if problem := packing_refusal(facts):
+        yield problem
     if problem := cache_refusal(spec, shape):
         yield problem
     if not spec.quantization:
@@ -56,6 +59,13 @@ def _int8_on_cpu(machine: Machine | None) -> str:
     return int8_encoder_problem(
         bfloat16="avx512_bf16" in machine.features, vnni="avx512_vnni" in machine.features
     )
+
+
+def packing_refusal(facts: Facts) -> str:
+    """Which tensor is quantized though nothing says how; "" when all are plain, or the settings say it."""
+    if facts.container == "gguf" or facts.quantized.method:
+        return ""
+    return undeclared_problem((name, info.dtype) for name, info in facts.tensors.items())
 
 
 def cache_refusal(spec: EngineSpec, shape: ModelShape) -> str:

@@ -9,6 +9,8 @@ from headrace.checkpoints.base import Checkpoint
 from headrace.checkpoints.folder import read_json
 from headrace.checkpoints.quantization_rules import check_settings
 from headrace.checkpoints.quantization_settings import SIDE_FILE, QuantizationSettings, quantization_settings
+from headrace.config.quantization import undeclared_problem
+from headrace.errors import UnsupportedCheckpoint
 from headrace.quantization.containers.base import Container, QuantizedCheckpoint
 from headrace.quantization.containers.bitsandbytes import BitsAndBytes
 from headrace.quantization.containers.compressed_tensors import CompressedTensors
@@ -37,13 +39,25 @@ METHODS: dict[str, Callable[[QuantizationSettings, Checkpoint], Container]] = {
 def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint itself when its weights are plain (or GGUF's), else a reader of its container.
 
-    Raises UnsupportedCheckpoint naming the method and those that are read.
+    Raises UnsupportedCheckpoint naming the method and those that are read, or a tensor that is part of a quantized
+    matrix of which nothing says how it is packed.
     """
     side = checkpoint.path / SIDE_FILE
     beside = (lambda: read_json(side)) if checkpoint.path.is_dir() and side.is_file() else None
     found = quantization_settings(checkpoint.config, beside)
     if found is None:
+        if checkpoint.path.is_dir():
+            _check_plain(checkpoint)
         return checkpoint
     for sentence in check_settings(found):
         logger.warning("%s", sentence)
-    return QuantizedCheckpoint(checkpoint, METHODS[found.method](found, checkpoint))
+    opened = QuantizedCheckpoint(checkpoint, METHODS[found.method](found, checkpoint))
+    if not opened.modules:
+        _check_plain(opened)
+    return opened
+
+
+def _check_plain(checkpoint: Checkpoint) -> None:
+    tensors = ((name, checkpoint.info(name).dtype) for name in checkpoint.names())
+    if problem := undeclared_problem(tensors):
+        raise UnsupportedCheckpoint(problem, param="quantization_config")
