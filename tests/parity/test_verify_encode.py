@@ -132,6 +132,7 @@ def test_the_command(
 ) -> None:
     """Whole rows and their sentences; what is found is kept for `quality`."""
     from headrace.engines.build import build
+    from headrace.engines.quality import check_quality
     from headrace.errors import ConfigError
 
     monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
@@ -160,6 +161,21 @@ def test_the_command(
 
     with pytest.raises(ConfigError, match="vectors have cosine"):
         build(resolve(str(config)).spec)
+    config.write_text(config.read_text().replace("0.9999999", "0.5"))
+    assert "note: this was measured on 6 inputs of" in shown
+    with pytest.raises(
+        ConfigError, match=r"on 6 inputs of \d+ tokens.* 20 inputs of 500 tokens.*run: headrace v"
+    ):
+        build(resolve(str(config)).spec)
+    texts.write_text("\n\n".join(f"This is text number {n}, which is short." for n in range(20)))
+    assert main([*command, "--max-tokens", "24", "--min-cosine", "0.5"]) == 0
+    assert "on 20 inputs of 480 tokens" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="on 20 inputs of 480 tokens"):
+        build(resolve(str(config)).spec)
+    assert main([*command[:-2], "--min-cosine", "0.5"]) == 0  # the packaged texts
+    assert "note" not in capsys.readouterr().out
+    spec = resolve(str(config)).spec  # FP8 itself is for GPUs
+    assert check_quality(spec, open_checkpoint(folder), torch.float32, torch.float32, changed=True) is None
 
 
 def test_rerankers_get_pairs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,8 @@ from headrace.quantization.containers import QuantizedCheckpoint
 
 __all__ = [
     "MAX_DIFFERENCE",
+    "MIN_INPUTS",
+    "MIN_TOKENS",
     "Measured",
     "blind_spots",
     "check_quality",
@@ -26,9 +29,13 @@ __all__ = [
     "load_measured",
     "save_measured",
     "tell_harm",
+    "too_small",
 ]
 
 MAX_DIFFERENCE = 0.02  # of a classifier's probability or a reranker's score
+# What a measurement must rest on to count for ``quality``; the packaged texts give some 1,100 tokens, and 41 inputs.
+MIN_TOKENS = 500
+MIN_INPUTS = 20  # of a model of one pass
 
 logger = logging.getLogger("headrace.core")
 
@@ -37,12 +44,16 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """What ``headrace verify`` found.
 
     Attributes:
+        tokens: positions of a generating model that were compared, or tokens of a model of one pass's inputs.
+        inputs: of a model of one pass; None: it generates.
         mean_kl, top1: of a generating model: nats, and share of positions with the same likeliest token.
         min_cosine, max_difference: of an embedder's vectors, and of a classifier's probabilities.
         defects: sentences about single matrices that are wrong.
     """
 
     setup: str
+    tokens: int
+    inputs: int | None = None
     mean_kl: float | None = None
     top1: float | None = None
     min_cosine: float | None = None
@@ -71,16 +82,31 @@ def blind_spots(checkpoint: Checkpoint, reference: Checkpoint) -> tuple[str, ...
     )
 
 
+def too_small(tokens: int, inputs: int | None = None) -> str:
+    """Why a measurement on so few texts shows nothing for ``quality``, after "it"; "" when there are enough."""
+    if tokens >= MIN_TOKENS and (inputs is None or inputs >= MIN_INPUTS):
+        return ""
+    measured, needed = f"{tokens} token{'s' * (tokens != 1)}", f"{MIN_TOKENS}"
+    if inputs is not None:
+        measured = f"{inputs} input{'s' * (inputs != 1)} of {measured}"
+        needed = f"{MIN_INPUTS} inputs of {MIN_TOKENS} tokens together"
+    return f"was measured on {measured}, and quality takes at least {needed} (the packaged texts have them)"
+
+
 def _file(spec: EngineSpec, checkpoint: Checkpoint, dtype: torch.dtype, cache: torch.dtype) -> Path:
-    key = f"1|{checkpoint.fingerprint}|{spec.quantization}|{dtype}|{cache}"
+    key = f"2|{checkpoint.fingerprint}|{spec.quantization}|{dtype}|{cache}"
     return env.home() / "verify" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 def save_measured(
     spec: EngineSpec, checkpoint: Checkpoint, dtype: torch.dtype, cache: torch.dtype, measured: Measured
 ) -> Path | None:
-    """Keep a measurement; a later one of the same set-up replaces it. None, and a warning, where it cannot be."""
+    """Keep a measurement; a later one of the same set-up replaces it, unless only the earlier is large enough for
+    ``quality``. None, and a warning, where it cannot be kept.
+    """
     file = _file(spec, checkpoint, dtype, cache)
+    if too_small(measured.tokens, measured.inputs) and _counts(file):
+        return file
     part = file.with_suffix(".part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +116,15 @@ def save_measured(
         logger.warning("the result is not kept for serve: %s: %s", file.parent, error.strerror)
         return None
     return file
+
+
+def _counts(file: Path) -> bool:
+    """Whether a measurement that is large enough for ``quality`` lies there."""
+    try:
+        found = msgspec.json.decode(file.read_bytes(), type=Measured)
+    except (OSError, msgspec.DecodeError):
+        return False
+    return not too_small(found.tokens, found.inputs)
 
 
 def load_measured(
@@ -114,14 +149,19 @@ def check_quality(
         cache: of keys and values; ``dtype`` for models without a cache.
         changed: whether weights or cache are in fewer bits than the model's 16.
 
-    Raises ConfigError with ``quality: refuse`` when no measurement is there, or it is beyond the limits.
+    Raises ConfigError with ``quality: refuse`` when no measurement is there, or it is beyond the limits or too small.
     """
     if not changed:
         return None
     found = load_measured(spec, checkpoint, dtype, cache)
     if found is None and spec.quality == "off":
         return None
-    problem = _not_measured(spec, checkpoint) if found is None else _beyond(found, spec)
+    if found is None:
+        problem = f"nobody has measured it here; run: {_command(spec, checkpoint)}"
+    else:
+        problem = _beyond(found, spec)
+        if not problem and spec.quality != "off" and (few := too_small(found.tokens, found.inputs)):
+            problem = f"it {few}; run: {_command(spec, checkpoint)}"
     if not problem:
         return None
     held = "" if cache is dtype else f", cache {cache}"
@@ -132,11 +172,15 @@ def check_quality(
     return sentence
 
 
-def _not_measured(spec: EngineSpec, checkpoint: Checkpoint) -> str:
-    flags = f" --quantization {spec.quantization}" if spec.quantization else ""
-    flags += "" if spec.kv_cache_dtype == "auto" else f" --kv-cache-dtype {spec.kv_cache_dtype}"
-    flags += " --reference THE_16_BIT_MODEL" if isinstance(checkpoint, QuantizedCheckpoint) else ""
-    return f"nobody has measured it here; run: headrace verify {spec.model}{flags}"
+def _command(spec: EngineSpec, checkpoint: Checkpoint) -> str:
+    """What measures this set-up, on the packaged texts."""
+    words = ["headrace", "verify", spec.model]
+    for name in ("revision", "device", "dtype", "quantization", "kv_cache_dtype", "pooling"):
+        value = getattr(spec, name)
+        if value not in (None, "", "auto"):
+            words += ["--" + name.replace("_", "-"), str(value)]
+    words += ["--reference", "THE_16_BIT_MODEL"] if isinstance(checkpoint, QuantizedCheckpoint) else []
+    return shlex.join(words)
 
 
 def _beyond(found: Measured, spec: EngineSpec) -> str:

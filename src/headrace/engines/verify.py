@@ -15,7 +15,7 @@ from headrace.config.spec import EngineSpec
 from headrace.engines.audits import PLAIN, Bits, audits, fitted_groups, is_packed, stored_bits
 from headrace.engines.choices import choose_device, choose_dtype
 from headrace.engines.layer_errors import LayerErrors
-from headrace.engines.quality import Measured, blind_spots, describe, save_measured
+from headrace.engines.quality import Measured, blind_spots, describe, save_measured, too_small
 from headrace.engines.same_model import unlike_reference
 from headrace.engines.scoring import piecewise_logits
 from headrace.engines.weights import kv_dtype, load_weights, open_weights
@@ -63,7 +63,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             model.
         matrices: of quantized matrices whose 16-bit weights were there to compare with.
         problems: what is beyond the limits, as sentences; empty: passed.
-        notes: what this comparison cannot see, as sentences.
+        notes: what this comparison cannot see, and whether it is too small for ``quality``, as sentences.
     """
 
     setup: str
@@ -138,17 +138,20 @@ def verify(
     )
     others = unlike_reference(model, own, checkpoint, base_checkpoint)
     del model
+    blind, few = blind_spots(checkpoint, base_checkpoint), too_small(report.tokens)
     report = msgspec.structs.replace(
         report,
         floor=_floor(base, base_checkpoint, own, texts, device) if floor else None,
         setup=describe(spec, checkpoint, dtype, cache),
         reference=describe(base, base_checkpoint, base_dtype, base_dtype),
-        notes=blind_spots(checkpoint, base_checkpoint),
+        notes=(*blind, f"this {few}") if few else blind,
         problems=(*others, *report.problems),
     )
     defects = (*others, *(matrix.problem for matrix in report.matrices if matrix.problem))
-    kept = Measured(setup=report.setup, mean_kl=report.mean_kl, top1=report.top1, defects=defects)
-    if not report.notes:
+    kept = Measured(
+        setup=report.setup, tokens=report.tokens, mean_kl=report.mean_kl, top1=report.top1, defects=defects
+    )
+    if not blind:
         save_measured(spec, checkpoint, dtype, cache, kept)
     return report
 

@@ -16,7 +16,7 @@ from headrace.engines.audits import PLAIN, Bits, audits, fitted_groups, is_packe
 from headrace.engines.choices import choose_device, choose_encode_dtype
 from headrace.engines.encode_build import load_encode
 from headrace.engines.layer_errors import LayerErrors
-from headrace.engines.quality import MAX_DIFFERENCE, Measured, blind_spots, describe, save_measured
+from headrace.engines.quality import MAX_DIFFERENCE, Measured, blind_spots, describe, save_measured, too_small
 from headrace.engines.same_model import unlike_reference
 from headrace.engines.texts import Row
 from headrace.engines.weights import open_weights
@@ -91,7 +91,7 @@ class EncodeReport(msgspec.Struct, frozen=True, kw_only=True):
         layer_errors: relative error of the hidden states after each layer.
         matrices: of quantized matrices whose unquantized weights were there to compare with.
         problems: what is beyond the limits, as sentences; empty: passed.
-        notes: what this comparison cannot see, as sentences.
+        notes: what this comparison cannot see, and whether it is too small for ``quality``, as sentences.
     """
 
     setup: str
@@ -146,22 +146,25 @@ def verify_encode(
         model, own, inputs, device, limits, bits, fitted=fitted_groups(checkpoint, decoder=False)
     )
     others = unlike_reference(model, own, checkpoint, base_checkpoint)
+    blind, few = blind_spots(checkpoint, base_checkpoint), too_small(report.tokens, report.inputs)
     report = msgspec.structs.replace(
         report,
         setup=describe(spec, checkpoint, dtype),
         reference=describe(base, base_checkpoint, base_dtype),
-        notes=blind_spots(checkpoint, base_checkpoint),
+        notes=(*blind, f"this {few}") if few else blind,
         problems=(*others, *report.problems),
     )
     cosines = [each.min_cosine for each in report.changes if each.min_cosine is not None]
     differences = [each.max_difference for each in report.changes if each.max_difference is not None]
     kept = Measured(
         setup=report.setup,
+        tokens=report.tokens,
+        inputs=report.inputs,
         min_cosine=min(cosines, default=None),
         max_difference=max(differences, default=None),
         defects=(*others, *(matrix.problem for matrix in report.matrices if matrix.problem)),
     )
-    if not report.notes:
+    if not blind:
         save_measured(spec, checkpoint, dtype, dtype, kept)
     return report
 

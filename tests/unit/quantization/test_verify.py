@@ -16,7 +16,7 @@ from torch import Tensor
 from headrace.checkpoints.folder import FolderCheckpoint
 from headrace.config.quantization import quantization_type
 from headrace.config.spec import EngineSpec
-from headrace.engines.quality import Measured, check_quality, save_measured
+from headrace.engines.quality import MIN_TOKENS, Measured, check_quality, load_measured, save_measured
 from headrace.engines.quantize import quantize_checkpoint
 from headrace.engines.texts import PACKAGED_TEXTS, read_rows
 from headrace.engines.verify import Limits, Report, compare, verify
@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 RNG = random.Random(0)
 TEXTS = [[RNG.randrange(300) for _ in range(n)] for n in (40, 33, 7)]
+ENOUGH = [[RNG.randrange(300) for _ in range(n)] for n in (260, MIN_TOKENS - 260)]
 # The tiny model is random, so its distributions are harsher on rounding than any trained one's.
 LOOSE = Limits(max_kl=0.5, min_top1=0.3, max_perplexity_ratio=2.0)
 
@@ -226,17 +227,48 @@ def test_quality_gate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "nobody has measured" in (gate(quality="warn") or "")
     with pytest.raises(ConfigError, match="headrace verify"):
         gate(quality="refuse")
-    report = verify(spec, lambda _: TEXTS, limits=LOOSE)
+    report = verify(spec, lambda _: ENOUGH, limits=LOOSE)
     assert gate(quality="refuse", max_kl=report.mean_kl * 1.01) is None
     with pytest.raises(ConfigError, match="max_kl"):
         gate(quality="refuse", max_kl=report.mean_kl * 0.99)
     with pytest.raises(ConfigError, match="nobody has measured"):  # another set-up
         gate(quality="refuse", quantization="fp4")
     assert gate(quality="refuse", quantization="") is None
-    spoilt = Measured(setup="", mean_kl=0.0, top1=1.0, defects=("w: a block is missing",))
+    spoilt = Measured(setup="", tokens=MIN_TOKENS, mean_kl=0.0, defects=("w: a block is missing",))
     save_measured(spec, checkpoint, torch.float32, torch.float32, spoilt)
     with pytest.raises(ConfigError, match="block is missing"):
         gate(quality="refuse")
+
+
+def test_too_few_tokens_are_no_proof(folder: Path) -> None:
+    """Told by verify, and by the server with what was measured, what is needed and what to run."""
+    checkpoint = FolderCheckpoint(folder)
+    spec = EngineSpec(model=str(folder), path=folder, quantization="fp8", dtype="float32", device="cpu")
+
+    def gate(**changes: object) -> str | None:
+        asked = msgspec.structs.replace(spec, **{"max_kl": LOOSE.max_kl, **changes})
+        return check_quality(asked, checkpoint, torch.float32, torch.float32, changed=True)
+
+    few = verify(spec, lambda _: [ENOUGH[0], ENOUGH[1][:-1]], limits=LOOSE)
+    assert few.passed
+    (note,) = few.notes
+    assert f"measured on {MIN_TOKENS - 1} tokens, and quality takes at least {MIN_TOKENS}" in note
+    told = gate(quality="warn") or ""
+    assert f"it was measured on {MIN_TOKENS - 1} tokens, and quality takes at least {MIN_TOKENS}" in told
+    assert f"run: headrace verify {folder} --device cpu --dtype float32 --quantization fp8" in told
+    with pytest.raises(ConfigError, match=f"{MIN_TOKENS - 1} tokens.* {MIN_TOKENS} .*headrace verify"):
+        gate(quality="refuse")
+    assert gate() is None
+    assert "and max_kl is" in (gate(quality="warn", max_kl=few.mean_kl * 1e-3) or "")  # worse than too few
+
+    enough = verify(spec, lambda _: ENOUGH, limits=LOOSE)
+    assert not enough.notes
+    assert gate(quality="refuse") is None
+    verify(spec, lambda _: TEXTS, limits=LOOSE)  # does not replace what counts
+    assert gate(quality="refuse") is None
+    kept = load_measured(spec, checkpoint, torch.float32, torch.float32)
+    assert kept is not None
+    assert (kept.tokens, kept.mean_kl) == (MIN_TOKENS, enough.mean_kl)
 
 
 def test_a_quantized_checkpoint_is_no_proof_of_itself(folder: Path, tmp_path: Path) -> None:
@@ -256,7 +288,7 @@ def test_a_quantized_checkpoint_is_no_proof_of_itself(folder: Path, tmp_path: Pa
     with pytest.raises(ConfigError, match="--reference"):
         gate()
     original = verify(
-        spec, lambda _: TEXTS, limits=LOOSE, reference=EngineSpec(model=str(folder), path=folder)
+        spec, lambda _: ENOUGH, limits=LOOSE, reference=EngineSpec(model=str(folder), path=folder)
     )
     assert original.mean_kl > 1e-3
     assert not original.notes
@@ -336,7 +368,10 @@ def test_an_fp4_cache(folder: Path) -> None:
 
 
 def test_texts(tmp_path: Path) -> None:
-    assert len(read_rows(PACKAGED_TEXTS)) >= 8
+    packaged = read_rows(PACKAGED_TEXTS)
+    assert len(packaged) >= 8
+    words = [len(row.split()) for row in packaged if isinstance(row, str)]
+    assert sum(words) > 1.2 * MIN_TOKENS  # whatever the tokenizer
     file = tmp_path / "rows.jsonl"
     chat = [{"role": "user", "content": "hi"}]
     file.write_text(json.dumps({"text": "one"}) + "\n\n" + json.dumps({"messages": chat}) + "\n")
