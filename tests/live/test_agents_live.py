@@ -30,7 +30,9 @@ class City(BaseModel):
 
 def test_responses_parse(server: LiveServer) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
-    reply = client.responses.parse(model="m", input="Paris", text_format=City, max_output_tokens=150)
+    reply = client.responses.parse(
+        model="m", input="Paris", text_format=City, max_output_tokens=150, temperature=0
+    )
     assert isinstance(reply.output_parsed, City)
 
 
@@ -90,7 +92,7 @@ def test_anthropic_tools_streamed_and_their_results(server: LiveServer) -> None:
     client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120)
     tool = {"name": "city", "description": "Tells of a city.", "input_schema": City.model_json_schema()}
     messages: list[Any] = [{"role": "user", "content": "Paris"}]
-    given: dict[str, Any] = {"model": "m", "max_tokens": 150, "tools": [tool]}
+    given: dict[str, Any] = {"model": "m", "max_tokens": 150, "temperature": 0, "tools": [tool]}
     with client.messages.stream(
         **given, messages=messages, tool_choice={"type": "tool", "name": "city"}
     ) as stream:
@@ -108,6 +110,6 @@ def test_anthropic_tools_streamed_and_their_results(server: LiveServer) -> None:
         },
     ]
     last = client.messages.create(
-        model="m", max_tokens=12, messages=messages, tools=[tool], tool_choice={"type": "none"}
+        model="m", max_tokens=12, temperature=0, messages=messages, tools=[tool], tool_choice={"type": "none"}
     )
     assert last.content[0].type == "text"

@@ -143,7 +143,7 @@ def test_counts_limits_responses_and_cancellation_are_one_servers(server: ServeP
         status, reply = client.json("POST", "/v1/embeddings", {"model": "minilm", "input": ["a", "b"]})
         assert (status, len(reply["data"])) == (200, 2)  # type: ignore[arg-type]
         status, reply = client.json(
-            "POST", "/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 3}
+            "POST", "/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 3, "ignore_eos": True}
         )
         assert (status, reply["usage"]["completion_tokens"]) == (200, 3)  # type: ignore[index]
     rows = (
@@ -155,12 +155,12 @@ def test_counts_limits_responses_and_cancellation_are_one_servers(server: ServeP
         until(lambda: all(re.search(row, client.text("/metrics"), re.M) for row in rows))  # noqa: B023
 
     status, reply = other.json(
-        "POST", "/v1/responses", {"model": "tiny", "input": "x", "max_output_tokens": 4}
+        "POST", "/v1/responses", {"model": "tiny", "input": "x", "max_output_tokens": 4, "temperature": 0}
     )
     assert status == 200
     for client in (first, other):
         assert client.json("GET", f"/v1/responses/{reply['id']}") == (200, reply)
-    ask = {"model": "tiny", "input": "x", "max_output_tokens": 4, "stream": True}
+    ask = {"model": "tiny", "input": "x", "max_output_tokens": 4, "temperature": 0, "stream": True}
     other.connection.request("POST", "/v1/responses", json.dumps(ask))
     told = other.connection.getresponse()
     assert told.headers.get_content_type() == "text/event-stream"

@@ -49,6 +49,7 @@ def test_forced_calls_and_the_turn_after(client: openai.OpenAI) -> None:
             tool_choice=choice,
             parallel_tool_calls=False,
             max_tokens=120,
+            seed=1,
         )
         message = reply.choices[0].message
         assert reply.choices[0].finish_reason == "tool_calls"
@@ -60,7 +61,7 @@ def test_forced_calls_and_the_turn_after(client: openai.OpenAI) -> None:
         {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "Paris has 2 million."}
     )
     last = client.chat.completions.create(
-        model="m", messages=after, tools=[TOOL], tool_choice="none", max_tokens=12
+        model="m", messages=after, tools=[TOOL], tool_choice="none", max_tokens=12, seed=1
     )
     assert last.choices[0].message.content
 
@@ -73,6 +74,7 @@ def test_streamed_call(client: openai.OpenAI) -> None:
         tool_choice="required",
         parallel_tool_calls=False,
         max_tokens=120,
+        seed=1,
     ) as stream:
         final = stream.get_final_completion()
     assert isinstance(final.choices[0].message.tool_calls[0].function.parsed_arguments, City)

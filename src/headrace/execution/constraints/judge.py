@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from headrace.errors import InvalidRequest, Overloaded
-from headrace.execution.constraints.priority import stand_back
+from headrace.execution.constraints.priority import come_forward, stand_back
 from headrace.types import ConstraintSpec, Judged
 
 __all__ = ["Judge"]
@@ -21,7 +21,9 @@ __all__ = ["Judge"]
 _MEMORY_BYTES = 2 << 30
 _START_SECONDS = 10.0
 _PATIENCE = 5.0
-_STARVED_SECONDS = 60.0  # on the clock, for a child that gets no processor
+_STARVED_SECONDS = 30.0  # on the clock, for a child that gets no processor
+_MOST_DYING = 2  # children that were killed and are not yet gone
+_DYING_SECONDS = 1.0
 _FELT_SECONDS = 0.025  # of processor time; what takes longer runs when nobody else wants a processor
 _PIECE = 1 << 16
 
@@ -32,7 +34,7 @@ class Judge:
     Not thread-safe: its owner asks from one thread at a time.
 
     Args:
-        seconds: of processor time that one job may take; on the clock five times as long, and a minute while all
+        seconds: of processor time that one job may take; on the clock five times as long, and half a minute while all
             processors are taken by others, since the child stands back behind them.
         memory_bytes: address space of the child.
     """
@@ -41,6 +43,7 @@ class Judge:
         self.seconds = seconds
         self._memory = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
+        self._dying: list[subprocess.Popen[bytes]] = []
         self._num_jobs = 0
         self._closed = False
 
@@ -82,16 +85,28 @@ class Judge:
         """End the child for good, whatever it does; from any thread."""
         self._closed = True
         self._drop()
+        self._bury(0)
 
     def _drop(self) -> None:
         process, self._process = self._process, None
         if process is None:
             return
-        process.kill()
-        process.wait()
+        if process.poll() is None:
+            for thread in _threads(process.pid):
+                come_forward(thread)
+            process.kill()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
+        # To give its memory back it needs a processor, and perhaps it stands back: nobody waits for that.
+        self._dying.append(process)
+
+    def _bury(self, most: int) -> None:
+        """Wait a moment until so many of the killed are left at most."""
+        deadline = time.monotonic() + _DYING_SECONDS
+        while len(self._dying) > most and time.monotonic() < deadline:
+            time.sleep(0.005)
+            self._dying = [process for process in self._dying if process.poll() is None]
 
     def _ask(self, question: dict[str, Any]) -> Any:
         job = msgspec.json.encode(question) + b"\n"
@@ -141,6 +156,9 @@ class Judge:
     def _start(self) -> subprocess.Popen[bytes]:
         if self._closed:
             raise OSError("closed")
+        self._bury(_MOST_DYING)
+        if len(self._dying) > _MOST_DYING:  # they hold memory
+            raise _Starved
         process = subprocess.Popen(
             [sys.executable, "-m", "headrace.execution.constraints.judge_child", str(self._memory)],
             stdin=subprocess.PIPE,

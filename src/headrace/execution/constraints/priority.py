@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 
-__all__ = ["stand_aside", "stand_back"]
+__all__ = ["come_forward", "stand_aside", "stand_back"]
 
 
 def stand_aside() -> None:
@@ -27,3 +27,10 @@ def stand_back(thread: int | None = None) -> None:
         thread = threading.get_native_id() if thread is None else thread
         os.setpriority(os.PRIO_PROCESS, thread, 19)
         os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+
+
+def come_forward(thread: int) -> None:
+    """Undo `stand_back` where this process may; else nothing changes."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, thread, 0)
