@@ -92,7 +92,8 @@ def test_anthropic_tools_streamed_and_their_results(server: LiveServer) -> None:
     client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120)
     tool = {"name": "city", "description": "Tells of a city.", "input_schema": City.model_json_schema()}
     messages: list[Any] = [{"role": "user", "content": "Paris"}]
-    given: dict[str, Any] = {"model": "m", "max_tokens": 150, "temperature": 0, "tools": [tool]}
+    greedy: Any = {"extra_body": {"temperature": 0}}
+    given: dict[str, Any] = {"model": "m", "max_tokens": 150, "tools": [tool], **greedy}
     with client.messages.stream(
         **given, messages=messages, tool_choice={"type": "tool", "name": "city"}
     ) as stream:
@@ -110,6 +111,6 @@ def test_anthropic_tools_streamed_and_their_results(server: LiveServer) -> None:
         },
     ]
     last = client.messages.create(
-        model="m", max_tokens=12, temperature=0, messages=messages, tools=[tool], tool_choice={"type": "none"}
+        model="m", max_tokens=12, **greedy, messages=messages, tools=[tool], tool_choice={"type": "none"}
     )
     assert last.content[0].type == "text"
