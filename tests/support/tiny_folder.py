@@ -27,6 +27,9 @@ TINY_LLAMA: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+# Columns that groups of every quantized type divide.
+GROUPED: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+
 
 def write_llama(folder: Path, **changes: Any) -> Path:
     """config.json and model.safetensors of a random Llama."""

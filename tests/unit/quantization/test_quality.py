@@ -18,25 +18,14 @@ from headrace.engines.quantize import quantize_checkpoint
 from headrace.engines.verify import Limits, verify
 from headrace.errors import ConfigError
 from headrace.quantization.containers import open_quantized
-from support.tiny_folder import write_llama
+from support.tiny_folder import GROUPED, write_llama
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+pytestmark = pytest.mark.usefixtures("home")
 RNG = random.Random(0)
 TEXTS = [[RNG.randrange(300) for _ in range(n)] for n in (40, 33, 7)]
 ENOUGH = [[RNG.randrange(300) for _ in range(n)] for n in (260, MIN_TOKENS - 260)]
 # The tiny model is random, so its distributions are harsher on rounding than any trained one's.
 LOOSE = Limits(max_kl=0.5, min_top1=0.3, max_perplexity_ratio=2.0)
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measurements are kept here and nowhere else."""
-    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("m") / "llama", **SHAPE)
 
 
 def test_quality_gate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +145,7 @@ def test_serving_refuses_before_it_loads(
 
 
 def test_an_fp8_cache_is_refused_where_it_is_known_to_harm(tmp_path: Path) -> None:
-    other = write_llama(tmp_path / "q", **SHAPE)
+    other = write_llama(tmp_path / "q", **GROUPED)
     config = json.loads((other / "config.json").read_text())
     config["architectures"] = ["Qwen2ForCausalLM"]
     (other / "config.json").write_text(json.dumps(config))

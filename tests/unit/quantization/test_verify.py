@@ -29,25 +29,14 @@ from headrace.quantization.registry import load_time
 from headrace.quantization.scaled import ScaledLinear
 from headrace.quantization.schemes.fp4 import Fp4Weight
 from headrace.quantization.schemes.fp8 import Fp8Weight
-from support.tiny_folder import write_llama, write_tokenizer
+from support.tiny_folder import GROUPED, write_llama, write_tokenizer
 
+pytestmark = pytest.mark.usefixtures("home")
 CPU = torch.device("cpu")
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 RNG = random.Random(0)
 TEXTS = [[RNG.randrange(300) for _ in range(n)] for n in (40, 33, 7)]
 # The tiny model is random, so its distributions are harsher on rounding than any trained one's.
 LOOSE = Limits(max_kl=0.5, min_top1=0.3, max_perplexity_ratio=2.0)
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measurements are kept here and nowhere else."""
-    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("m") / "llama", **SHAPE)
 
 
 def load(folder: Path, scheme: str = "") -> DecoderModel:
@@ -277,7 +266,7 @@ def test_checkpoints_in_several_files(name: str, folder: Path, tmp_path: Path) -
     assert report.problems == ()
     assert len(report.matrices) == 8
     for number in (1, 3):
-        other = write_llama(tmp_path / f"other{number}", **{**SHAPE, "num_hidden_layers": number})
+        other = write_llama(tmp_path / f"other{number}", **{**GROUPED, "num_hidden_layers": number})
         wrong = msgspec.structs.replace(original, path=other)
         with pytest.raises(ConfigError, match="another model"):
             verify(spec, lambda _: TEXTS, reference=wrong, limits=LOOSE)
@@ -459,7 +448,7 @@ def test_settings_and_tokens_of_another_model(tmp_path: Path) -> None:
     """Equal weights under another config.json or tokenizer are no good set-up, whatever the texts show."""
     from headrace.text.tokenizer import Tokenizer
 
-    folder = write_llama(tmp_path / "llama", **SHAPE)
+    folder = write_llama(tmp_path / "llama", **GROUPED)
     write_tokenizer(folder)
     out = quantize_checkpoint(FolderCheckpoint(folder), "int8", tmp_path / "out")
     spec, base = EngineSpec(model=str(out), device="cpu"), EngineSpec(model=str(folder), device="cpu")
